@@ -1,0 +1,38 @@
+# Everything runs in .venv, made on first use from constraints.txt. Another interpreter: make PYTHON=python3.12 test
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+
+.PHONY: help bench test lint constraints clean
+
+help:  ## Show this help
+	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+bench: $(READY)  ## Measure every backend and draw the plots into bench/output/ (under five minutes)
+	$(BIN)/python -m pytest bench/ --benchmark-only $(ARGS)
+
+test: $(READY)  ## Run all tests (set MNIST_DIR to include those on MNIST)
+	$(BIN)/python -m pytest tests/ $(ARGS)
+
+lint: $(READY)  ## Check style and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+constraints: $(READY)  ## Pin the newest versions of all dependencies again
+	$(BIN)/pip install --quiet uv
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --extra test --no-annotate --no-header \
+	    --upgrade --output-file constraints.txt pyproject.toml
+
+clean:  ## Remove the environment, caches and fresh results
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks *.egg-info bench/output
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
+	    { echo "Python 3.10 or newer is needed: install it, or name one, as in 'make PYTHON=python3.12 $(MAKECMDGOALS)'"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	    { echo "Python's venv module is missing: install it (on Debian and Ubuntu: apt install python3-venv)"; exit 1; }
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	@touch $@

@@ -1,0 +1,44 @@
+"""``--backend``, for tests and benchmarks alike."""
+
+import pytest
+
+from kernels import backend_names, get_backend
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--backend",
+        action="append",
+        metavar="NAME",
+        help="test or measure only this backend; may be repeated (default: every one)",
+    )
+    parser.addoption("--quick", action="store_true", help="benchmarks: smaller data, shorter rounds; a minute in all")
+
+
+def pytest_configure(config):
+    for name in config.getoption("--backend") or []:
+        try:
+            get_backend(name)
+        except ValueError as error:
+            raise pytest.UsageError(str(error)) from error
+
+
+def pytest_generate_tests(metafunc):
+    names = metafunc.config.getoption("--backend") or backend_names()
+    if "backend" in metafunc.fixturenames:
+        metafunc.parametrize("backend", names, indirect=True, scope="session")
+    if "full_batch_backend" in metafunc.fixturenames:
+        compiled = [name for name in names if name != "naive"]
+        metafunc.parametrize("full_batch_backend", compiled, indirect=True, scope="session")
+
+
+@pytest.fixture(scope="session")
+def backend(request):
+    """Each backend in turn."""
+    return get_backend(request.param)
+
+
+@pytest.fixture(scope="session")
+def full_batch_backend(request):
+    """Each backend that finishes an epoch over all images: pure Python needs a quarter of an hour."""
+    return get_backend(request.param)

@@ -1,0 +1,65 @@
+"""Interchangeable backends for the four kernels of a small neural network.
+
+A backend is imported only when it is asked for, so that using ``numpy`` needs neither Numba nor a compiler. To add one,
+put a file ``<name>_backend.py`` beside this one whose one subclass of :class:`~kernels.backend.Backend` implements the
+kernels, or name a class of your own anywhere on the import path: ``get_backend("package.module:Class")``.
+"""
+
+import importlib
+import inspect
+from pathlib import Path
+
+from kernels.backend import Backend
+
+__all__ = ["Backend", "backend_names", "get_backend"]
+
+# From the plainest to the most specialised: the order of tables, plots and parametrized tests.
+_LADDER = ["naive", "numpy", "numba", "sparse"]
+
+
+def backend_names() -> list[str]:
+    """Names of the backends in this folder, from the plainest to the most specialised."""
+    files = [file for folder in __path__ for file in Path(folder).glob("*_backend.py")]
+    found = sorted(file.stem.removesuffix("_backend") for file in files)
+    return sorted(found, key=lambda name: _LADDER.index(name) if name in _LADDER else len(_LADDER))
+
+
+def get_backend(name: str) -> Backend:
+    """Import and create the backend called `name`.
+
+    Parameters
+    ----------
+    name
+        One of :func:`backend_names`, or ``package.module:Class`` for a :class:`Backend` subclass of your own.
+
+    Raises
+    ------
+    ValueError
+        If there is no such backend, with the names that exist.
+    """
+    if ":" in name:
+        return _load_class(name)()
+    if name not in backend_names():
+        raise ValueError(
+            f"unknown backend {name!r}: choose one of {', '.join(backend_names())}, "
+            "or name a class of your own as package.module:Class"
+        )
+    module = importlib.import_module(f"kernels.{name}_backend")
+    (backend_class,) = (
+        member
+        for _, member in inspect.getmembers(module, inspect.isclass)
+        if issubclass(member, Backend) and member.__module__ == module.__name__
+    )
+    return backend_class()
+
+
+def _load_class(path: str) -> type[Backend]:
+    """The Backend subclass at ``package.module:Class``."""
+    module_name, _, class_name = path.partition(":")
+    try:
+        backend_class = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"cannot load backend {path!r}: {error}") from error
+    if not (inspect.isclass(backend_class) and issubclass(backend_class, Backend)):
+        raise ValueError(f"cannot use {path!r} as a backend: it is not a subclass of kernels.Backend")
+    return backend_class

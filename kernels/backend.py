@@ -1,0 +1,220 @@
+"""The contract: what every backend computes, and the one place where arguments are checked.
+
+The public methods check shapes, dtypes and labels once and call the backend's own ``_matmul``, ``_relu`` and so on,
+which may then trust what they are given. Kernels keep the dtype of their arguments (float32, or float64 for gradient
+checks), never write to them, and return fresh row-major arrays. They can be called from several threads at once.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
+
+
+class Matrix(Protocol):
+    """What `Backend.matmul` takes as its left operand: an array, or images in a backend's own form."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> np.dtype: ...
+    @property
+    def T(self) -> "Matrix": ...
+    def __len__(self) -> int: ...
+
+
+class Backend(ABC):
+    """The four kernels of the network, and how it likes its images prepared."""
+
+    @property
+    def name(self) -> str:
+        """Name under which :func:`kernels.get_backend` finds it."""
+        module, _, file = type(self).__module__.rpartition(".")
+        if module == "kernels":
+            return file.removesuffix("_backend")
+        return f"{type(self).__module__}:{type(self).__qualname__}"
+
+    @property
+    def compile_seconds(self) -> float:
+        """Seconds that this process has spent compiling kernels so far."""
+        return 0.0
+
+    def prepare(self, images: NDArray[np.uint8], dtype: DTypeLike = np.float32) -> Any:
+        """Turn pixels into the left operand that `matmul` is fastest on.
+
+        Parameters
+        ----------
+        images
+            uint8 (n, p), one image a row, 0 to 255.
+        dtype
+            float32 or float64: what the pixels, divided by 255, count as.
+
+        Returns
+        -------
+        Matrix
+            (n, p): the images / 255, with ``len``, ``shape``, ``dtype`` and ``.T``.
+
+        Raises
+        ------
+        ValueError
+            If `images` is not a two-dimensional uint8 array or `dtype` is not a float.
+        """
+        if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 2:
+            raise ValueError(f"images must be a uint8 array of shape (n, pixels), not {_describe(images)}")
+        if np.dtype(dtype) not in FLOATS:
+            raise ValueError(f"dtype must be float32 or float64, not {np.dtype(dtype)}")
+        return self._prepare(images, np.dtype(dtype))
+
+    def matmul(self, a: Any, b: NDArray, bias: NDArray | None = None) -> NDArray:
+        """A B, plus `bias` on each row.
+
+        Parameters
+        ----------
+        a
+            (n, k): an array, prepared images, or the ``.T`` of either.
+        b
+            (k, m) array of the same dtype; any strides.
+        bias
+            (m,) array of the same dtype, or None.
+
+        Returns
+        -------
+        ndarray
+            (n, m), row-major, in the dtype of `a`.
+
+        Raises
+        ------
+        ValueError
+            If shapes or dtypes do not fit, or a dtype is not a native float32 or float64.
+        """
+        _check_matrix(b, "b")
+        if isinstance(a, np.ndarray) or not hasattr(a, "shape"):
+            _check_matrix(a, "a")
+        if a.shape[1] != b.shape[0]:
+            raise ValueError(f"cannot multiply a {a.shape} by b {b.shape}: {a.shape[1]} columns, {b.shape[0]} rows")
+        _check_same_dtype(a=a, b=b)
+        if bias is not None:
+            _check_float(bias, "bias")
+            if bias.shape != (b.shape[1],):
+                raise ValueError(f"bias must have shape ({b.shape[1]},), one for each column of b, not {bias.shape}")
+            _check_same_dtype(b=b, bias=bias)
+        return self._matmul(a, b, bias)
+
+    def relu(self, z: NDArray) -> NDArray:
+        """max(z, 0), element by element.
+
+        Parameters
+        ----------
+        z
+            (n, m) float array.
+
+        Raises
+        ------
+        ValueError
+            If `z` is not a two-dimensional native float array.
+        """
+        _check_matrix(z, "z")
+        return self._relu(z)
+
+    def relu_grad(self, upstream: NDArray, activations: NDArray) -> NDArray:
+        """`upstream` where the activation is positive, else 0.
+
+        A ReLU's activation is positive exactly where its input is, so the input need not be kept.
+
+        Parameters
+        ----------
+        upstream
+            (n, m): gradient of the loss in the activations.
+        activations
+            (n, m): what `relu` returned.
+
+        Raises
+        ------
+        ValueError
+            If shapes or dtypes differ.
+        """
+        _check_matrix(upstream, "upstream")
+        _check_matrix(activations, "activations")
+        if upstream.shape != activations.shape:
+            raise ValueError(f"upstream {upstream.shape} and activations {activations.shape} must have one shape")
+        _check_same_dtype(upstream=upstream, activations=activations)
+        return self._relu_grad(upstream, activations)
+
+    def softmax_grad(self, logits: NDArray, labels: NDArray[np.integer]) -> tuple[float, int, NDArray]:
+        """Cross-entropy of softmax(logits) against integer labels, and its gradient in the logits.
+
+        With p = softmax(logits), row by row, the loss is the sum of -log p[label] and its gradient p - onehot(label)
+        (Bishop, Pattern Recognition and Machine Learning, eq. 4.109). Each row's maximum is subtracted
+        before exponentials are taken, so no finite logits overflow.
+
+        Parameters
+        ----------
+        logits
+            (n, classes) float array.
+        labels
+            (n,) integers from 0 to classes - 1.
+
+        Returns
+        -------
+        tuple[float, int, ndarray]
+            The loss summed over the rows; how many rows have their largest logit at the label (of equal ones, the
+            first counts as the largest); softmax(logits) - onehot(labels), (n, classes), not divided by n.
+
+        Raises
+        ------
+        ValueError
+            If shapes or dtypes do not fit or a label is not one of the classes.
+        """
+        _check_matrix(logits, "logits")
+        rows, classes = logits.shape
+        if classes == 0:
+            raise ValueError(f"logits {logits.shape} must have at least one class")
+        if not isinstance(labels, np.ndarray) or labels.dtype.kind not in "iu" or not labels.dtype.isnative:
+            raise ValueError(f"labels must be an array of native integers, not {_describe(labels)}")
+        if labels.shape != (rows,):
+            raise ValueError(f"labels must have shape ({rows},), one for each row of logits, not {labels.shape}")
+        if rows and not (labels.min() >= 0 and labels.max() < classes):
+            wrong = int(np.flatnonzero((labels < 0) | (labels >= classes))[0])
+            raise ValueError(f"labels must be from 0 to {classes - 1}, but labels[{wrong}] is {labels[wrong]}")
+        return self._softmax_grad(logits, labels)
+
+    def _prepare(self, images: NDArray[np.uint8], dtype: np.dtype) -> Any:
+        return np.divide(images, 255, dtype=dtype)
+
+    @abstractmethod
+    def _matmul(self, a: Any, b: NDArray, bias: NDArray | None) -> NDArray: ...
+
+    @abstractmethod
+    def _relu(self, z: NDArray) -> NDArray: ...
+
+    @abstractmethod
+    def _relu_grad(self, upstream: NDArray, activations: NDArray) -> NDArray: ...
+
+    @abstractmethod
+    def _softmax_grad(self, logits: NDArray, labels: NDArray[np.integer]) -> tuple[float, int, NDArray]: ...
+
+
+def _describe(value: ArrayLike) -> str:
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype} {value.shape}"
+    return f"{type(value).__name__} (make it an array with numpy.asarray)"
+
+
+def _check_float(value: ArrayLike, name: str) -> None:
+    if not isinstance(value, np.ndarray) or value.dtype not in FLOATS or not value.dtype.isnative:
+        raise ValueError(f"{name} must be an array of native float32 or float64, not {_describe(value)}")
+
+
+def _check_matrix(value: ArrayLike, name: str) -> None:
+    _check_float(value, name)
+    if np.ndim(value) != 2:
+        raise ValueError(f"{name} must have two dimensions, not shape {np.shape(value)}")
+
+
+def _check_same_dtype(**arrays: Any) -> None:
+    (first, a), (second, b) = arrays.items()
+    if a.dtype != b.dtype:
+        raise ValueError(f"{first} is {a.dtype} but {second} is {b.dtype}: convert one of them")

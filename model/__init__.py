@@ -1,0 +1,1 @@
+"""A multilayer perceptron on MNIST, trained by one loop on interchangeable kernels."""

@@ -1,0 +1,405 @@
+"""The data: MNIST, found or fetched and verified, and digits28, a stand-in that needs no network.
+
+MNIST's files come from outside, so nothing in them is taken on trust: sizes are bounded before they are read,
+their structure is checked first, because that gives the more helpful error, and their SHA-256 last.
+"""
+
+import contextlib
+import gzip
+import hashlib
+import inspect
+import math
+import os
+import struct
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+import pooch
+import requests
+from numpy.typing import NDArray
+
+Bytes: TypeAlias = NDArray[np.uint8]
+
+DATASETS = ("auto", "mnist", "digits28")
+MIRRORS = (
+    "https://ossci-datasets.s3.amazonaws.com/mnist/",
+    "https://storage.googleapis.com/cvdf-datasets/mnist/",
+)
+TIMEOUT = (5.0, 30.0)  # seconds to connect, and to wait for the next bytes
+ADVICE = f"Replace it with the original from {MIRRORS[0]}"
+
+
+class File(NamedTuple):
+    """One of MNIST's files: its name, its dimensions, and its checksums as served (gzip) and decompressed."""
+
+    name: str
+    shape: tuple[int, ...]
+    md5_gzip: str
+    sha256: str
+
+
+FILES = (
+    File(
+        "train-images-idx3-ubyte",
+        (60_000, 28, 28),
+        "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+        "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+    ),
+    File(
+        "train-labels-idx1-ubyte",
+        (60_000,),
+        "d53e105ee54ea40749a09fcbcd1e9432",
+        "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+    ),
+    File(
+        "t10k-images-idx3-ubyte",
+        (10_000, 28, 28),
+        "9fb629c4189551a2d022fa330f9573f3",
+        "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+    ),
+    File(
+        "t10k-labels-idx1-ubyte",
+        (10_000,),
+        "ec29112dd5afa0611ce80d1b7f02629c",
+        "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+    ),
+)
+
+# Remembered, so that only the first of several calls waits for a network that is not there.
+_download_failure = ""
+
+
+class DataError(Exception):
+    """The data cannot be used; the message says in one line what is wrong and what to do about it."""
+
+
+class Dataset(NamedTuple):
+    """Images of handwritten digits with their labels; all arrays are read-only.
+
+    Attributes
+    ----------
+    name : str
+        ``"MNIST"`` or ``"digits28"``.
+    train_images, test_images : uint8 arrays of shape (60000, 784) and (10000, 784)
+        One image of 28 x 28 pixels per row; 0 is background, 255 is ink.
+    train_labels, test_labels : uint8 arrays of shape (60000,) and (10000,)
+        The digits, 0 to 9.
+    """
+
+    name: str
+    train_images: Bytes
+    train_labels: Bytes
+    test_images: Bytes
+    test_labels: Bytes
+
+
+def print_notice(text: str) -> None:
+    """Print a line on standard error, which keeps it apart from a program's results."""
+    print(text, file=sys.stderr)
+
+
+def load_dataset(
+    name: str = "auto",
+    directory: str | os.PathLike[str] | None = None,
+    notify: Callable[[str], None] = print_notice,
+) -> Dataset:
+    """Load a dataset by name.
+
+    Parameters
+    ----------
+    name : str
+        ``"mnist"``, ``"digits28"``, or ``"auto"``: MNIST if it can be had, else digits28 with a notice.
+    directory : path, optional
+        Where MNIST's files are, see `load_mnist`.
+    notify : callable
+        Receives the notice, one line of text.
+
+    Returns
+    -------
+    Dataset
+
+    Raises
+    ------
+    DataError
+        If the name is unknown or MNIST cannot be loaded. Under ``"auto"`` the latter is an error only if
+        `directory` or the environment variable ``MNIST_DIR`` is given: whoever points at MNIST wants MNIST.
+    """
+    if name not in DATASETS:
+        raise DataError(f"Unknown dataset {name!r}: choose one of {', '.join(DATASETS)}")
+    if name == "digits28":
+        return load_digits28()
+    try:
+        return load_mnist(directory)
+    except DataError as error:
+        if name == "mnist" or _given_directory(directory):
+            raise
+        notify(f"Using digits28, a stand-in whose accuracies are not MNIST's. {error}")
+        return load_digits28()
+
+
+def load_mnist(directory: str | os.PathLike[str] | None = None) -> Dataset:
+    """Load MNIST from a directory or, if none is given, from the user's cache, downloading what it lacks.
+
+    Parameters
+    ----------
+    directory : path, optional
+        Where the four files are, plain or as ``.gz``, named as in ``train-images-idx3-ubyte`` or
+        ``train-images.idx3-ubyte``. Defaults to the environment variable ``MNIST_DIR``.
+
+    Returns
+    -------
+    Dataset
+
+    Raises
+    ------
+    DataError
+        If a file is missing or is not MNIST's, if no mirror delivers, or if the cache cannot be written.
+        A given directory that lacks a file is an error too; nothing is downloaded in its place.
+    """
+    source = _given_directory(directory)
+    if source is None:
+        source = cache_directory()
+        _download(source)
+    return Dataset("MNIST", *_read_pair(source, *FILES[:2]), *_read_pair(source, *FILES[2:]))
+
+
+def limited(dataset: Dataset, count: int | None) -> Dataset:
+    """Keep only the first `count` training images and their labels; None keeps all.
+
+    Parameters
+    ----------
+    dataset : Dataset
+    count : int, optional
+        From 1 to the number of training images.
+
+    Returns
+    -------
+    Dataset
+        Its training arrays are views of the given ones; the test images are all there.
+
+    Raises
+    ------
+    DataError
+        If there are not so many training images, or `count` is not positive.
+    """
+    if count is None:
+        return dataset
+    if not 1 <= count <= len(dataset.train_images):
+        available = len(dataset.train_images)
+        raise DataError(f"{dataset.name} cannot be limited to {count} training images: choose 1 to {available}")
+    return dataset._replace(train_images=dataset.train_images[:count], train_labels=dataset.train_labels[:count])
+
+
+def cache_directory() -> Path:
+    """Return the directory, by the platform's convention, that keeps this user's downloads and digits28."""
+    return Path(pooch.os_cache("vectorization-study"))
+
+
+def _given_directory(directory: str | os.PathLike[str] | None) -> Path | None:
+    given = directory or os.environ.get("MNIST_DIR")
+    return Path(given) if given else None
+
+
+def _download(cache: Path) -> None:
+    """Fetch the files that `cache` lacks or holds damaged; pooch stores only what passes its checksum."""
+    global _download_failure
+    if _download_failure:
+        raise DataError(_download_failure)
+    downloader = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), timeout=TIMEOUT)
+    failures = []
+    for mirror in MIRRORS:
+        try:
+            for file in FILES:
+                name = f"{file.name}.gz"
+                pooch.retrieve(mirror + name, f"md5:{file.md5_gzip}", name, cache, downloader=downloader)
+            return
+        except requests.HTTPError as error:
+            reason = str(error)
+        except requests.Timeout:
+            reason = "no answer in time"
+        except requests.exceptions.ChunkedEncodingError:
+            reason = "the connection broke off"
+        except requests.RequestException as error:
+            reason = type(error).__name__
+        except ValueError:
+            reason = "checksum mismatch"
+        except OSError as error:
+            raise DataError(
+                f"Cannot write to the cache directory {cache} ({error}). Make it writable,"
+                " or name a directory with MNIST's files by --data or MNIST_DIR"
+            ) from error
+        failures.append(f"{mirror} ({reason})")
+    _download_failure = (
+        f"MNIST could not be downloaded from {' or '.join(failures)}. Check the network,"
+        " name a directory with MNIST's files by --data or MNIST_DIR, or use --dataset digits28"
+    )
+    raise DataError(_download_failure)
+
+
+def _read_pair(directory: Path, images_file: File, labels_file: File) -> tuple[Bytes, Bytes]:
+    """Read and verify the images, as rows of pixels, and the labels that belong to them."""
+    images_path, images_payload = _read(directory, images_file)
+    labels_path, labels_payload = _read(directory, labels_file)
+    images = parse_idx(images_payload, 3, str(images_path))
+    labels = parse_idx(labels_payload, 1, str(labels_path))
+    if images.shape[1:] != (28, 28):
+        size = " x ".join(map(str, images.shape[1:]))
+        raise DataError(f"{images_path}: images of {size} pixels, not 28 x 28. {ADVICE}")
+    if len(images) != len(labels):
+        raise DataError(f"{labels_path}: {len(labels)} labels for {len(images)} images. {ADVICE}")
+    if labels.max() > 9:
+        raise DataError(f"{labels_path}: label {labels.max()} is outside 0-9. {ADVICE}")
+    for file, path, payload in (
+        (images_file, images_path, images_payload),
+        (labels_file, labels_path, labels_payload),
+    ):
+        if hashlib.sha256(payload).hexdigest() != file.sha256:
+            raise DataError(f"{path}: checksum mismatch, the content is not MNIST's. {ADVICE}")
+    return images.reshape(len(images), -1), labels
+
+
+def _read(directory: Path, file: File) -> tuple[Path, bytes]:
+    """Find a file under any of its usual names; return its path and its decompressed content."""
+    stems = file.name, file.name.replace("-idx", ".idx")
+    paths = [directory / (stem + suffix) for stem in stems for suffix in ("", ".gz")]
+    path = next((path for path in paths if os.path.isfile(path)), None)  # Path's own may raise OSError
+    if path is None:
+        raise DataError(
+            f"{directory}: {file.name} is missing or inaccessible, plain or as .gz."
+            f" Put the original from {MIRRORS[0]} there"
+        )
+    size = 4 + 4 * len(file.shape) + math.prod(file.shape)
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
+            payload = stream.read(size + 1)  # a few kilobytes of gzip can hold gigabytes
+    except EOFError as error:
+        raise DataError(f"{path}: truncated, the gzip stream breaks off. {ADVICE}") from error
+    except (OSError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read ({error}). {ADVICE}") from error
+    if len(payload) > size:
+        raise DataError(f"{path}: longer than MNIST's {size} bytes. {ADVICE}")
+    return path, payload
+
+
+def parse_idx(payload: bytes, ndim: int, source: str) -> Bytes:
+    """Interpret the content of an IDX file of unsigned bytes, without a copy.
+
+    Parameters
+    ----------
+    payload : bytes
+        The file: a magic number (two zero bytes, 8 for unsigned bytes, the number of dimensions), each
+        dimension as a big-endian 32-bit integer, then the elements in row-major order.
+    ndim : int
+        The number of dimensions to expect: 3 for images, 1 for labels.
+    source : str
+        What to call the file in an error.
+
+    Returns
+    -------
+    uint8 array with `ndim` dimensions
+        A read-only view of `payload`, not empty.
+
+    Raises
+    ------
+    DataError
+        If the magic number is wrong or the length is not what the dimensions ask for.
+    """
+    magic, header = bytes((0, 0, 8, ndim)), 4 + 4 * ndim
+    if payload[:4] != magic:
+        raise DataError(f"{source}: magic number {payload[:4].hex()} where {magic.hex()} belongs. {ADVICE}")
+    if len(payload) < header:
+        raise DataError(f"{source}: truncated inside its header of {header} bytes. {ADVICE}")
+    shape = struct.unpack_from(f">{ndim}I", payload, 4)
+    expected = header + math.prod(shape)  # Python's integers, so hostile dimensions cannot overflow
+    if expected == header:
+        raise DataError(f"{source}: no data, its dimensions are {shape}. {ADVICE}")
+    if len(payload) != expected:
+        kind = "truncated" if len(payload) < expected else "too long"
+        raise DataError(f"{source}: {kind}, {len(payload)} bytes where {expected} belong. {ADVICE}")
+    return np.frombuffer(payload, np.uint8, offset=header).reshape(shape)
+
+
+def load_digits28() -> Dataset:
+    """Load digits28, a stand-in that needs no network and has MNIST's shapes and about its sparsity.
+
+    The 1797 real handwritten digits of 8 x 8 pixels that come with scikit-learn are prepared as MNIST was
+    (scaled to 20 x 20 pixels, placed by their centre of mass in 28 x 28) and varied a little in position,
+    angle and size until there are 60,000 and 10,000. No original serves both training and test. The result
+    is always the same; it takes a few seconds to make and is kept in the user's cache if that can be written.
+
+    Returns
+    -------
+    Dataset
+    """
+    # The recipe's own text names the file, so that data made by another recipe is never mistaken for it.
+    recipe = inspect.getsource(_build_digits28) + inspect.getsource(_vary)
+    path = cache_directory() / f"digits28-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.npz"
+    try:
+        with path.open("rb") as stream, np.load(stream) as stored:
+            dataset = Dataset("digits28", *(stored[field] for field in Dataset._fields[1:]))
+    except Exception:  # missing, or damaged in whatever way: make it anew
+        dataset = _build_digits28()
+        with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
+            _store(dataset, path)
+    for array in dataset[1:]:
+        array.setflags(write=False)
+    return dataset
+
+
+def _store(dataset: Dataset, path: Path) -> None:
+    """Write the dataset as .npz, under its final name only once it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(f".{os.getpid()}")
+    try:
+        with scratch.open("wb") as stream:
+            np.savez(stream, **dataset._asdict())
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def _build_digits28() -> Dataset:
+    """Prepare scikit-learn's digits as MNIST's were, split them, and multiply each part by variation."""
+    from scipy import ndimage  # both here because MNIST does without them
+    from sklearn.datasets import load_digits
+
+    rng = np.random.default_rng(0)
+    digits = load_digits()
+    order = rng.permutation(len(digits.images))
+    originals = np.empty((len(order), 28, 28), np.float32)
+    for original, digit in zip(originals, digits.images[order], strict=True):
+        step = 8 / 20  # pixels of the 8 x 8 digit per pixel of its 20 x 20 box
+        offset = np.array(ndimage.center_of_mass(digit)) - 13.5 * step
+        ndimage.affine_transform(digit, [step, step], offset, output=original, output_shape=(28, 28))
+    originals = np.clip(originals * (255 / 16), 0, 255)  # the cubic spline overshoots
+    labels = digits.target[order].astype(np.uint8)
+    train = len(originals) * 6 // 7  # MNIST's ratio
+    return Dataset(
+        "digits28",
+        *_vary(originals[:train], labels[:train], 60_000, rng),
+        *_vary(originals[train:], labels[train:], 10_000, rng),
+    )
+
+
+def _vary(images: NDArray[np.float32], labels: Bytes, count: int, rng: np.random.Generator) -> tuple[Bytes, Bytes]:
+    """Return `count` copies in random order, each shifted, turned and scaled at random, as rows of pixels."""
+    from scipy import ndimage
+
+    picks = rng.permutation(count) % len(images)  # every original equally often
+    shifts = rng.uniform(-0.75, 0.75, (count, 2))
+    angles = np.radians(rng.uniform(-5, 5, count))
+    scales = rng.uniform(0.95, 1.05, count)
+    # Affine maps from the copy's coordinates to the original's, about the middle of the picture.
+    turns = np.array([[np.cos(angles), -np.sin(angles)], [np.sin(angles), np.cos(angles)]]) / scales
+    turns = turns.transpose(2, 0, 1)
+    offsets = 13.5 - (turns @ (13.5 + shifts)[:, :, None])[:, :, 0]
+    copies = np.empty((count, 28, 28), np.uint8)
+    for copy, pick, turn, offset in zip(copies, picks, turns, offsets, strict=True):
+        ndimage.affine_transform(images[pick], turn, offset, output=copy, order=1)
+    # MNIST's strokes are saturated and its background is empty, but interpolation leaves everything grey.
+    contrast = np.clip((np.arange(256) - 64) * 2, 0, 255).astype(np.uint8)
+    return contrast[copies].reshape(count, -1), labels[picks]

@@ -1,0 +1,111 @@
+"""What a run leaves behind: tables on the terminal, JSON files, and the environment it ran in."""
+
+import importlib.metadata
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import cpuinfo
+from rich.box import SIMPLE
+from rich.table import Table
+from threadpoolctl import threadpool_info
+
+from kernels.backend import Backend
+from model.reproduction import PUBLISHED
+from model.trainer import History, available_cores
+
+PACKAGES = ("numpy", "scipy", "numba", "llvmlite", "scikit-learn", "torch", "jax")
+TABLE_ROWS = 10
+
+
+def history_table(history: History, title: str) -> Table:
+    """The history in about ten rows: the first epoch, evenly spaced ones, the last."""
+    table = Table("epoch", "loss", "train accuracy", "test accuracy", "seconds", title=title, box=SIMPLE)
+    for column in table.columns:
+        column.justify = "right"
+    evaluated = [epoch for epoch in history.epochs if epoch.test_accuracy is not None]
+    shown = evaluated[:1] + evaluated[::-1][:: -(-len(evaluated) // TABLE_ROWS)][::-1]
+    for epoch in dict.fromkeys(shown):
+        table.add_row(
+            f"{epoch.epoch}",
+            f"{epoch.loss:.4f}",
+            f"{epoch.train_accuracy:.2%}",
+            f"{epoch.test_accuracy:.2%}",
+            f"{epoch.seconds:.3f}",
+        )
+    return table
+
+
+def comparison_table(histories: dict[str, History], dataset_name: str) -> Table:
+    """The published accuracies beside those of each backend, in percent, with differences in points."""
+    table = Table("epoch", *map(str, PUBLISHED), title=f"Accuracy on {dataset_name} (%)", box=SIMPLE)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for index, kind in enumerate(("train", "test")):
+        published = [accuracies[index] for accuracies in PUBLISHED.values()]
+        table.add_row(f"{kind}, published", *(f"{accuracy:.2f}" for accuracy in published))
+        for name, history in histories.items():
+            ours = 100 * history.accuracies(kind)[[epoch - 1 for epoch in PUBLISHED]]
+            last = name == list(histories)[-1]
+            table.add_row(f"  {name}", *(f"{accuracy:.2f}" for accuracy in ours))
+            table.add_row("    difference", *(f"{x - y:+.2f}" for x, y in zip(ours, published)), end_section=last)
+    return table
+
+
+def run_report(history: History, backend: Backend, config: dict[str, Any]) -> dict[str, Any]:
+    """Everything about a run as plain data, for `write_json`."""
+    return {
+        "config": config,
+        "environment": environment(),
+        "prepare_seconds": history.prepare_seconds,
+        "compile_seconds": backend.compile_seconds,
+        "history": [epoch._asdict() for epoch in history.epochs],
+    }
+
+
+def environment() -> dict[str, Any]:
+    """CPU, cores, caches in bytes, Python, BLAS, and the versions of the packages that are installed."""
+    cpu = cpuinfo.get_cpu_info()
+    blas = [library for library in threadpool_info() if library["user_api"] == "blas"]
+    return {
+        "cpu": cpu.get("brand_raw", platform.processor()),
+        "cores": available_cores(),
+        "l2_cache_bytes": cpu.get("l2_cache_size"),
+        "l3_cache_bytes": cpu.get("l3_cache_size"),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "blas": [
+            f"{library['internal_api']} {library['version']} {library.get('architecture', '')}" for library in blas
+        ],
+        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+    }
+
+
+def check_writable(file: Path) -> None:
+    """Raise an OSError, before any work is done, if `file` could not be written at its end."""
+    folder = file.absolute().parent
+    if not folder.is_dir():
+        raise OSError(f"cannot write {file}: there is no folder {folder}; create it first")
+    if file.is_dir():
+        raise OSError(f"cannot write {file}: it is a folder; name a file")
+    if not os.access(folder, os.W_OK):
+        raise OSError(f"cannot write {file}: no permission to write in {folder}")
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Write `content` beside `file` and rename it, so that no half-written file is ever seen."""
+    beside = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        beside.write_text(json.dumps(content, indent=1) + "\n")
+        beside.replace(file)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,281 @@
+"""Gradient descent on shards of the data: the same bits on any number of threads.
+
+The gradient over a batch is a sum over **chunks** of at most 512 images, whose activations stay in a core's
+cache. Chunks belong to at most 32 **shards**, contiguous ranges of the batch that depend on its size alone. A shard
+adds its chunks in order, and the shards are added in a fixed binary tree, so threads change who computes a sum, never
+the order of its additions.
+"""
+
+import itertools
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
+
+from kernels.backend import Backend
+from model.data import Dataset
+from model.mlp import MLP
+
+CHUNK = 512
+SHARDS = 32
+
+
+class TrainingError(Exception):
+    """Training cannot go on; the message says why and what to try."""
+
+
+class Epoch(NamedTuple):
+    """One line of the history."""
+
+    epoch: int
+    loss: float
+    """Mean cross-entropy over the training images, from the forward passes of the epoch: before its updates."""
+    train_accuracy: float
+    """From the same forward passes, 0 to 1."""
+    test_accuracy: float | None
+    """After the epoch's last update; None where not evaluated."""
+    seconds: float
+    """Forward, backward and update (with mini-batches, also shuffling and preparing); no evaluation."""
+
+
+@dataclass
+class History:
+    """What a training run recorded."""
+
+    prepare_seconds: float = 0.0
+    epochs: list[Epoch] = field(default_factory=list)
+
+    def accuracies(self, kind: str) -> NDArray[np.float64]:
+        """One per epoch, "train" or "test"; NaN where the epoch was not evaluated."""
+        return np.array([getattr(epoch, f"{kind}_accuracy") for epoch in self.epochs], np.float64)
+
+
+class Sums(NamedTuple):
+    """Loss, correct count and gradient, summed over some images."""
+
+    loss: float
+    correct: int
+    gradient: list[NDArray]
+
+
+class Shards:
+    """Images and labels, prepared for a backend in shards of chunks.
+
+    Parameters
+    ----------
+    run
+        Applies a function to each item of a list on some threads and yields the results in order.
+    backend
+        The kernels to use.
+    images, labels
+        uint8 (n, pixels) and integers (n,).
+    dtype
+        float32 or float64.
+    """
+
+    def __init__(self, run: Callable, backend: Backend, images: NDArray, labels: NDArray, dtype: np.dtype) -> None:
+        self.run = run
+        self.backend = backend
+        self.count = len(images)
+
+        def prepare(shard: range) -> list[tuple[Any, NDArray]]:
+            chunks = [slice(start, min(start + CHUNK, shard.stop)) for start in shard[::CHUNK]]
+            return [(backend.prepare(images[chunk], dtype), labels[chunk]) for chunk in chunks]
+
+        self.shards = list(run(prepare, shard_ranges(self.count)))
+
+    def gradient(self, mlp: MLP, on_images: Callable[[int], None] = lambda images: None) -> Sums:
+        """Sums over all images; calls `on_images` with the size of each finished shard."""
+        parts = []
+        for shard, sums in zip(self.shards, self.run(lambda shard: self._shard_gradient(mlp, shard), self.shards)):
+            parts.append(sums)
+            on_images(sum(len(labels) for _, labels in shard))
+        while len(parts) > 1:
+            odd = parts[len(parts) & ~1 :]
+            parts = [*self.run(_add, list(zip(parts[::2], parts[1::2]))), *odd]
+        return parts[0]
+
+    def evaluate(self, mlp: MLP) -> tuple[float, float]:
+        """Mean loss and accuracy over all images."""
+        sums = list(self.run(lambda shard: self._shard_loss(mlp, shard), self.shards))
+        return sum(loss for loss, _ in sums) / self.count, sum(correct for _, correct in sums) / self.count
+
+    def _shard_gradient(self, mlp: MLP, shard: list[tuple[Any, NDArray]]) -> Sums:
+        with np.errstate(all="ignore"):  # a diverging run ends with one clear error instead of warnings
+            parts = (Sums(*mlp.gradients(self.backend, x, labels)) for x, labels in shard)
+            total = next(parts)
+            for part in parts:
+                total = _add((total, part))
+        return total
+
+    def _shard_loss(self, mlp: MLP, shard: list[tuple[Any, NDArray]]) -> tuple[float, int]:
+        loss, correct = 0.0, 0
+        with np.errstate(all="ignore"):
+            for x, labels in shard:
+                _, logits = mlp.forward(self.backend, x)
+                chunk_loss, chunk_correct, _ = self.backend.softmax_grad(logits, labels)
+                loss, correct = loss + chunk_loss, correct + chunk_correct
+        return loss, correct
+
+
+def train(
+    mlp: MLP,
+    backend: Backend,
+    dataset: Dataset,
+    *,
+    epochs: int = 250,
+    learning_rate: float = 0.3,
+    batch_size: int | None = None,
+    seed: int = 0,
+    threads: int | None = None,
+    eval_every: int = 1,
+    on_images: Callable[[int], None] = lambda images: None,
+    on_epoch: Callable[[Epoch], None] = lambda epoch: None,
+) -> History:
+    """Train `mlp` in place by gradient descent.
+
+    Parameters
+    ----------
+    mlp, backend, dataset
+        The network, the kernels, the images.
+    epochs
+        Passes over the training images.
+    learning_rate
+        Length of a step as a multiple of the mean gradient.
+    batch_size
+        Images per step, reshuffled each epoch; None takes all at once, in their own order.
+    seed
+        Seed of the shuffling.
+    threads
+        Threads that share the shards; None takes one per available core. Changes the time, not one bit of the result.
+    eval_every
+        Measure the test accuracy after every so many epochs, and after the last.
+    on_images
+        Called in the caller's thread with the number of images that have passed since its last call.
+    on_epoch
+        Called in the caller's thread with each finished epoch.
+
+    Returns
+    -------
+    History
+        One entry per epoch, and the seconds that preparing the images took.
+
+    Raises
+    ------
+    ValueError
+        If an option is out of range.
+    TrainingError
+        If the loss is not finite.
+    """
+    images, labels = dataset.train_images, dataset.train_labels
+    _check_options(len(images), epochs, learning_rate, batch_size, threads, eval_every)
+    rng = np.random.default_rng(seed)
+    history = History()
+    with thread_pool(threads or available_cores()) as run:
+        start = time.perf_counter()
+        test = Shards(run, backend, dataset.test_images, dataset.test_labels, mlp.dtype)
+        full_batch = [] if batch_size else [Shards(run, backend, images, labels, mlp.dtype)]
+        history.prepare_seconds = time.perf_counter() - start
+        for epoch in range(1, epochs + 1):
+            loss, correct, start = 0.0, 0, time.perf_counter()
+            for batch in full_batch or _mini_batches(run, backend, images, labels, mlp.dtype, batch_size or 1, rng):
+                sums = batch.gradient(mlp, on_images)
+                for parameter, gradient in zip(mlp.parameters, sums.gradient):
+                    gradient *= learning_rate / batch.count
+                    parameter -= gradient
+                loss, correct = loss + sums.loss, correct + sums.correct
+            seconds = time.perf_counter() - start
+            _check_loss(loss, epoch, learning_rate)
+            test_accuracy = None
+            if epoch % eval_every == 0 or epoch == epochs:
+                test_loss, test_accuracy = test.evaluate(mlp)
+                _check_loss(test_loss, epoch, learning_rate)
+            record = Epoch(epoch, loss / len(images), correct / len(images), test_accuracy, seconds)
+            history.epochs.append(record)
+            on_epoch(record)
+    return history
+
+
+@contextmanager
+def thread_pool(threads: int) -> Iterator[Callable]:
+    """A function that maps another over a list on plain threads, in order, each with its BLAS held to one thread.
+
+    When an exception, such as Ctrl-C, leaves the block, the work not yet begun is dropped.
+    """
+    with threadpool_limits(1, user_api="blas"):
+        pool = ThreadPoolExecutor(threads)
+        try:
+            yield (lambda function, items: pool.map(function, items) if len(items) > 1 else map(function, items))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def available_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def shard_ranges(count: int) -> list[range]:
+    """At most 32 contiguous, even ranges of `count` images, fewer where a chunk would not be filled."""
+    shards = min(SHARDS, math.ceil(count / CHUNK))
+    bounds = [count * shard // shards for shard in range(shards + 1)]
+    return [range(start, stop) for start, stop in itertools.pairwise(bounds)]
+
+
+def _mini_batches(
+    run: Callable,
+    backend: Backend,
+    images: NDArray,
+    labels: NDArray,
+    dtype: np.dtype,
+    batch_size: int,
+    rng: np.random.Generator,
+) -> Iterator[Shards]:
+    """The images in random order, `batch_size` at a time; the last batch takes what is left."""
+    order = rng.permutation(len(images))
+    for start in range(0, len(images), batch_size):
+        batch = order[start : start + batch_size]
+        yield Shards(run, backend, images[batch], labels[batch], dtype)
+
+
+def _add(pair: tuple[Sums, Sums]) -> Sums:
+    """The sum of both, in the buffers of the first."""
+    first, second = pair
+    for total, part in zip(first.gradient, second.gradient):
+        total += part
+    return Sums(first.loss + second.loss, first.correct + second.correct, first.gradient)
+
+
+def _check_options(
+    images: int,
+    epochs: int,
+    learning_rate: float,
+    batch_size: int | None,
+    threads: int | None,
+    eval_every: int,
+) -> None:
+    if images == 0:
+        raise ValueError("there are no training images")
+    if epochs < 1 or eval_every < 1:
+        raise ValueError(f"epochs and eval_every must be at least 1, not {epochs} and {eval_every}")
+    if not (math.isfinite(learning_rate) and learning_rate > 0):
+        raise ValueError(f"learning_rate must be positive and finite, not {learning_rate}")
+    if batch_size is not None and not 1 <= batch_size <= images:
+        raise ValueError(f"batch_size must be from 1 to {images}, the number of training images, not {batch_size}")
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads must be at least 1, not {threads}")
+
+
+def _check_loss(loss: float, epoch: int, learning_rate: float) -> None:
+    if not math.isfinite(loss):
+        raise TrainingError(
+            f"the loss became {loss} in epoch {epoch} with learning rate {learning_rate:g}: try a smaller learning rate"
+        )

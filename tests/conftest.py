@@ -1,0 +1,40 @@
+"""Data for the tests: MNIST where ``MNIST_DIR`` names it, and digits28 always."""
+
+import os
+
+import pytest
+
+from model.data import load_digits28, load_mnist
+
+DATASETS = ["digits28"]
+if os.environ.get("MNIST_DIR") or os.environ.get("REQUIRE_MNIST"):
+    DATASETS.append("mnist")
+
+
+@pytest.fixture(scope="session")
+def mnist():
+    """MNIST; skips where MNIST_DIR is not set, fails if REQUIRE_MNIST is."""
+    if not os.environ.get("MNIST_DIR"):
+        if os.environ.get("REQUIRE_MNIST"):
+            pytest.fail("REQUIRE_MNIST is set, but MNIST_DIR does not name the folder with the four MNIST files")
+        pytest.skip("MNIST_DIR is not set")
+    return load_mnist()
+
+
+@pytest.fixture(scope="session")
+def digits28():
+    """The offline stand-in."""
+    return load_digits28()
+
+
+def pytest_collection_modifyitems(items):
+    """Pure Python trains in a process of its own meanwhile: what waits for it comes last."""
+    items.sort(key=lambda item: "test_mini_batch_accuracy[naive" in item.name)
+
+
+def pytest_terminal_summary(terminalreporter):
+    skipped = [report for report in terminalreporter.stats.get("skipped", []) if "MNIST_DIR" in str(report.longrepr)]
+    if skipped:
+        terminalreporter.write_line(
+            f"{len(skipped)} checks against MNIST skipped: set MNIST_DIR to the folder with its four files to run them"
+        )

@@ -1,0 +1,179 @@
+"""The training loop: equal bits on any number of threads, equal trajectories on every backend, clear errors."""
+
+import numpy as np
+import pytest
+
+from kernels import get_backend
+from kernels.numpy_backend import NumpyBackend
+from model.data import Dataset
+from model.mlp import MLP
+from model.trainer import CHUNK, SHARDS, Shards, TrainingError, shard_ranges, thread_pool, train
+
+SMALL = (25, 6, 10)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """Images of 5 × 5 pixels that can be told apart, 2,600 to train on: six shards, and uneven ones."""
+    rng = np.random.default_rng(0)
+    patterns = rng.integers(0, 256, (10, 25)) * (rng.random((10, 25)) < 0.5)
+    labels = rng.integers(0, 10, 2700).astype(np.uint8)
+    images = np.clip(patterns[labels] * rng.uniform(0.7, 1.0, (2700, 25)), 0, 255).astype(np.uint8)
+    return Dataset("tiny", images[:2600], labels[:2600], images[2600:], labels[2600:])
+
+
+def trained(backend, dataset, layer_sizes=SMALL, dtype=np.float32, **options):
+    mlp = MLP(layer_sizes, dtype=dtype)
+    history = train(mlp, backend, dataset, **{"epochs": 2, **options})
+    return mlp.parameters, history
+
+
+def results(history):
+    return [epoch._replace(seconds=0) for epoch in history.epochs]
+
+
+@pytest.mark.parametrize("batch_size", [None, 1100, 7])
+def test_same_bits_on_any_number_of_threads(backend, tiny, batch_size):
+    if batch_size == 7:
+        tiny = tiny._replace(train_images=tiny.train_images[:100], train_labels=tiny.train_labels[:100])
+    parameters, history = trained(backend, tiny, threads=1, batch_size=batch_size)
+    for threads in (2, 3, 8, 2):
+        others, other_history = trained(backend, tiny, threads=threads, batch_size=batch_size)
+        for ours, theirs in zip(parameters, others):
+            np.testing.assert_array_equal(ours, theirs, strict=True)
+        assert results(history) == results(other_history)
+
+
+@pytest.mark.slow
+def test_same_bits_on_whole_data(full_batch_backend, digits28):
+    runs = [trained(full_batch_backend, digits28, (784, 128, 10), threads=threads)[0] for threads in (1, 2, 3, 8)]
+    for parameters in runs[1:]:
+        for ours, theirs in zip(runs[0], parameters):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("batch_size", [None, 8])
+def test_trajectories_agree(backend, digits28, batch_size):
+    """Ten steps in float64 on real images, from the same start, over the same batches.
+
+    A step adds some hundred roundings to parameters of size 0.02 (u is 1.1e-16), and ten steps at this rate do not
+    amplify them tenfold: 1e-14 is a bound, while a wrong term, a stale buffer or a swapped batch moves them by 1e-4.
+    """
+    dataset = digits28._replace(train_images=digits28.train_images[:80:2], train_labels=digits28.train_labels[:80:2])
+    dataset = dataset._replace(test_images=digits28.test_images[:5], test_labels=digits28.test_labels[:5])
+
+    def trajectory(kernels):
+        mlp, steps = MLP((784, 16, 10), dtype=np.float64), []
+        train(
+            mlp,
+            kernels,
+            dataset,
+            epochs=10 if batch_size is None else 2,
+            batch_size=batch_size,
+            on_images=lambda _: steps.append([parameter.copy() for parameter in mlp.parameters]),
+        )
+        return [*steps, mlp.parameters]
+
+    expected_steps, steps = trajectory(get_backend("numpy")), trajectory(backend)
+    assert len(expected_steps) == len(steps) == 11
+    for expected, actual in zip(expected_steps, steps):
+        for theirs, ours in zip(expected, actual):
+            assert ours.dtype == np.float64
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-14)
+
+
+def test_training_learns(backend, tiny):
+    _, history = trained(backend, tiny, epochs=5, batch_size=20, learning_rate=0.1)
+    assert history.epochs[-1].test_accuracy > 0.95
+    assert history.epochs[-1].loss < history.epochs[0].loss
+    assert all(epoch.seconds > 0 for epoch in history.epochs)
+
+
+def test_full_batch_is_one_mini_batch_of_everything(tiny):
+    """In another order of addition: float32 roundings of sums over 2,600 images."""
+    whole, _ = trained(NumpyBackend(), tiny)
+    shuffled, _ = trained(NumpyBackend(), tiny, batch_size=2600)
+    for ours, theirs in zip(whole, shuffled):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)
+
+
+def test_history(tiny):
+    seen, epochs = [], []
+    _, history = trained(
+        NumpyBackend(),
+        tiny,
+        epochs=5,
+        eval_every=2,
+        batch_size=1000,
+        on_images=seen.append,
+        on_epoch=epochs.append,
+    )
+    assert history.epochs == epochs
+    assert [epoch.epoch for epoch in epochs] == [1, 2, 3, 4, 5]
+    assert [epoch.test_accuracy is not None for epoch in epochs] == [False, True, False, True, True]
+    assert sum(seen) == 5 * 2600
+
+
+def test_train_accuracy_is_measured_before_the_update(tiny):
+    mlp = MLP(SMALL)
+    before = mlp.predict(NumpyBackend(), tiny.train_images)
+    (epoch,) = train(mlp, NumpyBackend(), tiny, epochs=1).epochs
+    assert epoch.train_accuracy == np.mean(before == tiny.train_labels)
+    assert epoch.test_accuracy == np.mean(mlp.predict(NumpyBackend(), tiny.test_images) == tiny.test_labels)
+
+
+def test_shuffling_depends_on_the_seed(tiny):
+    runs = [trained(NumpyBackend(), tiny, batch_size=100, seed=seed)[0] for seed in (0, 0, 1)]
+    np.testing.assert_array_equal(runs[0][0], runs[1][0])
+    assert not np.array_equal(runs[0][0], runs[2][0])
+
+
+@pytest.mark.parametrize("count", [1, 2, 511, 512, 513, 10_000, 16_384, 16_385, 60_000, 480_001])
+def test_shards_cover_everything_once(count):
+    ranges = shard_ranges(count)
+    assert [index for part in ranges for index in part] == list(range(count))
+    assert len(ranges) == min(SHARDS, -(-count // CHUNK))
+    assert max(map(len, ranges)) - min(map(len, ranges)) <= 1
+
+
+def test_gradient_of_shards_is_the_sum(tiny):
+    mlp = MLP(SMALL, dtype=np.float64)
+    with thread_pool(3) as run:
+        sums = Shards(run, NumpyBackend(), tiny.train_images, tiny.train_labels, mlp.dtype).gradient(mlp)
+    x = NumpyBackend().prepare(tiny.train_images, np.float64)
+    loss, correct, gradient = mlp.gradients(NumpyBackend(), x, tiny.train_labels)
+    assert (sums.loss, sums.correct) == (pytest.approx(loss, rel=1e-13), correct)
+    for ours, theirs in zip(sums.gradient, gradient):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-12 * np.abs(theirs).max())
+
+
+@pytest.mark.parametrize("options", [{"learning_rate": 1e30}, {"learning_rate": 1e30, "epochs": 1}])
+def test_a_loss_that_is_not_finite_stops_training(backend, tiny, options):
+    with pytest.raises(TrainingError, match=r"in epoch \d with learning rate 1e\+30: try a smaller learning rate"):
+        trained(backend, tiny, **{"epochs": 9, **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epochs": 0}, "epochs .* must be at least 1, not 0"),
+        ({"eval_every": 0}, "eval_every must be at least 1"),
+        ({"learning_rate": 0.0}, "learning_rate must be positive and finite, not 0.0"),
+        ({"learning_rate": float("nan")}, "not nan"),
+        ({"batch_size": 0}, "batch_size must be from 1 to 2600, .* not 0"),
+        ({"batch_size": 2601}, "not 2601"),
+        ({"threads": 0}, "threads must be at least 1, not 0"),
+    ],
+)
+def test_wrong_options(tiny, options, message):
+    with pytest.raises(ValueError, match=message):
+        trained(NumpyBackend(), tiny, **options)
+
+
+def test_an_error_in_a_worker_reaches_the_caller(tiny):
+    class Broken(NumpyBackend):
+        def _relu(self, z):
+            raise RuntimeError("broken kernel")
+
+    with pytest.raises(RuntimeError, match="broken kernel"):
+        trained(Broken(), tiny, threads=2)
