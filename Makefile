@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help bench test lint constraints clean
+.PHONY: help bench test results lint constraints clean
 
 help:  ## Show this help
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -13,6 +13,11 @@ bench: $(READY)  ## Measure every backend and draw the plots into bench/output/ 
 
 test: $(READY)  ## Run all tests (set MNIST_DIR to include those on MNIST)
 	$(BIN)/python -m pytest tests/ $(ARGS)
+
+results: $(READY)  ## Measure and draw everything in bench/results/ and the README again (needs MNIST; half an hour)
+	$(BIN)/python -m pytest bench/ --benchmark-only --dataset mnist --output bench/results
+	$(BIN)/python -m model reproduce --dataset mnist --output bench/results
+	$(BIN)/python -m bench.tables
 
 lint: $(READY)  ## Check style and types
 	$(BIN)/ruff check

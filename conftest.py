@@ -12,7 +12,6 @@ def pytest_addoption(parser):
         metavar="NAME",
         help="test or measure only this backend; may be repeated (default: every one)",
     )
-    parser.addoption("--quick", action="store_true", help="benchmarks: smaller data, shorter rounds; a minute in all")
 
 
 def pytest_configure(config):

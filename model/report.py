@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import cpuinfo
-from rich.box import SIMPLE
+from rich.box import SIMPLE, Box
 from rich.table import Table
 from threadpoolctl import threadpool_info
 
@@ -38,9 +38,9 @@ def history_table(history: History, title: str) -> Table:
     return table
 
 
-def comparison_table(histories: dict[str, History], dataset_name: str) -> Table:
+def comparison_table(histories: dict[str, History], dataset_name: str, box: Box = SIMPLE) -> Table:
     """The published accuracies beside those of each backend, in percent, with differences in points."""
-    table = Table("epoch", *map(str, PUBLISHED), title=f"Accuracy on {dataset_name} (%)", box=SIMPLE)
+    table = Table("epoch", *map(str, PUBLISHED), title=f"Accuracy on {dataset_name} (%)", box=box)
     for column in table.columns[1:]:
         column.justify = "right"
     for index, kind in enumerate(("train", "test")):

@@ -187,10 +187,7 @@ def train(
         for epoch in range(1, epochs + 1):
             loss, correct, start = 0.0, 0, time.perf_counter()
             for batch in full_batch or _mini_batches(run, backend, images, labels, mlp.dtype, batch_size or 1, rng):
-                sums = batch.gradient(mlp, on_images)
-                for parameter, gradient in zip(mlp.parameters, sums.gradient):
-                    gradient *= learning_rate / batch.count
-                    parameter -= gradient
+                sums = descend(mlp, batch, learning_rate, on_images)
                 loss, correct = loss + sums.loss, correct + sums.correct
             seconds = time.perf_counter() - start
             _check_loss(loss, epoch, learning_rate)
@@ -202,6 +199,16 @@ def train(
             history.epochs.append(record)
             on_epoch(record)
     return history
+
+
+def descend(
+    mlp: MLP, batch: Shards, learning_rate: float, on_images: Callable[[int], None] = lambda images: None
+) -> Sums:
+    """One step of gradient descent on the mean loss over `batch`; returns its sums from before the step."""
+    sums = batch.gradient(mlp, on_images)
+    for parameter, gradient in zip(mlp.parameters, sums.gradient):
+        parameter -= gradient * (learning_rate / batch.count)
+    return sums
 
 
 @contextmanager

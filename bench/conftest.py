@@ -1,0 +1,77 @@
+"""Options and data of the benchmarks; afterwards their results are written and drawn."""
+
+import os
+from pathlib import Path
+
+import pytest
+from threadpoolctl import threadpool_limits
+
+from model.data import limited, load_dataset
+from model.report import environment
+from model.trainer import available_cores
+
+RESULTS = "results.json"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--quick", action="store_true", help="fewer images and rounds: a minute in all, only to try it")
+    parser.addoption("--dataset", default="auto", help="mnist, digits28 or auto, as in python -m model train")
+    parser.addoption(
+        "--output", type=Path, default=Path(__file__).parent / "output", help="folder for results and plots"
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config):
+    option = config.option
+    if not (option.collectonly or option.benchmark_disable or option.benchmark_json):
+        option.output.mkdir(parents=True, exist_ok=True)
+        option.benchmark_json = str(option.output / RESULTS)
+
+
+def pytest_benchmark_update_machine_info(machine_info):
+    machine_info.clear()
+    machine_info.update(environment())
+
+
+def pytest_benchmark_update_json(config, output_json):
+    output_json["quick"] = config.option.quick
+    for result in output_json["benchmarks"]:
+        info = result["extra_info"]
+        info["gflop_per_second"] = info["flop"] / result["stats"]["median"] / 1e9
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    file = config.option.benchmark_json
+    if file and config._benchmarksession.benchmarks:
+        from bench.plots import draw_all  # matplotlib takes a second to import
+
+        figures = draw_all(Path(file), Path(file).parent)
+        names = ", ".join(figure.name for figure in figures)
+        terminalreporter.write_line(f"Results and plots: {os.path.relpath(file)}, {names}")
+
+
+@pytest.fixture(scope="session")
+def quick(request):
+    """Whether to be done in a minute, only to see that everything works."""
+    return request.config.option.quick
+
+
+@pytest.fixture(scope="session")
+def dataset(request, quick):
+    """The images to measure on; a tenth of them if `quick`."""
+    whole = load_dataset(request.config.option.dataset)
+    return limited(whole, 6_000) if quick else whole
+
+
+@pytest.fixture
+def one_thread():
+    """BLAS held to one thread: kernels are measured as the training threads call them."""
+    with threadpool_limits(1, user_api="blas"):
+        yield
+
+
+@pytest.fixture(scope="session")
+def threads():
+    """All cores."""
+    return available_cores()

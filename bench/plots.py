@@ -1,0 +1,210 @@
+"""Results to figures: ``python -m bench.plots results.json folder``."""
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from scipy.stats import bootstrap
+
+from kernels import backend_names
+from model.figures import BOUND_COLOUR, colour, figure_file
+
+
+class Timing(NamedTuple):
+    """What was measured, and the median seconds of its rounds with a 95 % confidence interval."""
+
+    info: dict[str, Any]
+    seconds: float
+    low: float
+    high: float
+
+    @property
+    def gflop_per_second(self) -> float:
+        """Floating-point operations of the dense form per second, in 10⁹."""
+        return self.info["flop"] / self.seconds / 1e9
+
+
+class Results(NamedTuple):
+    """A run of the benchmarks."""
+
+    kernels: dict[str, dict[str, Timing]]
+    """By kernel and backend, on one thread."""
+    epochs: dict[str, Timing]
+    """By backend, on all threads; of pure Python, scaled up from the images that it measured."""
+    peak: dict[int, float]
+    """BLAS at 2048³ in GFLOP/s, by number of threads."""
+    dataset: str
+    threads: int
+    small_print: str
+
+    @property
+    def dense_floor(self) -> float:
+        """Seconds that the two big products of an epoch take at BLAS's best rate."""
+        info = next(iter(self.epochs.values())).info
+        return info["flop_of_big_products"] / self.peak[self.threads] / 1e9
+
+
+def load(file: Path) -> Results:
+    """Read the JSON that the benchmarks wrote."""
+    content = json.loads(file.read_text())
+    kernels: dict[str, dict[str, Timing]] = {}
+    epochs: dict[str, Timing] = {}
+    peak: dict[int, float] = {}
+    dataset, threads = "", 1
+    for benchmark in content["benchmarks"]:
+        info = benchmark["extra_info"]
+        if "kernel" in info:
+            kernels.setdefault(info["kernel"], {})[info["backend"]] = _timing(benchmark)
+        elif "images" in info:
+            factor = (info["extrapolated_to"] or info["images"]) / info["images"]
+            epochs[info["backend"]] = _timing(benchmark, factor)
+        else:
+            peak[info["threads"]] = _timing(benchmark).gflop_per_second
+        dataset, threads = info.get("dataset", dataset), max(threads, info["threads"])
+    return Results(kernels, epochs, peak, dataset, threads, _small_print(content, dataset, threads))
+
+
+def _timing(benchmark: dict[str, Any], factor: float = 1.0) -> Timing:
+    seconds = factor * np.array(benchmark["stats"]["data"])
+    median = float(np.median(seconds))
+    if len(seconds) == 1:
+        return Timing(benchmark["extra_info"], median, median, median)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # equal rounds have no distribution to resample
+        interval = bootstrap(
+            (seconds,), np.median, confidence_level=0.95, n_resamples=2000, method="percentile", rng=0
+        ).confidence_interval
+    return Timing(benchmark["extra_info"], median, interval.low, interval.high)
+
+
+def _small_print(content: dict[str, Any], dataset: str, threads: int) -> str:
+    machine = content["machine_info"]
+    packages = machine["packages"]
+    versions = ", ".join(f"{name} {packages[name]}" for name in ("numpy", "numba", "llvmlite") if name in packages)
+    quick = "QUICK RUN, not for quoting. " if content["quick"] else ""
+    return (
+        f"{quick}{dataset}; {machine['cpu']}, {threads} threads; float32; medians with 95 % intervals\n"
+        f"Python {machine['python']}, {versions}, {', '.join(machine['blas'])}; {content['datetime'][:10]}"
+    )
+
+
+def draw_all(file: Path, folder: Path) -> list[Path]:
+    """Draw every figure that `file` has results for into `folder`; return the files drawn."""
+    results = load(file)
+    drawn = []
+    if results.epochs and results.peak:
+        drawn.append(folder / "training.png")
+        draw_training(results, drawn[-1])
+    if results.kernels and results.peak:
+        drawn.append(folder / "kernels.png")
+        draw_kernels(results, drawn[-1])
+    return drawn
+
+
+def draw_training(results: Results, file: Path) -> None:
+    """Seconds per epoch of each backend, against the dense floor."""
+    epochs = {name: results.epochs[name] for name in ordered(results.epochs)}
+    with figure_file(file, figsize=(8, 1.7 + 0.45 * len(epochs))) as figure:
+        axes = figure.subplots()
+        for row, (name, epoch) in enumerate(epochs.items()):
+            extrapolated = epoch.info["extrapolated_to"]
+            axes.barh(row, epoch.seconds, color=colour(name), hatch="//" if extrapolated else None, edgecolor="white")
+            axes.plot([epoch.low, epoch.high], [row, row], color="black", linewidth=1.5)
+            note = f"  extrapolated from {epoch.info['images']} images" if extrapolated else ""
+            _label(axes, f"{_seconds(epoch.seconds)}{note}", epoch.high, row)
+        axes.set(xscale="log", xlabel="seconds per epoch (log scale)", yticks=range(len(epochs)))
+        axes.set(ylim=(len(epochs) - 0.4, -1.1))
+        axes.set_yticklabels(epochs)
+        times = [epoch.seconds for epoch in epochs.values()]
+        axes.set_xlim(min(times) / 5, max(times) * 50)
+        floor = _seconds(results.dense_floor)
+        _bound(axes, results.dense_floor, f"dense floor: {floor}, the two big products at BLAS's best rate", -0.75)
+        axes.set_title(_training_title(epochs))
+        _print_small(figure, results)
+
+
+def draw_kernels(results: Results, file: Path) -> None:
+    """Throughput of each kernel on each backend, on one thread."""
+    names = ordered({name for timings in results.kernels.values() for name in timings})
+    height = 0.8 / len(names)
+    with figure_file(file, figsize=(8, 1.5 + 0.2 * len(names) * len(results.kernels))) as figure:
+        axes = figure.subplots()
+        for row, timings in enumerate(results.kernels.values()):
+            for order, name in enumerate(name for name in names if name in timings):
+                rate = timings[name].gflop_per_second
+                y = row + (order - (len(names) - 1) / 2) * height
+                axes.barh(y, rate, height, color=colour(name), label=name if row == 0 else None)
+                _label(axes, f"{rate:.3g}", rate, y, fontsize=7)
+        axes.set(xscale="log", xlabel="GFLOP/s of the dense form, one thread (log scale)")
+        axes.set(yticks=range(len(results.kernels)), ylim=(len(results.kernels) - 0.4, -1))
+        axes.set_yticklabels(results.kernels)
+        axes.margins(x=0.2)
+        _bound(axes, results.peak[1], f"BLAS at 2048³: {results.peak[1]:.0f}", -0.75)
+        figure.legend(loc="outside upper right", ncols=len(names), frameon=False)
+        axes.set_title(_kernels_title(results.kernels))
+        _print_small(figure, results)
+
+
+def _training_title(epochs: dict[str, Timing]) -> str:
+    fastest = min(epochs, key=lambda name: epochs[name].seconds)
+    speeds = [
+        f"{_ratio(epochs[name].seconds / epochs[fastest].seconds)} × as fast as {name}"
+        for name in reversed(epochs)
+        if name != fastest
+    ]
+    return f"{fastest} trains " + (", ".join(speeds) if speeds else f"an epoch in {_seconds(epochs[fastest].seconds)}")
+
+
+def _kernels_title(kernels: dict[str, dict[str, Timing]]) -> str:
+    forward = {name: timing.gflop_per_second for name, timing in kernels["forward product"].items()}
+    fastest = max(forward, key=lambda name: forward[name])
+    slowest = min(forward, key=lambda name: forward[name])
+    return (
+        f"The forward product runs at {_ratio(forward[slowest])} to {_ratio(forward[fastest])} GFLOP/s: "
+        f"{fastest} is {_ratio(forward[fastest] / forward[slowest])} × as fast as {slowest}"
+    )
+
+
+def _label(axes: Axes, text: str, x: float, y: float, fontsize: float = 9) -> None:
+    """`text` right of a bar's end, readable over the line of a bound."""
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+    axes.annotate(
+        text, (x, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=fontsize, bbox=box, zorder=5
+    )
+
+
+def _bound(axes: Axes, x: float, text: str, y: float) -> None:
+    """A vertical line that no dense code passes by much, with its name."""
+    axes.axvline(x, color=BOUND_COLOUR, linestyle="--", linewidth=1)
+    axes.annotate(
+        text, (x, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=7.5, color=BOUND_COLOUR
+    )
+
+
+def _ratio(value: float) -> str:
+    return f"{value:,.0f}" if value >= 20 else f"{value:.2g}"
+
+
+def ordered(names: Any) -> list[str]:
+    """Backends in the order of the study, foreign ones last."""
+    known = backend_names()
+    return sorted(names, key=lambda name: (known.index(name) if name in known else len(known), name))
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.3f} s" if seconds < 1 else f"{seconds:,.0f} s"
+
+
+def _print_small(figure: Figure, results: Results) -> None:
+    figure.supxlabel(results.small_print, fontsize=6.5, color=BOUND_COLOUR, x=0.01, ha="left")
+
+
+if __name__ == "__main__":
+    source, folder = map(Path, sys.argv[1:])
+    for figure in draw_all(source, folder):
+        print(figure)
