@@ -124,7 +124,7 @@ def draw_training(results: Results, file: Path) -> None:
         axes.set_xlim(min(times) / 5, max(times) * 50)
         floor = _seconds(results.dense_floor)
         _bound(axes, results.dense_floor, f"dense floor: {floor}, the two big products at BLAS's best rate", -0.75)
-        axes.set_title(_training_title(epochs))
+        _title(figure, _training_title(epochs))
         _print_small(figure, results)
 
 
@@ -138,15 +138,14 @@ def draw_kernels(results: Results, file: Path) -> None:
             for order, name in enumerate(name for name in names if name in timings):
                 rate = timings[name].gflop_per_second
                 y = row + (order - (len(names) - 1) / 2) * height
-                axes.barh(y, rate, height, color=colour(name), label=name if row == 0 else None)
-                _label(axes, f"{rate:.3g}", rate, y, fontsize=7)
+                axes.barh(y, rate, height, color=colour(name))
+                _label(axes, f"{rate:.3g}" + (f"  {name}" if row == 0 else ""), rate, y, fontsize=7)
         axes.set(xscale="log", xlabel="GFLOP/s of the dense form, one thread (log scale)")
         axes.set(yticks=range(len(results.kernels)), ylim=(len(results.kernels) - 0.4, -1))
         axes.set_yticklabels(results.kernels)
         axes.margins(x=0.2)
         _bound(axes, results.peak[1], f"BLAS at 2048³: {results.peak[1]:.0f}", -0.75)
-        figure.legend(loc="outside upper right", ncols=len(names), frameon=False)
-        axes.set_title(_kernels_title(results.kernels))
+        _title(figure, _kernels_title(results.kernels))
         _print_small(figure, results)
 
 
@@ -165,9 +164,13 @@ def _kernels_title(kernels: dict[str, dict[str, Timing]]) -> str:
     fastest = max(forward, key=lambda name: forward[name])
     slowest = min(forward, key=lambda name: forward[name])
     return (
-        f"The forward product runs at {_ratio(forward[slowest])} to {_ratio(forward[fastest])} GFLOP/s: "
-        f"{fastest} is {_ratio(forward[fastest] / forward[slowest])} × as fast as {slowest}"
+        f"{fastest} multiplies {_ratio(forward[fastest] / forward[slowest])} × as fast as {slowest}: "
+        f"{_ratio(forward[fastest])} against {_ratio(forward[slowest])} GFLOP/s in the forward product"
     )
+
+
+def _title(figure: Figure, text: str) -> None:
+    figure.suptitle(text, x=0.01, ha="left", fontsize=10, fontweight="bold")
 
 
 def _label(axes: Axes, text: str, x: float, y: float, fontsize: float = 9) -> None:

@@ -176,7 +176,8 @@ class Backend(ABC):
             raise ValueError(f"labels must be an array of native integers, not {_describe(labels)}")
         if labels.shape != (rows,):
             raise ValueError(f"labels must have shape ({rows},), one for each row of logits, not {labels.shape}")
-        if rows and not (labels.min() >= 0 and labels.max() < classes):
+        signed = labels.dtype.kind == "i"
+        if rows and (labels.max() >= classes or (signed and labels.min() < 0)):
             wrong = int(np.flatnonzero((labels < 0) | (labels >= classes))[0])
             raise ValueError(f"labels must be from 0 to {classes - 1}, but labels[{wrong}] is {labels[wrong]}")
         return self._softmax_grad(logits, labels)

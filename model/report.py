@@ -68,7 +68,8 @@ def run_report(history: History, backend: Backend, config: dict[str, Any]) -> di
 def environment() -> dict[str, Any]:
     """CPU, cores, caches in bytes, Python, BLAS, and the versions of the packages that are installed."""
     cpu = cpuinfo.get_cpu_info()
-    blas = [library for library in threadpool_info() if library["user_api"] == "blas"]
+    every_blas = [library for library in threadpool_info() if library["user_api"] == "blas"]
+    blas = [library for library in every_blas if "numpy" in library["filepath"]] or every_blas
     return {
         "cpu": cpu.get("brand_raw", platform.processor()),
         "cores": available_cores(),
