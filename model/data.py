@@ -374,7 +374,7 @@ def _build_digits28() -> Dataset:
     for original, digit in zip(originals, digits.images[order], strict=True):
         step = 8 / 20  # pixels of the 8 x 8 digit per pixel of its 20 x 20 box
         offset = np.array(ndimage.center_of_mass(digit)) - 13.5 * step
-        ndimage.affine_transform(digit, [step, step], offset, output=original, output_shape=(28, 28))
+        ndimage.affine_transform(digit, np.diag([step, step]), offset, output=original, output_shape=(28, 28))
     originals = np.clip(originals * (255 / 16), 0, 255)  # the cubic spline overshoots
     labels = digits.target[order].astype(np.uint8)
     train = len(originals) * 6 // 7  # MNIST's ratio
