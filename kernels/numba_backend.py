@@ -1,0 +1,294 @@
+"""Compiled by Numba: a micro-kernel that holds its results in vector registers, and the loops around it.
+
+The product follows Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (2008), in the
+terms of BLIS (Van Zee and van de Geijn, 2015). The *micro-kernel* keeps a *tile* of the result, `MR` rows by
+`TILE_VECTORS` vectors, in registers while it walks along k. At each step it loads one row of B, broadcasts
+one element of A for each row of the tile, and multiplies and adds: 24 multiply-adds for 10 loads with
+AVX-512. Around it, B is cut into blocks that stay in the L2 cache, and those into *panels* as wide as a tile,
+which lie one row after the other in memory.
+
+Goto packs A as well. Here A is read in place: its elements are only ever broadcast, so any strides do, and x
+and x.T are served alike by the same code.
+"""
+
+import functools
+import math
+
+import numpy as np
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from numpy.lib.stride_tricks import as_strided
+
+from kernels.backend import Backend
+from kernels.simd import (
+    REGISTER_BYTES,
+    Vectors,
+    View,
+    compile_seconds,
+    flat_in,
+    flat_out,
+    integers_in,
+    kernel,
+    matrix_in,
+    matrix_out,
+)
+
+# Rows of a tile. Not 8: the rows of A are read side by side, and if their distance is a power of two they
+# compete for the 8 lines of one set of the L1 cache.
+MR = 6
+
+# Vectors in a row of a tile, and in a row of the narrower tile for the last columns, by the bytes of a
+# register. With a row of B and a broadcast element of A they fill the 16 registers of SSE and AVX2, or most
+# of the 32 of AVX-512.
+TILE_VECTORS, EDGE_VECTORS = {16: (2, 2), 32: (2, 2), 64: (4, 1)}[REGISTER_BYTES]
+TILE_BYTES = TILE_VECTORS * REGISTER_BYTES
+EDGE_BYTES = EDGE_VECTORS * REGISTER_BYTES
+
+# Largest block of B: KC rows of NC_BYTES are 400 KB and stay in an L2 cache of 512 KB.
+KC = 800
+NC_BYTES = 512
+
+# B is packed if at least this many rows of A share the work.
+PACK_ROWS = 16 * MR
+
+
+# Micro-kernels ----------------------------------------------------------------------------------------------
+
+
+@intrinsic
+def tile(typing_context, a, i, rows, panels, p, bias, out, j, first):
+    """Add the product of A and panel `p` of B to a tile of the result.
+
+    Parameters
+    ----------
+    a
+        (m, k) array, of which `rows` rows from `i` on count, 1 to MR of them.
+    panels
+        (panels, k, columns) array, each row of a panel contiguous and TILE_VECTORS vectors long.
+    bias
+        (n,) array: what the tile starts from if `first`. Otherwise it starts from what is in `out`.
+    out
+        (m, n) row-major array, whose element (i, j) is the tile's upper left.
+    """
+    signature = types.void(a, i, rows, panels, p, bias, out, j, first)
+    return signature, functools.partial(_emit_tile, width=TILE_VECTORS, ragged=False)
+
+
+@intrinsic
+def edge_tile(typing_context, a, i, rows, panels, p, bias, out, j, first):
+    """Do what `tile` does, for panels of EDGE_VECTORS vectors whose last columns may lie outside of `out`."""
+    signature = types.void(a, i, rows, panels, p, bias, out, j, first)
+    return signature, functools.partial(_emit_tile, width=EDGE_VECTORS, ragged=True)
+
+
+def _emit_tile(context, builder, signature, arguments, width, ragged):
+    """Write a micro-kernel for each number of rows from 1 to MR, and the choice between them."""
+    _, i, rows, _, p, _, _, j, first = arguments
+    a, panels, bias, out = (View.of(context, builder, signature.args[n], arguments[n]) for n in (0, 3, 5, 6))
+    vectors = Vectors(context, builder, signature.args[0].dtype)
+    columns = builder.sub(out.shape[1], j)
+    starts = [j.type(c * vectors.lanes) for c in range(width)]
+    masks = [vectors.first(builder.sub(columns, start)) if ragged else None for start in starts]
+    # The bias is a matrix whose rows are 0 bytes apart, so one load serves it and the result so far.
+    start = View(
+        builder,
+        builder.select(first, bias.at(j), out.at(i, j)),
+        out.shape,
+        [builder.select(first, j.type(0), out.strides[0])],
+    )
+    a, panel, out = a.part(i), panels.part(p, drop=1), out.part(i, j)
+    for count in range(1, MR + 1):
+        with builder.if_then(builder.icmp_signed("==", rows, j.type(count))):
+            _emit_micro_kernel(builder, vectors, a, panel, start, out, count, masks)
+
+
+def _emit_micro_kernel(builder, vectors, a, panel, start, out, rows, masks):
+    """Write the loop along k for a tile of `rows` rows and a vector for each of `masks`."""
+    grid = [(r, c) for r in range(rows) for c in range(len(masks))]
+    totals = {(r, c): vectors.variable(vectors.load(start.at(r), masks[c], column=c)) for r, c in grid}
+    with cgutils.for_range(builder, panel.shape[0]) as loop:
+        b = [vectors.load(panel.at(loop.index), column=c) for c in range(len(masks))]
+        x = [vectors.broadcast(a.at(r, loop.index)) for r in range(rows)]
+        for r, c in grid:
+            builder.store(vectors.fma(x[r], b[c], builder.load(totals[r, c])), totals[r, c])
+    for r, c in grid:
+        vectors.store(builder.load(totals[r, c]), out.at(r), masks[c], column=c)
+
+
+@intrinsic
+def pack_row(typing_context, b, k, j, panels, p):
+    """Copy TILE_VECTORS vectors from (k, j) on in `b`, whose rows are contiguous, to row `k` of panel `p`."""
+
+    def emit(context, builder, signature, arguments):
+        _, k, j, _, p = arguments
+        b, panels = (View.of(context, builder, signature.args[n], arguments[n]) for n in (0, 3))
+        vectors = Vectors(context, builder, signature.args[0].dtype)
+        for c in range(TILE_VECTORS):
+            vectors.store(vectors.load(b.at(k, j), column=c), panels.at(p, k), column=c)
+
+    return types.void(b, k, j, panels, p), emit
+
+
+# The product around them ------------------------------------------------------------------------------------
+
+
+@kernel(matrix_in, matrix_in, flat_in, matrix_out)
+def matmul(a, b, bias, out):
+    """out = A B + bias, block by block of B.
+
+    The order in which the terms of a sum are added depends on their number alone.
+    """
+    m, n = out.shape
+    # A narrow result has no full panel. Its transpose has, and can read the rows of A.T in place.
+    swap = n * b.itemsize < TILE_BYTES <= m * a.itemsize and a.strides[0] == a.itemsize
+    if swap:
+        left, right, result = b.T, a.T, np.empty((n, m), out.dtype)
+        for j in range(n):
+            result[j].fill(bias[j])
+    else:
+        left, right, result = a, b, out
+    k, columns = right.shape
+    kc = max(1, -(-k // -(-max(k, 1) // KC)))  # blocks of equal size, give or take a row
+    nc = NC_BYTES // b.itemsize
+    for j in range(0, columns, nc):
+        for p in range(0, max(k, 1), kc):  # once even for k = 0, which leaves the bias
+            block = right[p : p + kc, j : j + nc]
+            add_block(left[:, p : p + kc], block, bias[j:], result[:, j : j + nc], p == 0 and not swap)
+    if swap:
+        for i in range(m):
+            for j in range(n):
+                out[i, j] = result[j, i]
+
+
+@njit
+def add_block(a, b, bias, out, first):
+    """Add A B, B being a block that fits the cache, to the bias if it is the `first` in k, else to `out`."""
+    m, n = out.shape
+    width = TILE_BYTES // b.itemsize
+    edge_width = EDGE_BYTES // b.itemsize
+    edge = n - n % width
+    panels = full_panels(b[:, :edge], m)
+    edge_panels = copied_panels(b[:, edge:], edge_width)
+    for i in range(0, m, MR):
+        rows = min(MR, m - i)
+        for p in range(len(panels)):
+            tile(a, i, rows, panels, p, bias, out, p * width, first)
+        for p in range(len(edge_panels)):
+            edge_tile(a, i, rows, edge_panels, p, bias, out, edge + p * edge_width, first)
+
+
+@njit
+def full_panels(b, m):
+    """Panels of a tile's width, (panel, k, column), for `m` rows of A: in place or packed."""
+    k, n = b.shape
+    width = TILE_BYTES // b.itemsize
+    if b.strides[1] != b.itemsize:
+        return copied_panels(b, width)
+    if m < PACK_ROWS:
+        return as_strided(b, (n // width, k, width), (TILE_BYTES, b.strides[0], b.itemsize))
+    panels = np.empty((n // width, k, width), b.dtype)
+    for p in range(len(panels)):
+        for row in range(k):
+            pack_row(b, row, p * width, panels, p)
+    return panels
+
+
+@njit
+def copied_panels(b, width):
+    """Panels of `width` columns, copied from a matrix with any strides, the last one filled up with zeros."""
+    k, n = b.shape
+    panels = np.zeros((-(-n // width), k, width), b.dtype)
+    for j in range(n):
+        for row in range(k):
+            panels[j // width, row, j % width] = b[row, j]
+    return panels
+
+
+# Element by element -----------------------------------------------------------------------------------------
+
+
+@kernel(flat_in, flat_out)
+def relu(z, out):
+    """out = max(z, 0); NaN stays NaN."""
+    for i in range(len(z)):
+        out[i] = 0 if z[i] <= 0 else z[i]
+
+
+@kernel(flat_in, flat_in, flat_out)
+def relu_grad(upstream, activations, out):
+    """out = upstream where the activation is positive, else 0."""
+    for i in range(len(upstream)):
+        out[i] = upstream[i] if activations[i] > 0 else 0
+
+
+@kernel(matrix_in, integers_in, matrix_out, returns=types.Tuple((types.float64, types.int64)))
+def softmax_grad(logits, labels, out):
+    """out = softmax(logits) - onehot(labels); returns the summed cross-entropy and the number correct."""
+    rows, classes = logits.shape
+    loss = 0.0
+    correct = 0
+    for i in range(rows):
+        largest = 0
+        for j in range(1, classes):
+            best = logits[i, largest]
+            if best == best and not logits[i, j] <= best:  # the first of equal ones wins, and the first NaN
+                largest = j
+        for j in range(classes):
+            out[i, j] = logits[i, j] - logits[i, largest]
+        loss -= out[i, labels[i]]
+        correct += largest == labels[i]
+    # All rows at once: a row of 10 would not fill a vector.
+    flat = out.reshape(-1)
+    for i in range(0, len(flat), REGISTER_BYTES // out.itemsize):
+        exp_vector(flat, i)
+    for i in range(rows):
+        total = out[i].sum()
+        for j in range(classes):
+            out[i, j] /= total
+        out[i, labels[i]] -= 1
+        loss += math.log(total)
+    return loss, correct
+
+
+@intrinsic
+def exp_vector(typing_context, x, i):
+    """Replace the vector from `i` on in the flat array `x`, or what there is of it, by its exponential."""
+
+    def emit(context, builder, signature, arguments):
+        x = View.of(context, builder, signature.args[0], arguments[0])
+        vectors = Vectors(context, builder, signature.args[0].dtype)
+        mask = vectors.first(builder.sub(x.shape[0], arguments[1]))
+        pointer = x.at(arguments[1])
+        vectors.store(vectors.exp(vectors.load(pointer, mask)), pointer, mask)
+
+    return types.void(x, i), emit
+
+
+class NumbaBackend(Backend):
+    """The compiled functions above."""
+
+    @property
+    def compile_seconds(self):
+        return compile_seconds()
+
+    def _matmul(self, a, b, bias):
+        out = np.empty((a.shape[0], b.shape[1]), a.dtype)
+        bias = np.zeros(b.shape[1], b.dtype) if bias is None else np.ascontiguousarray(bias)
+        matmul(a, b, bias, out)
+        return out
+
+    def _relu(self, z):
+        out = np.empty(z.shape, z.dtype)
+        relu(z.ravel(), out.ravel())
+        return out
+
+    def _relu_grad(self, upstream, activations):
+        out = np.empty(upstream.shape, upstream.dtype)
+        relu_grad(upstream.ravel(), activations.ravel(), out.ravel())
+        return out
+
+    def _softmax_grad(self, logits, labels):
+        out = np.empty(logits.shape, logits.dtype)
+        loss, correct = softmax_grad(logits, labels.astype(np.int64, copy=False), out)
+        return loss, correct, out

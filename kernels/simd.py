@@ -1,0 +1,323 @@
+"""Vector building blocks, and how kernels are compiled and cached.
+
+Numba leaves it to LLVM to find vectors in loops, and LLVM does not find a tile of results to be held in
+registers. So the kernels that live by such tiles spell their vectors out. A :func:`numba.extending.intrinsic`
+is a function whose code Python writes: with :class:`View` to find its way in arrays and :class:`Vectors` to
+load, broadcast, multiply and add. A Python loop in there is an unrolled loop of machine code. All of it is
+generic LLVM, so one source serves SSE, AVX2, AVX-512 and NEON, in float32 and float64.
+
+Functions to be called from Python are decorated with :func:`kernel`.
+"""
+
+import hashlib
+import math
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils, event
+from numba.core.registry import cpu_target
+
+# What code is generated for: LLVM's triple, the name of the CPU and its features, all as Numba was told to
+# see them.
+_TARGET: tuple[str, str, str] = cpu_target.target_context.codegen().magic_tuple()
+
+# Width of a vector register.
+REGISTER_BYTES = 64 if "+avx512f" in _TARGET[2] else 32 if "+avx" in _TARGET[2] else 16
+
+
+# Emitting vectors -------------------------------------------------------------------------------------------
+
+_BYTE = ir.IntType(8)
+_INT32 = ir.IntType(32)
+
+
+class View:
+    """A strided array in memory, as generated code sees it.
+
+    Parameters
+    ----------
+    builder
+        Writes the code.
+    data
+        Pointer to the first element.
+    shape, strides
+        Elements along each axis, and bytes between them: any number, also a negative one.
+    """
+
+    def __init__(self, builder: ir.IRBuilder, data: ir.Value, shape: Sequence[ir.Value], strides: Sequence[ir.Value]):
+        self._builder = builder
+        self._data = builder.bitcast(data, _BYTE.as_pointer())
+        self.shape = shape
+        self.strides = strides
+
+    @classmethod
+    def of(cls, context: Any, builder: ir.IRBuilder, array_type: types.Array, array: ir.Value) -> "View":
+        """View an array that is an argument of an intrinsic.
+
+        Its pointer is taken inside the compiled code, which holds the array, so it cannot be freed too early.
+        """
+        fields = context.make_array(array_type)(context, builder, array)
+        shape, strides = (cgutils.unpack_tuple(builder, field) for field in (fields.shape, fields.strides))
+        return cls(builder, fields.data, shape, strides)
+
+    def at(self, *index: ir.Value | int) -> ir.Value:
+        """Pointer to the element at `index`; indices left out at its end are 0."""
+        pointer = self._data
+        for position, stride in zip(index, self.strides, strict=False):
+            steps = stride.type(position) if isinstance(position, int) else position
+            distance = self._builder.mul(steps, stride)
+            pointer = self._builder.gep(pointer, [distance])
+        return pointer
+
+    def part(self, *index: ir.Value | int, drop: int = 0) -> "View":
+        """The array from `index` on, without its first `drop` axes. Its shape remains that of the whole."""
+        return View(self._builder, self.at(*index), self.shape[drop:], self.strides[drop:])
+
+
+class _FloatFormat(NamedTuple):
+    """What the exponential function needs to know of a float type."""
+
+    fraction_bits: int
+    exponent_bias: int
+    lowest: float  # e to the power of this, or of less, rounds to 0
+    terms: int  # of the series for e^r that leave out less than half a unit in the last place
+
+
+_FORMATS = {32: _FloatFormat(23, 127, -104.0, 7), 64: _FloatFormat(52, 1023, -746.0, 13)}
+
+# ln 2 in two parts (Cody and Waite 1980). The first has so few digits that its product with an exponent is
+# exact.
+_LN2_HIGH = 0.693145751953125
+_LN2_LOW = 1.42860682030941723212e-6
+
+
+class Vectors:
+    """Writes code for vectors of floats that fill a register each.
+
+    Parameters
+    ----------
+    context, builder
+        What Numba hands to the code generator of an intrinsic.
+    dtype
+        ``numba.float32`` or ``numba.float64``.
+
+    Attributes
+    ----------
+    lanes
+        Floats in a vector.
+    type
+        LLVM's type of a vector.
+    """
+
+    def __init__(self, context: Any, builder: ir.IRBuilder, dtype: types.Float):
+        self._builder = builder
+        self._bits = dtype.bitwidth
+        self._float = context.get_data_type(dtype)
+        self.lanes = REGISTER_BYTES * 8 // dtype.bitwidth
+        self.type = ir.VectorType(self._float, self.lanes)
+
+    def variable(self, value: ir.Value) -> ir.Value:
+        """A vector that ``builder.load`` reads and ``builder.store`` assigns; LLVM keeps it in a register."""
+        return cgutils.alloca_once_value(self._builder, value)
+
+    def load(self, pointer: ir.Value, mask: ir.Value | None = None, *, column: int = 0) -> ir.Value:
+        """The vector at `pointer`, or `column` vectors after it.
+
+        Lanes that are off in `mask` are 0, and their memory is not touched.
+        """
+        pointer = self._vector_pointer(pointer, column)
+        if mask is None:
+            return self._builder.load(pointer, align=1)
+        arguments = [pointer, _INT32(1), mask, self.constant(0)]
+        return self._call("masked.load", self.type, arguments, suffix=".p0")
+
+    def store(self, vector: ir.Value, pointer: ir.Value, mask: ir.Value | None = None, *, column: int = 0) -> None:
+        """Write `vector` where :meth:`load` would read it; memory of lanes off in `mask` is not touched."""
+        pointer = self._vector_pointer(pointer, column)
+        if mask is None:
+            self._builder.store(vector, pointer, align=1)
+        else:
+            self._call("masked.store", ir.VoidType(), [vector, pointer, _INT32(1), mask], suffix=".p0")
+
+    def broadcast(self, pointer: ir.Value) -> ir.Value:
+        """The float at `pointer`, in every lane."""
+        pointer = self._builder.bitcast(pointer, self._float.as_pointer())
+        return self._splat(self._builder.load(pointer, align=1))
+
+    def constant(self, value: float) -> ir.Value:
+        """The number `value`, in every lane."""
+        return ir.Constant(self.type, [ir.Constant(self._float, value)] * self.lanes)
+
+    def fma(self, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+        """A b + c, in one instruction, or in two on a CPU that has no such instruction."""
+        return self._call("fmuladd", self.type, [a, b, c])
+
+    def first(self, count: ir.Value) -> ir.Value:
+        """Mask of the first `count` lanes, or of all if there are not as many."""
+        numbers = ir.Constant(ir.VectorType(count.type, self.lanes), list(range(self.lanes)))
+        return self._builder.icmp_signed("<", numbers, self._splat(count))
+
+    def exp(self, x: ir.Value) -> ir.Value:
+        """e^x for x <= 0 or NaN, within 2 units in the last place.
+
+        Write x = n ln 2 + r with n integral. Then e^x = 2^n e^r, where n becomes the exponent bits of a
+        float, and the Taylor series of e^r is short because r is within ln 2 / 2 of 0.
+        """
+        builder, form, constant = self._builder, _FORMATS[self._bits], self.constant
+        lowest = constant(form.lowest)
+        x = builder.select(builder.fcmp_ordered("<", x, lowest), lowest, x)  # keeps NaN
+        # A float this large has no bits for fractions: adding it rounds, and leaves n in the lowest bits.
+        rounder = constant(1.5 * 2**form.fraction_bits)
+        rounded = self.fma(x, constant(1 / math.log(2)), rounder)
+        n = builder.fsub(rounded, rounder)
+        r = self.fma(n, constant(-_LN2_LOW), self.fma(n, constant(-_LN2_HIGH), x))
+        result = constant(1 / math.factorial(form.terms))
+        for power in reversed(range(form.terms)):
+            result = self.fma(result, r, constant(1 / math.factorial(power)))
+        # In two factors, as 2^n may be too small for a normal float where e^x is just large enough for a
+        # denormal one.
+        bits = ir.VectorType(ir.IntType(self._bits), self.lanes)
+        exponent = builder.sub(builder.bitcast(rounded, bits), builder.bitcast(rounder, bits))
+        half = builder.ashr(exponent, bits([1] * self.lanes))
+        for power in half, builder.sub(exponent, half):
+            biased = builder.add(power, bits([form.exponent_bias] * self.lanes))
+            factor = builder.shl(biased, bits([form.fraction_bits] * self.lanes))
+            result = builder.fmul(result, builder.bitcast(factor, self.type))
+        return result
+
+    def _vector_pointer(self, pointer: ir.Value, column: int) -> ir.Value:
+        return self._builder.gep(self._builder.bitcast(pointer, self.type.as_pointer()), [_INT32(column)])
+
+    def _splat(self, scalar: ir.Value) -> ir.Value:
+        undefined = ir.Constant(ir.VectorType(scalar.type, self.lanes), ir.Undefined)
+        one_lane = self._builder.insert_element(undefined, scalar, _INT32(0))
+        first_lane = ir.VectorType(_INT32, self.lanes)([0] * self.lanes)
+        return self._builder.shuffle_vector(one_lane, undefined, first_lane)
+
+    def _call(self, name: str, returns: ir.Type, arguments: list[ir.Value], suffix: str = "") -> ir.Value:
+        """Call an intrinsic of LLVM on vectors; llvmlite's ``declare_intrinsic`` knows scalars only."""
+        full_name = f"llvm.{name}.v{self.lanes}f{self._bits}{suffix}"
+        function_type = ir.FunctionType(returns, [argument.type for argument in arguments])
+        function = cgutils.get_or_insert_function(self._builder.module, function_type, full_name)
+        return self._builder.call(function, arguments)
+
+
+# Compiling --------------------------------------------------------------------------------------------------
+
+# Types of a kernel's parameters. Each is one type for all layouts that the kernel can take, so that nothing
+# is compiled again for a transposed, read-only or misaligned array.
+
+
+def matrix_in(dtype: types.Float) -> types.Array:
+    """(n, m) array to read, with any strides."""
+    return types.Array(dtype, 2, "A", readonly=True, aligned=False)
+
+
+def matrix_out(dtype: types.Float) -> types.Array:
+    """(n, m) array to write, row-major."""
+    return types.Array(dtype, 2, "C")
+
+
+def flat_in(dtype: types.Float) -> types.Array:
+    """(n,) array to read, contiguous."""
+    return types.Array(dtype, 1, "C", readonly=True, aligned=False)
+
+
+def flat_out(dtype: types.Float) -> types.Array:
+    """(n,) array to write, contiguous."""
+    return types.Array(dtype, 1, "C")
+
+
+def integers_in(dtype: types.Float) -> types.Array:
+    """(n,) array of int64 to read, with any stride."""
+    return types.Array(types.int64, 1, "A", readonly=True, aligned=False)
+
+
+class Kernel:
+    """A function that is compiled, or loaded from the cache on disk, once for each type of float.
+
+    It runs without the GIL, and can be called from several threads at once.
+    """
+
+    def __init__(self, function: Callable, parameters: Sequence[Callable], returns: types.Type):
+        self._function = function
+        self._parameters = parameters
+        self._returns = returns
+        self._compiled: dict[np.dtype, Callable] = {}
+
+    def __call__(self, array: np.ndarray, *arguments: Any) -> Any:
+        """Call the version for the dtype of the first argument."""
+        compiled = self._compiled.get(array.dtype)
+        if compiled is None:
+            compiled = self._compile(array.dtype)
+        return compiled(array, *arguments)
+
+    def _compile(self, dtype: np.dtype) -> Callable:
+        signature = self._returns(*(parameter(numba.from_dtype(dtype)) for parameter in self._parameters))
+        with _COMPILING, _cache_for(dtype) as cache, event.install_timer("numba:compile", _SECONDS.append):
+            if dtype not in self._compiled:
+                compiler = numba.njit(signature, nogil=True, cache=cache, error_model="numpy")
+                self._compiled[dtype] = compiler(self._function)
+        return self._compiled[dtype]
+
+
+def kernel(*parameters: Callable, returns: types.Type = types.void) -> Callable[[Callable], Kernel]:
+    """Decorate a function to become a :class:`Kernel`.
+
+    Parameters
+    ----------
+    parameters
+        For each argument a function that gives its type for a type of float, like `matrix_in`. The first
+        argument is an array of that type of float.
+    returns
+        Type of the result.
+    """
+    return lambda function: Kernel(function, parameters, returns)
+
+
+def compile_seconds() -> float:
+    """Seconds that this process has spent compiling kernels: 0 if all of them came from the cache on disk."""
+    return sum(_SECONDS)
+
+
+_config: Any = numba.config  # its attributes are made at run time
+_COMPILING = threading.Lock()
+_SECONDS: list[float] = []
+
+# Read now, while they are what is being imported, and not when a kernel is compiled.
+_FOLDER = Path(__file__).parent
+_SOURCES = b"".join(path.read_bytes() for path in sorted(_FOLDER.glob("*.py")))
+
+
+@contextmanager
+def _cache_for(dtype: np.dtype) -> Iterator[bool]:
+    """Have Numba cache in a directory for this state of the sources, CPU and dtype; say whether it can.
+
+    Numba looks for changes only in the file of the function that it caches, and would run stale code after an
+    edit of this one. One directory for each dtype lets processes that start at once write the same files and
+    no others.
+    """
+    key = hashlib.sha256(_SOURCES + repr((_TARGET, dtype.str)).encode()).hexdigest()[:16]
+    chosen = _config.CACHE_DIR
+    directory = Path(chosen or _FOLDER / "__pycache__") / f"kernels-{key}"
+    _config.CACHE_DIR = str(directory)
+    try:
+        yield _is_writable(directory)
+    finally:
+        _config.CACHE_DIR = chosen
+
+
+def _is_writable(directory: Path) -> bool:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(directory, os.W_OK)
