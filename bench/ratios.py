@@ -111,7 +111,7 @@ def product_ratios(rounds: int) -> list[Ratio]:
             with ThreadPoolExecutor(threads) as pool, threadpool_limits(threads, user_api="blas"):
                 ours = _split_product(a, b, threads, pool)
                 np.testing.assert_allclose(np.concatenate(ours()), a @ b, rtol=0, atol=1e-5 * a.shape[1])
-                competitors = {"numba": ours, "OpenBLAS": partial(np.matmul, a, b)}
+                competitors: dict[str, Callable[[], Any]] = {"numba": ours, "OpenBLAS": partial(np.matmul, a, b)}
                 seconds = interleave(competitors, rounds if a.size > 1e7 else 20 * rounds)
                 found += ratios(f"{shape}, {threads} thread{'s' * (threads > 1)}", seconds, "OpenBLAS")
     return found
