@@ -1,6 +1,6 @@
-"""The very loops of the naive backend, compiled as they stand: ``--backend bench.compiled_naive:CompiledNaiveBackend``.
+"""The loops of the naive backend, compiled as they stand: ``--backend bench.compiled_naive:CompiledNaiveBackend``.
 
-Not among the named backends: it shows what compilation alone brings, and serves as the example of a backend of one's own.
+Not among the named backends: it shows what compilation alone brings, and is an example of a backend of one's own.
 """
 
 import numpy as np

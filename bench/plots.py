@@ -29,6 +29,32 @@ class Timing(NamedTuple):
         return self.info["flop"] / self.seconds / 1e9
 
 
+class Rung(NamedTuple):
+    """A step of the ladder on so many threads, and BLAS on as many, measured in turn."""
+
+    timing: Timing
+    blas: float
+    """GFLOP/s of BLAS."""
+    of_blas: float
+    """Speed as a share of BLAS's: median over the rounds."""
+
+
+class Ladder(NamedTuple):
+    """The steps of one product."""
+
+    rungs: dict[tuple[str, int], Rung]
+    """By step and number of threads."""
+
+    @property
+    def steps(self) -> list[str]:
+        """Names, from the first step to the last."""
+        return list(dict.fromkeys(step for step, _ in self.rungs))
+
+    def blas(self, threads: int) -> float:
+        """GFLOP/s of BLAS."""
+        return float(np.median([rung.blas for (_, count), rung in self.rungs.items() if count == threads]))
+
+
 class Results(NamedTuple):
     """A run of the benchmarks."""
 
@@ -38,6 +64,10 @@ class Results(NamedTuple):
     """By backend, on all threads; of pure Python, scaled up from the images that it measured."""
     peak: dict[int, float]
     """BLAS at 2048³ in GFLOP/s, by number of threads."""
+    ladders: dict[str, Ladder]
+    """By product."""
+    multiply_adds: dict[int, float]
+    """What the multiply-add units can do, in GFLOP/s, by number of threads."""
     dataset: str
     threads: int
     small_print: str
@@ -55,6 +85,8 @@ def load(file: Path) -> Results:
     kernels: dict[str, dict[str, Timing]] = {}
     epochs: dict[str, Timing] = {}
     peak: dict[int, float] = {}
+    ladders: dict[str, Ladder] = {}
+    multiply_adds: dict[int, float] = {}
     dataset, threads = "", 1
     for benchmark in content["benchmarks"]:
         info = benchmark["extra_info"]
@@ -63,10 +95,15 @@ def load(file: Path) -> Results:
         elif "images" in info:
             factor = (info["extrapolated_to"] or info["images"]) / info["images"]
             epochs[info["backend"]] = _timing(benchmark, factor)
+        elif "step" in info:
+            ladders.setdefault(info["product"], Ladder({})).rungs[info["step"], info["threads"]] = _rung(benchmark)
+        elif "peak" in info:
+            multiply_adds[info["threads"]] = _timing(benchmark).gflop_per_second
         else:
             peak[info["threads"]] = _timing(benchmark).gflop_per_second
         dataset, threads = info.get("dataset", dataset), max(threads, info["threads"])
-    return Results(kernels, epochs, peak, dataset, threads, _small_print(content, dataset, threads))
+    small_print = _small_print(content, dataset, threads)
+    return Results(kernels, epochs, peak, ladders, multiply_adds, dataset, threads, small_print)
 
 
 def _timing(benchmark: dict[str, Any], factor: float = 1.0) -> Timing:
@@ -82,13 +119,21 @@ def _timing(benchmark: dict[str, Any], factor: float = 1.0) -> Timing:
     return Timing(benchmark["extra_info"], median, interval.low, interval.high)
 
 
+def _rung(benchmark: dict[str, Any]) -> Rung:
+    timing = _timing(benchmark)
+    blas = timing.info["blas_flop"] / np.array(timing.info["blas_seconds"]) / 1e9
+    speed = timing.info["flop"] / np.array(benchmark["stats"]["data"]) / 1e9
+    return Rung(timing, float(np.median(blas)), float(np.median(speed / blas)))
+
+
 def _small_print(content: dict[str, Any], dataset: str, threads: int) -> str:
     machine = content["machine_info"]
     packages = machine["packages"]
     versions = ", ".join(f"{name} {packages[name]}" for name in ("numpy", "numba", "llvmlite") if name in packages)
     quick = "QUICK RUN, not for quoting. " if content["quick"] else ""
+    images = f"{dataset}; " if dataset else ""
     return (
-        f"{quick}{dataset}; {machine['cpu']}, {threads} threads; float32; medians with 95 % intervals\n"
+        f"{quick}{images}{machine['cpu']}, {threads} threads; float32; medians with 95 % intervals\n"
         f"Python {machine['python']}, {versions}, {', '.join(machine['blas'])}; {content['datetime'][:10]}"
     )
 
@@ -103,6 +148,9 @@ def draw_all(file: Path, folder: Path) -> list[Path]:
     if results.kernels and results.peak:
         drawn.append(folder / "kernels.png")
         draw_kernels(results, drawn[-1])
+    if results.ladders and results.multiply_adds:
+        drawn.append(folder / "ladder.png")
+        draw_ladder(results, drawn[-1])
     return drawn
 
 
@@ -149,10 +197,47 @@ def draw_kernels(results: Results, file: Path) -> None:
         _print_small(figure, results)
 
 
+def draw_ladder(results: Results, file: Path) -> None:
+    """Throughput of each step of the ladder on one and on all threads, BLAS's, and what the machine could do."""
+    looks = {1: (colour("numpy"), "o", "one thread"), results.threads: (colour("numba"), "D", "all threads")}
+    with figure_file(file, figsize=(8, 4)) as figure:
+        panels = figure.subplots(1, len(results.ladders), sharex=True, sharey=True, squeeze=False)[0]
+        for axes, (product, ladder) in zip(panels, results.ladders.items()):
+            for threads, (shade, marker, words) in looks.items():
+                points = [
+                    (rung.timing.gflop_per_second, ladder.steps.index(step))
+                    for (step, count), rung in ladder.rungs.items()
+                    if count == threads
+                ]
+                axes.plot(*zip(*points), marker, color=shade, markersize=5, label=f"step, {words}", zorder=4)
+                axes.axvline(ladder.blas(threads), color=shade, linestyle="--", linewidth=1, label=f"BLAS, {words}")
+                axes.axvline(results.multiply_adds[threads], color=shade, linewidth=1, label=f"peak, {words}")
+            for row, step in enumerate(ladder.steps):
+                rates = sorted(rung.timing.gflop_per_second for (name, _), rung in ladder.rungs.items() if name == step)
+                for rate in rates:
+                    _label(axes, short(rate), rate, row, fontsize=7, side=1 if rate == rates[-1] else -1)
+            axes.set(xscale="log", xlabel=f"GFLOP/s at {product} (log scale)")
+            axes.set(yticks=range(len(ladder.steps)), ylim=(len(ladder.steps) - 0.5, -0.5))
+            axes.set_yticklabels(ladder.steps)
+        panels[0].margins(x=0.25)
+        panels[0].legend(loc="lower left", frameon=False, fontsize=7)
+        figure.suptitle(_ladder_title(results), fontsize=10, fontweight="bold", x=0.01, ha="left")
+        _print_small(figure, results)
+
+
+def _ladder_title(results: Results) -> str:
+    shares, gains = [], []
+    for product, ladder in results.ladders.items():
+        rungs = [rung for (_, threads), rung in ladder.rungs.items() if threads == 1]
+        shares.append(f"{100 * rungs[-1].of_blas:.0f} % ({product})")
+        gains.append(rungs[-1].timing.gflop_per_second / rungs[0].timing.gflop_per_second)
+    return f"One thread reaches {' and '.join(shares)} of BLAS, at least {short(min(gains))} × the Python loops"
+
+
 def _training_title(epochs: dict[str, Timing]) -> str:
     fastest = min(epochs, key=lambda name: epochs[name].seconds)
     speeds = [
-        f"{_ratio(epochs[name].seconds / epochs[fastest].seconds)} × as fast as {name}"
+        f"{short(epochs[name].seconds / epochs[fastest].seconds)} × as fast as {name}"
         for name in reversed(epochs)
         if name != fastest
     ]
@@ -164,8 +249,8 @@ def _kernels_title(kernels: dict[str, dict[str, Timing]]) -> str:
     fastest = max(forward, key=lambda name: forward[name])
     slowest = min(forward, key=lambda name: forward[name])
     return (
-        f"{fastest} multiplies {_ratio(forward[fastest] / forward[slowest])} × as fast as {slowest}: "
-        f"{_ratio(forward[fastest])} against {_ratio(forward[slowest])} GFLOP/s in the forward product"
+        f"{fastest} multiplies {short(forward[fastest] / forward[slowest])} × as fast as {slowest}: "
+        f"{short(forward[fastest])} against {short(forward[slowest])} GFLOP/s in the forward product"
     )
 
 
@@ -173,11 +258,18 @@ def _title(figure: Figure, text: str) -> None:
     figure.suptitle(text, x=0.01, ha="left", fontsize=10, fontweight="bold")
 
 
-def _label(axes: Axes, text: str, x: float, y: float, fontsize: float = 9) -> None:
-    """`text` right of a bar's end, readable over the line of a bound."""
-    box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+def _label(axes: Axes, text: str, x: float, y: float, fontsize: float = 9, side: int = 1) -> None:
+    """`text` right of a bar's end, or left of it if `side` is -1, readable over the line of a bound."""
     axes.annotate(
-        text, (x, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=fontsize, bbox=box, zorder=5
+        text,
+        (x, y),
+        xytext=(5 * side, 0),
+        textcoords="offset points",
+        ha="left" if side == 1 else "right",
+        va="center",
+        fontsize=fontsize,
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+        zorder=5,
     )
 
 
@@ -189,8 +281,9 @@ def _bound(axes: Axes, x: float, text: str, y: float) -> None:
     )
 
 
-def _ratio(value: float) -> str:
-    return f"{value:,.0f}" if value >= 20 else f"{value:.2g}"
+def short(value: float) -> str:
+    """At least two digits, and no more than matter."""
+    return f"{value:,.0f}" if value >= 20 else f"{value:.1f}" if value >= 1 else f"{value:.2g}"
 
 
 def ordered(names: Any) -> list[str]:

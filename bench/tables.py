@@ -1,4 +1,4 @@
-"""The tables of the README, made from the published results: ``python -m bench.tables`` puts them between markers."""
+"""The tables of the READMEs, made from the published results: ``python -m bench.tables`` puts them between markers."""
 
 import io
 import json
@@ -9,7 +9,7 @@ from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 
-from bench.plots import load, ordered
+from bench.plots import load, ordered, short
 from model.report import comparison_table
 from model.trainer import Epoch, History
 
@@ -45,7 +45,7 @@ def speed_table(results: Path) -> str:
             f"`{name}`",
             f"{epoch.seconds:,.3f}" if epoch.seconds < 1 else f"{epoch.seconds:,.0f}",
             interval,
-            f"{numpy / epoch.seconds:.2g}",
+            short(numpy / epoch.seconds),
             f"{epoch.seconds / floor:,.2f}",
         )
     return f"{_markdown(table)}\n\n{measured.small_print}"
@@ -66,7 +66,24 @@ def accuracy_table(results: Path) -> str:
     )
 
 
-TABLES = {"speed": speed_table, "accuracy": accuracy_table}
+def ladder_table(results: Path) -> str:
+    """GFLOP/s of each step of the ladder and percent of BLAS's, on one and on all threads, and lines of code."""
+    measured = load(results / "results.json")
+    runs = [(product, threads) for product in measured.ladders for threads in sorted(measured.multiply_adds)]
+    table = Table("step", "lines", box=MARKDOWN)
+    for product, threads in runs:
+        table.add_column(f"{product}, {'1 thread' if threads == 1 else f'{threads} threads'}", justify="right")
+    for step in next(iter(measured.ladders.values())).steps:
+        rungs = [measured.ladders[product].rungs.get((step, threads)) for product, threads in runs]
+        lines = next(rung.timing.info["lines"] for rung in rungs if rung)
+        cells = [f"{short(r.timing.gflop_per_second)} ({short(100 * r.of_blas)} %)" if r else "" for r in rungs]
+        table.add_row(f"`{step}`", str(lines), *cells)
+    table.add_row("OpenBLAS", "", *(short(measured.ladders[product].blas(threads)) for product, threads in runs))
+    table.add_row("peak", "", *(short(measured.multiply_adds[threads]) for _, threads in runs))
+    return f"{_markdown(table)}\n\n{measured.small_print}"
+
+
+TABLES = {"speed": speed_table, "accuracy": accuracy_table, "ladder": ladder_table}
 
 
 def _markdown(table: Table) -> str:
@@ -77,5 +94,5 @@ def _markdown(table: Table) -> str:
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(refresh(readme.read_text(), PUBLISHED_RESULTS))
+    for readme in (ROOT / "README.md", ROOT / "kernels" / "README.md"):
+        readme.write_text(refresh(readme.read_text(), PUBLISHED_RESULTS))

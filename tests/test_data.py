@@ -95,9 +95,7 @@ def test_files_are_found_under_their_usual_names(tmp_path, contents, separator):
     assert_tiny(load_mnist(directory))
 
 
-def test_directory_comes_before_the_environment_and_that_before_the_cache(
-    monkeypatch, tmp_path, folder, cache
-):
+def test_directory_comes_before_the_environment_and_that_before_the_cache(monkeypatch, tmp_path, folder, cache):
     write(cache, GZIP)
     assert_tiny(load_mnist())
     monkeypatch.setenv("MNIST_DIR", str(tmp_path / "nowhere"))
@@ -109,9 +107,7 @@ def test_directory_comes_before_the_environment_and_that_before_the_cache(
 def test_given_directory_without_a_file_is_an_error(folder, cache):
     write(cache, GZIP)
     (folder / f"{TEST_LABELS}.gz").unlink()
-    with pytest.raises(
-        DataError, match=rf"{folder}: {TEST_LABELS} is missing.*Put the original from"
-    ) as error:
+    with pytest.raises(DataError, match=rf"{folder}: {TEST_LABELS} is missing.*Put the original from") as error:
         load_mnist(folder)
     assert "\n" not in str(error.value)
 
@@ -300,9 +296,7 @@ def test_damaged_file_in_the_cache_is_downloaded_again(server, use_mirrors, cach
 )
 def test_failing_mirror_is_reported_and_leaves_nothing_behind(use_mirrors, cache, mirror, problem):
     use_mirrors(mirror)
-    with pytest.raises(
-        DataError, match=rf"not be downloaded from .*/{mirror}/ \(.*{problem}.*--data"
-    ) as error:
+    with pytest.raises(DataError, match=rf"not be downloaded from .*/{mirror}/ \(.*{problem}.*--data") as error:
         load_mnist()
     assert "\n" not in str(error.value)
     assert files_below(cache) == []
@@ -320,9 +314,7 @@ def test_without_network(monkeypatch, cache):
         unused.bind(("127.0.0.1", 0))  # bound but not listening, so connections are refused
         mirrors = [f"http://127.0.0.1:{unused.getsockname()[1]}/{name}/" for name in ("first", "second")]
         monkeypatch.setattr(data, "MIRRORS", mirrors)
-        with pytest.raises(
-            DataError, match=r"/first/ \(ConnectionError\) or .*/second/ \(ConnectionError\).*network"
-        ):
+        with pytest.raises(DataError, match=r"/first/ \(ConnectionError\) or .*/second/ \(ConnectionError\).*network"):
             load_mnist()
     assert files_below(cache) == []
 
@@ -427,9 +419,7 @@ def test_digits28_is_built_once(builds, cache):
     assert len(files_below(cache)) == 1
 
 
-@pytest.mark.parametrize(
-    "damage", [lambda content: content[:-100], lambda content: b"", lambda content: b"junk"]
-)
+@pytest.mark.parametrize("damage", [lambda content: content[:-100], lambda content: b"", lambda content: b"junk"])
 def test_damaged_digits28_is_built_again(builds, cache, damage):
     load_digits28()
     (stored,) = cache.iterdir()
