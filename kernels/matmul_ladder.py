@@ -35,7 +35,7 @@ TILE_ROWS = 16
 TILE_COLUMNS = 128
 
 # Those that this process may run on.
-CORES = config.NUMBA_NUM_THREADS
+CORES: int = config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
 
 # Everything that the functions below use is in this file, which is all that Numba's cache watches.
 OPTIONS: dict[str, Any] = {"nogil": True, "fastmath": {"contract"}}
@@ -381,7 +381,7 @@ def run(
         raise typer.BadParameter(f"there is no step {step!r}: choose one of {', '.join(STEPS)}")
     names = list(STEPS) if step is None else [step]
     title = f"{size} × {size} × {size}, float32; one thread, {CORES} for the step called threads"
-    table = Table("step", "rows", "GFLOP/s", "% of BLAS", title=title, box=SIMPLE)
+    table = Table("step", "rows", "GFLOP/s", "% of BLAS", box=SIMPLE)
     for column in table.columns[1:]:
         column.justify = "right"
     for name, (rows, speed, ratio) in measure(names, size).items():
