@@ -386,6 +386,7 @@ def run(
         column.justify = "right"
     for name, (rows, speed, ratio) in measure(names, size).items():
         table.add_row(name, f"{rows:,}", f"{speed:.3g}", f"{100 * ratio:.3g}")
+    console.print(title)
     console.print(table)
     for name in names if asm else ():
         console.print(f"{name}: {(STEPS[name].__doc__ or '').splitlines()[0]}\n", soft_wrap=True, markup=False)
