@@ -2,6 +2,7 @@
 
 import pytest
 
+import bench  # noqa: F401  before anything imports NumPy
 from kernels import backend_names, get_backend
 
 

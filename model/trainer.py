@@ -10,7 +10,7 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -94,14 +94,13 @@ class Shards:
 
     def gradient(self, mlp: MLP, on_images: Callable[[int], None] = lambda images: None) -> Sums:
         """Sums over all images; calls `on_images` with the size of each finished shard."""
-        parts = []
-        for shard, sums in zip(self.shards, self.run(lambda shard: self._shard_gradient(mlp, shard), self.shards)):
-            parts.append(sums)
-            on_images(sum(len(labels) for _, labels in shard))
-        while len(parts) > 1:
-            odd = parts[len(parts) & ~1 :]
-            parts = [*self.run(_add, list(zip(parts[::2], parts[1::2]))), *odd]
-        return parts[0]
+
+        def finished() -> Iterator[Sums]:
+            for shard, sums in zip(self.shards, self.run(lambda shard: self._shard_gradient(mlp, shard), self.shards)):
+                on_images(sum(len(labels) for _, labels in shard))
+                yield sums
+
+        return add_in_tree(finished())
 
     def evaluate(self, mlp: MLP) -> tuple[float, float]:
         """Mean loss and accuracy over all images."""
@@ -113,7 +112,7 @@ class Shards:
             parts = (Sums(*mlp.gradients(self.backend, x, labels)) for x, labels in shard)
             total = next(parts)
             for part in parts:
-                total = _add((total, part))
+                total = _add(total, part)
         return total
 
     def _shard_loss(self, mlp: MLP, shard: list[tuple[Any, NDArray]]) -> tuple[float, int]:
@@ -253,9 +252,26 @@ def _mini_batches(
         yield Shards(run, backend, images[batch], labels[batch], dtype)
 
 
-def _add(pair: tuple[Sums, Sums]) -> Sums:
+def add_in_tree(parts: Iterable[Sums]) -> Sums:
+    """Add neighbours, then sums of neighbours, and so on; which additions are made depends on their number alone.
+
+    Sums that wait for their neighbour are of 1, 2, 4, ... parts, like the digits of a binary counter, so that few are
+    held at a time, and each is added while the next are still being computed.
+    """
+    waiting: list[Sums] = []
+    for count, sums in enumerate(parts, start=1):
+        while count % 2 == 0:
+            sums = _add(waiting.pop(), sums)
+            count //= 2
+        waiting.append(sums)
+    total = waiting.pop()
+    while waiting:
+        total = _add(waiting.pop(), total)
+    return total
+
+
+def _add(first: Sums, second: Sums) -> Sums:
     """The sum of both, in the buffers of the first."""
-    first, second = pair
     for total, part in zip(first.gradient, second.gradient):
         total += part
     return Sums(first.loss + second.loss, first.correct + second.correct, first.gradient)
