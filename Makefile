@@ -16,6 +16,7 @@ test: $(READY)  ## Run all tests (set MNIST_DIR to include those on MNIST)
 
 results: $(READY)  ## Measure and draw everything in bench/results/ and the README again (needs MNIST; half an hour)
 	$(BIN)/python -m pytest bench/ --benchmark-only --dataset mnist --output bench/results
+	$(BIN)/python -m bench.ratios --dataset mnist --output bench/results
 	$(BIN)/python -m model reproduce --dataset mnist --output bench/results
 	$(BIN)/python -m bench.tables
 

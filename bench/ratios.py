@@ -118,12 +118,15 @@ def product_ratios(rounds: int) -> list[Ratio]:
 
 
 def _split_product(a: NDArray, b: NDArray, threads: int, pool: ThreadPoolExecutor) -> Callable[[], list[NDArray]]:
-    """A function that computes A B by the numba backend, the rows of A split over the threads of `pool`."""
+    """A function that computes A B by the numba backend, the rows of A split over the caller and the `pool`."""
     numba = get_backend("numba")
-    if threads == 1:
-        return lambda: [numba.matmul(a, b)]
-    parts = np.array_split(a, threads)
-    return lambda: list(pool.map(lambda part: numba.matmul(part, b), parts))
+    first, *others = np.array_split(a, threads)
+
+    def product() -> list[NDArray]:
+        futures = [pool.submit(numba.matmul, part, b) for part in others]
+        return [numba.matmul(first, b), *(future.result() for future in futures)]
+
+    return product
 
 
 def epoch_ratios(dataset: Dataset, rounds: int) -> list[Ratio]:

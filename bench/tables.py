@@ -83,7 +83,17 @@ def ladder_table(results: Path) -> str:
     return f"{_markdown(table)}\n\n{measured.small_print}"
 
 
-TABLES = {"speed": speed_table, "accuracy": accuracy_table, "ladder": ladder_table}
+def ratio_table(results: Path) -> str:
+    """Ratios of times, competitors interleaved."""
+    rows = json.loads((results / "ratios.json").read_text())["ratios"]
+    table = Table("what", "time of", "relative to", "ratio", "95 % interval", box=MARKDOWN)
+    for row in rows:
+        interval = f"{row['low']:.2f} to {row['high']:.2f}"
+        table.add_row(row["what"], row["competitor"], row["base"], f"{row['ratio']:.2f}", interval)
+    return _markdown(table)
+
+
+TABLES = {"speed": speed_table, "ratios": ratio_table, "accuracy": accuracy_table, "ladder": ladder_table}
 
 
 def _markdown(table: Table) -> str:

@@ -86,11 +86,10 @@ class Shards:
         self.backend = backend
         self.count = len(images)
 
-        def prepare(shard: range) -> list[tuple[Any, NDArray]]:
-            chunks = [slice(start, min(start + CHUNK, shard.stop)) for start in shard[::CHUNK]]
-            return [(backend.prepare(images[chunk], dtype), labels[chunk]) for chunk in chunks]
+        def prepare(shard: list[slice]) -> list[tuple[Any, NDArray]]:
+            return [(backend.prepare(images[chunk], dtype), labels[chunk]) for chunk in shard]
 
-        self.shards = list(run(prepare, shard_ranges(self.count)))
+        self.shards = list(run(prepare, shards_of_chunks(self.count)))
 
     def gradient(self, mlp: MLP, on_images: Callable[[int], None] = lambda images: None) -> Sums:
         """Sums over all images; calls `on_images` with the size of each finished shard."""
@@ -229,11 +228,12 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def shard_ranges(count: int) -> list[range]:
-    """At most 32 contiguous, even ranges of `count` images, fewer where a chunk would not be filled."""
-    shards = min(SHARDS, math.ceil(count / CHUNK))
-    bounds = [count * shard // shards for shard in range(shards + 1)]
-    return [range(start, stop) for start, stop in itertools.pairwise(bounds)]
+def shards_of_chunks(count: int) -> list[list[slice]]:
+    """The chunks of `count` images, 512 in all but the last, in at most 32 even shards."""
+    chunks = [slice(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
+    shards = min(SHARDS, len(chunks))
+    bounds = [len(chunks) * shard // shards for shard in range(shards + 1)]
+    return [chunks[start:stop] for start, stop in itertools.pairwise(bounds)]
 
 
 def _mini_batches(

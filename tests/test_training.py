@@ -7,7 +7,7 @@ from kernels import get_backend
 from kernels.numpy_backend import NumpyBackend
 from model.data import Dataset
 from model.mlp import MLP
-from model.trainer import CHUNK, SHARDS, Shards, TrainingError, shard_ranges, thread_pool, train
+from model.trainer import CHUNK, SHARDS, Shards, TrainingError, shards_of_chunks, thread_pool, train
 
 SMALL = (25, 6, 10)
 
@@ -130,10 +130,12 @@ def test_shuffling_depends_on_the_seed(tiny):
 
 @pytest.mark.parametrize("count", [1, 2, 511, 512, 513, 10_000, 16_384, 16_385, 60_000, 480_001])
 def test_shards_cover_everything_once(count):
-    ranges = shard_ranges(count)
-    assert [index for part in ranges for index in part] == list(range(count))
-    assert len(ranges) == min(SHARDS, -(-count // CHUNK))
-    assert max(map(len, ranges)) - min(map(len, ranges)) <= 1
+    shards = shards_of_chunks(count)
+    chunks = [chunk for shard in shards for chunk in shard]
+    assert [index for chunk in chunks for index in range(count)[chunk]] == list(range(count))
+    assert {chunk.stop - chunk.start for chunk in chunks[:-1]} <= {CHUNK}
+    assert len(shards) == min(SHARDS, len(chunks))
+    assert max(map(len, shards)) - min(map(len, shards)) <= 1
 
 
 def test_gradient_of_shards_is_the_sum(tiny):
