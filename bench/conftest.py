@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from threadpoolctl import threadpool_limits
 
-from model.data import limited, load_dataset
+from model.data import DataError, limited, load_dataset
 from model.report import environment
 from model.trainer import available_cores
 
@@ -60,7 +60,10 @@ def quick(request):
 @pytest.fixture(scope="session")
 def dataset(request, quick):
     """The images to measure on; a tenth of them if `quick`."""
-    whole = load_dataset(request.config.option.dataset)
+    try:
+        whole = load_dataset(request.config.option.dataset)
+    except DataError as error:
+        pytest.exit(str(error), returncode=2)
     return limited(whole, 6_000) if quick else whole
 
 
