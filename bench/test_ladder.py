@@ -19,6 +19,9 @@ from kernels.simd import Vectors, View
 SHAPES = {"MLP": (60_000, 784, 128), "1024³": (1024, 1024, 1024)}
 QUICK_ROWS = {"MLP": 2048, "1024³": 512}
 
+# That a step may take, in 5 to 50 rounds: the system spreads threads over the cores in the first milliseconds only.
+SECONDS = 0.5
+
 # The last step has threads of its own; the others get them from here.
 MEASURED = [(step, which) for step in STEPS for which in ("one thread", "all threads")]
 MEASURED.remove(("threads", "one thread"))
@@ -60,14 +63,17 @@ def test_step(benchmark, step, which, shape, matrices, threads, quick):
         else:
             in_threads(STEPS[step], *arguments, threads)
 
+    run_step()  # compiles
+    start = time.perf_counter()
     run_step()
+    rounds = 1 if quick else int(np.clip(SECONDS / (time.perf_counter() - start), 5, 50))
     tolerance = 10 * len(b) * np.finfo(np.float32).eps
     np.testing.assert_allclose(arguments[2], product[:rows], rtol=0, atol=tolerance)
 
     benchmark.group = f"{shape}, {which}"
     benchmark.name = f"{step}, {rows} rows"
     with threadpool_limits(threads, user_api="blas"):
-        benchmark.pedantic(run_step, setup=run_blas, rounds=1 if quick else 5)
+        benchmark.pedantic(run_step, setup=run_blas, rounds=rounds)
     benchmark.extra_info.update(
         step=step,
         product=shape,
