@@ -46,7 +46,7 @@ def speed_table(results: Path) -> str:
             f"{epoch.seconds:,.3f}" if epoch.seconds < 1 else f"{epoch.seconds:,.0f}",
             interval,
             short(numpy / epoch.seconds),
-            f"{epoch.seconds / floor:,.2f}",
+            f"{epoch.seconds / floor:,.2f}" if epoch.seconds < 10 * floor else short(epoch.seconds / floor),
         )
     return f"{_markdown(table)}\n\n{measured.small_print}"
 
