@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -93,12 +92,25 @@ def test_errors_are_one_line_and_exit_code_2(arguments, message):
 
 
 def test_interrupt_ends_cleanly():
+    main, terminal = pty.openpty()
     command = [sys.executable, "-m", "model", *TRAIN, "--epochs", "1000000"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    time.sleep(4)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=terminal, text=True)
+    os.close(terminal)
+    shown = os.read(main, 100_000)  # blocks until the progress bar appears
     process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=20)
-    assert (process.returncode, stdout, stderr) == (130, "", "interrupted\n")
+    while chunk := read_terminal(main):
+        shown += chunk
+    stdout, _ = process.communicate(timeout=20)
+    assert (process.returncode, stdout) == (130, "")
+    assert "interrupted" in shown.decode()
+    assert "Traceback" not in shown.decode()
+
+
+def read_terminal(terminal):
+    try:
+        return os.read(terminal, 100_000)
+    except OSError:  # Linux says so when the other side has closed it
+        return b""
 
 
 def test_help_is_for_newcomers():

@@ -33,11 +33,11 @@ def mini_batch_run(backend_name, dataset_name):
 
 @pytest.fixture(scope="session", autouse=True)
 def naive_runs(request):
-    """The minutes of pure Python, begun before the first test in a process of their own: futures by data set."""
+    """The minutes of pure Python, begun before the first test in processes of their own: futures by data set."""
     if not any("naive" in item.name and "mini_batch" in item.name for item in request.session.items):
         yield {}
         return
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+    with ProcessPoolExecutor(len(DATASETS), multiprocessing.get_context("spawn")) as process:
         yield {name: process.submit(mini_batch_run, "naive", name) for name in DATASETS}
 
 
