@@ -124,7 +124,7 @@ def test_help_is_for_newcomers():
 def test_reproduce(tmp_path):
     result = run_model("reproduce", "--backend", "numpy", "--starts", 2, "--dataset", "digits28", "--output", tmp_path)
     assert result.returncode == 0, result.stderr
-    for text in ("train: published", "test: published", "92.21", "fitted", "digits28"):
+    for text in ("train, published", "test, published", "92.21", "fitted", "digits28"):
         assert text in result.stdout
     content = json.loads((tmp_path / "reproduction.json").read_text())
     assert len(content["runs"]["numpy"]["history"]) == 250
