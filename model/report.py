@@ -48,7 +48,7 @@ def comparison_table(histories: dict[str, History], dataset_name: str, box: Box 
         table.add_row(f"{kind}, published", *(f"{accuracy:.2f}" for accuracy in published))
         for name, history in histories.items():
             ours = 100 * history.accuracies(kind)[[epoch - 1 for epoch in PUBLISHED]]
-            last = name == list(histories)[-1]
+            last = box is SIMPLE and name == list(histories)[-1]  # Markdown knows no sections
             table.add_row(f"  {name}", *(f"{accuracy:.2f}" for accuracy in ours))
             table.add_row("    difference", *(f"{x - y:+.2f}" for x, y in zip(ours, published)), end_section=last)
     return table
