@@ -16,7 +16,7 @@ TRAIN = ("train", "--dataset", "digits28", "--limit", "600", "--epochs", "3", "-
 def run_model(*arguments, **options):
     command = [sys.executable, "-m", "model", *map(str, arguments)]
     environment = {**os.environ, "COLUMNS": "100"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, **options)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, **options)
 
 
 def test_train(tmp_path):
@@ -122,10 +122,10 @@ def test_help_is_for_newcomers():
 
 @pytest.mark.slow
 def test_reproduce(tmp_path):
-    result = run_model("reproduce", "--backend", "numpy", "--starts", 2, "--dataset", "digits28", "--output", tmp_path)
+    result = run_model("reproduce", "--backend", "sparse", "--starts", 2, "--dataset", "digits28", "--output", tmp_path)
     assert result.returncode == 0, result.stderr
     for text in ("train, published", "test, published", "92.21", "fitted", "digits28"):
         assert text in result.stdout
     content = json.loads((tmp_path / "reproduction.json").read_text())
-    assert len(content["runs"]["numpy"]["history"]) == 250
+    assert len(content["runs"]["sparse"]["history"]) == 250
     assert (tmp_path / "reproduction.png").read_bytes().startswith(b"\x89PNG")

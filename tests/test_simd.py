@@ -285,7 +285,7 @@ def start_probe(*dtypes, folder=ROOT, **environment):
 
 
 def finish(probe):
-    output, errors = probe.communicate(timeout=120)
+    output, errors = probe.communicate(timeout=600)
     assert probe.returncode == 0, errors
     seconds, register_bytes, right, relu, gradient = output.split()
     return float(seconds), int(register_bytes), right == "True", float(relu), float(gradient)
