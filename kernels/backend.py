@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import ArrayLike, DTypeLike, NDArray
+from numpy.typing import DTypeLike, NDArray
 
 FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 
@@ -68,7 +68,7 @@ class Backend(ABC):
             raise ValueError(f"dtype must be float32 or float64, not {np.dtype(dtype)}")
         return self._prepare(images, np.dtype(dtype))
 
-    def matmul(self, a: Any, b: NDArray, bias: NDArray | None = None) -> NDArray:
+    def matmul(self, a: Matrix, b: NDArray, bias: NDArray | None = None) -> NDArray:
         """A B, plus `bias` on each row.
 
         Parameters
@@ -198,18 +198,18 @@ class Backend(ABC):
     def _softmax_grad(self, logits: NDArray, labels: NDArray[np.integer]) -> tuple[float, int, NDArray]: ...
 
 
-def _describe(value: ArrayLike) -> str:
+def _describe(value: Any) -> str:
     if isinstance(value, np.ndarray):
         return f"{value.dtype} {value.shape}"
     return f"{type(value).__name__} (make it an array with numpy.asarray)"
 
 
-def _check_float(value: ArrayLike, name: str) -> None:
+def _check_float(value: Any, name: str) -> None:
     if not isinstance(value, np.ndarray) or value.dtype not in FLOATS or not value.dtype.isnative:
         raise ValueError(f"{name} must be an array of native float32 or float64, not {_describe(value)}")
 
 
-def _check_matrix(value: ArrayLike, name: str) -> None:
+def _check_matrix(value: Any, name: str) -> None:
     _check_float(value, name)
     if np.ndim(value) != 2:
         raise ValueError(f"{name} must have two dimensions, not shape {np.shape(value)}")

@@ -184,7 +184,9 @@ def train(
         history.prepare_seconds = time.perf_counter() - start
         for epoch in range(1, epochs + 1):
             loss, correct, start = 0.0, 0, time.perf_counter()
-            for batch in full_batch or _mini_batches(run, backend, images, labels, mlp.dtype, batch_size or 1, rng):
+            for batch in full_batch or _mini_batches(
+                run, backend, images, labels, mlp.dtype, batch_size or len(images), rng
+            ):
                 sums = descend(mlp, batch, learning_rate, on_images)
                 loss, correct = loss + sums.loss, correct + sums.correct
             seconds = time.perf_counter() - start
