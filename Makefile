@@ -1,9 +1,10 @@
 # Everything runs in .venv, made on first use from constraints.txt. Another interpreter: make PYTHON=python3.12 test
 PYTHON ?= python3
 BIN := .venv/bin
+RESULTS ?= bench/results/results.json
 READY := .venv/ready
 
-.PHONY: help bench test results lint constraints clean
+.PHONY: help bench test plots results lint constraints clean
 
 help:  ## Show this help
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -14,9 +15,12 @@ bench: $(READY)  ## Measure every backend and draw the plots into bench/output/ 
 test: $(READY)  ## Run all tests (set MNIST_DIR to include those on MNIST)
 	$(BIN)/python -m pytest tests/ $(ARGS)
 
+plots: $(READY)  ## Draw the plots of a results file (make plots RESULTS=file.json) into bench/output/
+	$(BIN)/python -m bench.study draw $(RESULTS)
+
 results: $(READY)  ## Measure and draw everything in bench/results/ and the README again (needs MNIST; half an hour)
 	$(BIN)/python -m pytest bench/ --benchmark-only --dataset mnist --output bench/results
-	$(BIN)/python -m bench.ratios --dataset mnist --output bench/results
+	$(BIN)/python -m bench.study run --dataset mnist --output bench/results
 	$(BIN)/python -m model reproduce --dataset mnist --output bench/results
 	$(BIN)/python -m bench.tables
 

@@ -1,4 +1,4 @@
-"""Options and data of the benchmarks; afterwards their results are written and drawn."""
+"""Options and data of the benchmarks; afterwards their results are drawn."""
 
 import os
 from pathlib import Path
@@ -6,11 +6,10 @@ from pathlib import Path
 import pytest
 from threadpoolctl import threadpool_limits
 
+from bench import RESULTS
 from model.data import DataError, limited, load_dataset
 from model.report import environment
 from model.trainer import available_cores
-
-RESULTS = "results.json"
 
 
 def pytest_addoption(parser):
@@ -44,9 +43,9 @@ def pytest_benchmark_update_json(config, output_json):
 def pytest_terminal_summary(terminalreporter, config):
     file = config.option.benchmark_json
     if file and config._benchmarksession.benchmarks:
-        from bench.plots import draw_all  # matplotlib takes a second to import
+        from bench.plots import draw_benchmarks  # matplotlib takes a second to import
 
-        figures = draw_all(Path(file), Path(file).parent)
+        figures = draw_benchmarks(Path(file), Path(file).parent)
         names = ", ".join(figure.name for figure in figures)
         terminalreporter.write_line(f"Results and plots: {os.path.relpath(file)}, {names}")
 

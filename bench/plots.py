@@ -1,18 +1,25 @@
-"""Results to figures: ``python -m bench.plots results.json folder``."""
+"""What the benchmarks measured: read, and drawn."""
 
 import json
-import sys
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from scipy.stats import bootstrap
 
-from kernels import backend_names
-from model.figures import BOUND_COLOUR, colour, figure_file
+from model.figures import (
+    bound,
+    colour,
+    figure_file,
+    in_seconds,
+    label,
+    ordered,
+    print_small,
+    short,
+    small_print,
+    title,
+)
 
 
 class Timing(NamedTuple):
@@ -102,8 +109,8 @@ def load(file: Path) -> Results:
         else:
             peak[info["threads"]] = _timing(benchmark).gflop_per_second
         dataset, threads = info.get("dataset", dataset), max(threads, info["threads"])
-    small_print = _small_print(content, dataset, threads)
-    return Results(kernels, epochs, peak, ladders, multiply_adds, dataset, threads, small_print)
+    origin = small_print(content["machine_info"], content["datetime"], dataset, content["quick"])
+    return Results(kernels, epochs, peak, ladders, multiply_adds, dataset, threads, origin)
 
 
 def _timing(benchmark: dict[str, Any], factor: float = 1.0) -> Timing:
@@ -126,20 +133,8 @@ def _rung(benchmark: dict[str, Any]) -> Rung:
     return Rung(timing, float(np.median(blas)), float(np.median(speed / blas)))
 
 
-def _small_print(content: dict[str, Any], dataset: str, threads: int) -> str:
-    machine = content["machine_info"]
-    packages = machine["packages"]
-    versions = ", ".join(f"{name} {packages[name]}" for name in ("numpy", "numba", "llvmlite") if name in packages)
-    quick = "QUICK RUN, not for quoting. " if content["quick"] else ""
-    images = f"{dataset}; " if dataset else ""
-    return (
-        f"{quick}{images}{machine['cpu']}, {threads} threads; float32; medians with 95 % intervals\n"
-        f"Python {machine['python']}, {versions}, {', '.join(machine['blas'])}; {content['datetime'][:10]}"
-    )
-
-
-def draw_all(file: Path, folder: Path) -> list[Path]:
-    """Draw every figure that `file` has results for into `folder`; return the files drawn."""
+def draw_benchmarks(file: Path, folder: Path) -> list[Path]:
+    """Draw every figure that the benchmarks in `file` have results for into `folder`; return the files drawn."""
     results = load(file)
     drawn = []
     if results.epochs and results.peak:
@@ -164,16 +159,16 @@ def draw_training(results: Results, file: Path) -> None:
             axes.barh(row, epoch.seconds, color=colour(name), hatch="//" if extrapolated else None, edgecolor="white")
             axes.plot([epoch.low, epoch.high], [row, row], color="black", linewidth=1.5)
             note = f"  extrapolated from {epoch.info['images']} images" if extrapolated else ""
-            _label(axes, f"{_seconds(epoch.seconds)}{note}", epoch.high, row)
+            label(axes, f"{in_seconds(epoch.seconds)}{note}", epoch.high, row)
         axes.set(xscale="log", xlabel="seconds per epoch (log scale)", yticks=range(len(epochs)))
         axes.set(ylim=(len(epochs) - 0.4, -1.1))
         axes.set_yticklabels(epochs)
         times = [epoch.seconds for epoch in epochs.values()]
         axes.set_xlim(min(times) / 5, max(times) * 50)
-        floor = _seconds(results.dense_floor)
-        _bound(axes, results.dense_floor, f"dense floor: {floor}, the two big products at BLAS's best rate", -0.75)
-        _title(figure, _training_title(epochs))
-        _print_small(figure, results)
+        floor = in_seconds(results.dense_floor)
+        bound(axes, results.dense_floor, f"dense floor: {floor}, the two big products at BLAS's best rate", -0.75)
+        title(figure, _training_title(epochs))
+        print_small(figure, results.small_print)
 
 
 def draw_kernels(results: Results, file: Path) -> None:
@@ -187,14 +182,14 @@ def draw_kernels(results: Results, file: Path) -> None:
                 rate = timings[name].gflop_per_second
                 y = row + (order - (len(names) - 1) / 2) * height
                 axes.barh(y, rate, height, color=colour(name))
-                _label(axes, f"{rate:.3g}" + (f"  {name}" if row == 0 else ""), rate, y, fontsize=7)
+                label(axes, f"{rate:.3g}" + (f"  {name}" if row == 0 else ""), rate, y, fontsize=7)
         axes.set(xscale="log", xlabel="GFLOP/s of the dense form, one thread (log scale)")
         axes.set(yticks=range(len(results.kernels)), ylim=(len(results.kernels) - 0.4, -1))
         axes.set_yticklabels(results.kernels)
         axes.margins(x=0.2)
-        _bound(axes, results.peak[1], f"BLAS at 2048³: {results.peak[1]:.0f}", -0.75)
-        _title(figure, _kernels_title(results.kernels))
-        _print_small(figure, results)
+        bound(axes, results.peak[1], f"BLAS at 2048³: {results.peak[1]:.0f}", -0.75)
+        title(figure, _kernels_title(results.kernels))
+        print_small(figure, results.small_print)
 
 
 def draw_ladder(results: Results, file: Path) -> None:
@@ -215,14 +210,14 @@ def draw_ladder(results: Results, file: Path) -> None:
             for row, step in enumerate(ladder.steps):
                 rates = sorted(rung.timing.gflop_per_second for (name, _), rung in ladder.rungs.items() if name == step)
                 for rate in rates:
-                    _label(axes, short(rate), rate, row, fontsize=7, side=1 if rate == rates[-1] else -1)
+                    label(axes, short(rate), rate, row, fontsize=7, side=1 if rate == rates[-1] else -1)
             axes.set(xscale="log", xlabel=f"GFLOP/s at {product} (log scale)")
             axes.set(yticks=range(len(ladder.steps)), ylim=(len(ladder.steps) - 0.5, -0.5))
             axes.set_yticklabels(ladder.steps)
         panels[0].margins(x=0.25)
         panels[0].legend(loc="lower left", frameon=False, fontsize=7)
         figure.suptitle(_ladder_title(results), fontsize=10, fontweight="bold", x=0.01, ha="left")
-        _print_small(figure, results)
+        print_small(figure, results.small_print)
 
 
 def _ladder_title(results: Results) -> str:
@@ -241,7 +236,9 @@ def _training_title(epochs: dict[str, Timing]) -> str:
         for name in reversed(epochs)
         if name != fastest
     ]
-    return f"{fastest} trains " + (", ".join(speeds) if speeds else f"an epoch in {_seconds(epochs[fastest].seconds)}")
+    return f"{fastest} trains " + (
+        ", ".join(speeds) if speeds else f"an epoch in {in_seconds(epochs[fastest].seconds)}"
+    )
 
 
 def _kernels_title(kernels: dict[str, dict[str, Timing]]) -> str:
@@ -252,55 +249,3 @@ def _kernels_title(kernels: dict[str, dict[str, Timing]]) -> str:
         f"{fastest} multiplies {short(forward[fastest] / forward[slowest])} × as fast as {slowest}: "
         f"{short(forward[fastest])} against {short(forward[slowest])} GFLOP/s in the forward product"
     )
-
-
-def _title(figure: Figure, text: str) -> None:
-    figure.suptitle(text, x=0.01, ha="left", fontsize=10, fontweight="bold")
-
-
-def _label(axes: Axes, text: str, x: float, y: float, fontsize: float = 9, side: int = 1) -> None:
-    """`text` right of a bar's end, or left of it if `side` is -1, readable over the line of a bound."""
-    axes.annotate(
-        text,
-        (x, y),
-        xytext=(5 * side, 0),
-        textcoords="offset points",
-        ha="left" if side == 1 else "right",
-        va="center",
-        fontsize=fontsize,
-        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
-        zorder=5,
-    )
-
-
-def _bound(axes: Axes, x: float, text: str, y: float) -> None:
-    """A vertical line that no dense code passes by much, with its name."""
-    axes.axvline(x, color=BOUND_COLOUR, linestyle="--", linewidth=1)
-    axes.annotate(
-        text, (x, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=7.5, color=BOUND_COLOUR
-    )
-
-
-def short(value: float) -> str:
-    """At least two digits, and no more than matter."""
-    return f"{value:,.0f}" if value >= 20 else f"{value:.1f}" if value >= 1 else f"{value:.2g}"
-
-
-def ordered(names: Any) -> list[str]:
-    """Backends in the order of the study, foreign ones last."""
-    known = backend_names()
-    return sorted(names, key=lambda name: (known.index(name) if name in known else len(known), name))
-
-
-def _seconds(seconds: float) -> str:
-    return f"{seconds:.3f} s" if seconds < 1 else f"{seconds:,.0f} s"
-
-
-def _print_small(figure: Figure, results: Results) -> None:
-    figure.supxlabel(results.small_print, fontsize=6.5, color=BOUND_COLOUR, x=0.01, ha="left")
-
-
-if __name__ == "__main__":
-    source, folder = map(Path, sys.argv[1:])
-    for figure in draw_all(source, folder):
-        print(figure)

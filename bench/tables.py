@@ -1,6 +1,7 @@
 """The tables of the READMEs, made from the published results: ``python -m bench.tables`` puts them between markers."""
 
 import io
+import itertools
 import json
 import re
 from pathlib import Path
@@ -9,7 +10,9 @@ from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 
-from bench.plots import load, ordered, short
+from bench import RESULTS
+from bench.plots import load
+from model.figures import ordered, short
 from model.report import comparison_table
 from model.trainer import Epoch, History
 
@@ -35,7 +38,7 @@ def refresh(text: str, results: Path) -> str:
 
 def speed_table(results: Path) -> str:
     """Seconds per epoch of each backend, relative to NumPy and to the dense floor."""
-    measured = load(results / "results.json")
+    measured = load(results / RESULTS)
     floor, numpy = measured.dense_floor, measured.epochs["numpy"].seconds
     table = Table("backend", "seconds per epoch", "95 % interval", "× numpy's speed", "× dense floor", box=MARKDOWN)
     for name in ordered(measured.epochs):
@@ -68,7 +71,7 @@ def accuracy_table(results: Path) -> str:
 
 def ladder_table(results: Path) -> str:
     """GFLOP/s of each step of the ladder and percent of BLAS's, on one and on all threads, and lines of code."""
-    measured = load(results / "results.json")
+    measured = load(results / RESULTS)
     runs = [(product, threads) for product in measured.ladders for threads in sorted(measured.multiply_adds)]
     table = Table("step", "lines", box=MARKDOWN)
     for product, threads in runs:
@@ -85,9 +88,9 @@ def ladder_table(results: Path) -> str:
 
 def ratio_table(results: Path) -> str:
     """Ratios of times, competitors interleaved."""
-    rows = json.loads((results / "ratios.json").read_text())["ratios"]
+    studies = json.loads((results / RESULTS).read_text())["studies"]
     table = Table("what", "time of", "relative to", "ratio", "95 % interval", box=MARKDOWN)
-    for row in rows:
+    for row in itertools.chain(studies["head_to_head"]["found"], studies["products"]["found"]):
         interval = f"{row['low']:.2f} to {row['high']:.2f}"
         table.add_row(row["what"], row["competitor"], row["base"], f"{row['ratio']:.2f}", interval)
     return _markdown(table)

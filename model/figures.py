@@ -11,8 +11,10 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from kernels import backend_names
 from model.reproduction import PUBLISHED
 from model.trainer import History
 
@@ -52,6 +54,64 @@ def figure_file(file: Path, **size: Any) -> Iterator[Figure]:
             figure.savefig(file, metadata={"Software": None})
         finally:
             plt.close(figure)
+
+
+def title(figure: Figure, text: str) -> None:
+    figure.suptitle(text, x=0.01, ha="left", fontsize=10, fontweight="bold")
+
+
+def label(axes: Axes, text: str, x: float, y: float, fontsize: float = 9, side: int = 1) -> None:
+    """`text` right of a bar's end, or left of it if `side` is -1, readable over the line of a bound."""
+    axes.annotate(
+        text,
+        (x, y),
+        xytext=(5 * side, 0),
+        textcoords="offset points",
+        ha="left" if side == 1 else "right",
+        va="center",
+        fontsize=fontsize,
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+        zorder=5,
+    )
+
+
+def bound(axes: Axes, x: float, text: str, y: float) -> None:
+    """A vertical line that no dense code passes by much, with its name."""
+    axes.axvline(x, color=BOUND_COLOUR, linestyle="--", linewidth=1)
+    axes.annotate(
+        text, (x, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=7.5, color=BOUND_COLOUR
+    )
+
+
+def short(value: float) -> str:
+    """At least two digits, and no more than matter."""
+    return f"{value:,.0f}" if value >= 20 else f"{value:.1f}" if value >= 1 else f"{value:.2g}"
+
+
+def ordered(names: Any) -> list[str]:
+    """Backends in the order of the study, foreign ones last."""
+    known = backend_names()
+    return sorted(names, key=lambda name: (known.index(name) if name in known else len(known), name))
+
+
+def in_seconds(seconds: float) -> str:
+    return f"{seconds:.3f} s" if seconds < 1 else f"{seconds:,.0f} s"
+
+
+def print_small(figure: Figure, text: str) -> None:
+    """Write where the results come from below everything."""
+    figure.supxlabel(text, fontsize=6.5, color=BOUND_COLOUR, x=0.01, ha="left")
+
+
+def small_print(environment: dict[str, Any], date: str, dataset: str, quick: bool) -> str:
+    """Where results come from, in two lines: what `environment` of `model.report` found, day, images."""
+    packages = environment["packages"]
+    versions = ", ".join(f"{name} {packages[name]}" for name in ("numpy", "numba", "llvmlite") if name in packages)
+    return (
+        f"{'QUICK RUN, not for quoting. ' if quick else ''}{f'{dataset}; ' if dataset else ''}"
+        f"{environment['cpu']}, {environment['cores']} threads; float32; medians with 95 % intervals\n"
+        f"Python {environment['python']}, {versions}, {', '.join(environment['blas'])}; {date[:10]}"
+    )
 
 
 def draw_curves(file: Path, histories: dict[str, History], starts: list[History], dataset_name: str) -> None:

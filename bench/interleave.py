@@ -1,0 +1,87 @@
+"""Who is faster, by how much: competitors in turn, round by round, so that a drifting machine hits all alike.
+
+Every published ratio comes from here. The benchmarks of pytest-benchmark run each test as a block, which is good for
+tables and no basis for ratios.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import bootstrap
+
+
+class Ratio(TypedDict):
+    """How the time of a competitor relates to that of the base, with a 95 % confidence interval."""
+
+    what: str
+    competitor: str
+    base: str
+    seconds: float
+    base_seconds: float
+    ratio: float
+    low: float
+    high: float
+
+
+def interleave(competitors: dict[str, Callable[[], Any]], rounds: int, seed: int = 0) -> dict[str, NDArray[np.float64]]:
+    """Seconds of each competitor in each round; a round runs every one of them once, in random order.
+
+    Parameters
+    ----------
+    competitors
+        By name, functions without arguments.
+    rounds
+        Number of rounds; two more, before them, fill caches and compile.
+    seed
+        Seed of the order.
+
+    Returns
+    -------
+    dict[str, ndarray]
+        By name, (rounds,) seconds; entries of one round belong together.
+    """
+    rng = np.random.default_rng(seed)
+    seconds = {name: np.empty(rounds) for name in competitors}
+    for round_ in range(-2, rounds):
+        for name in rng.permutation(list(competitors)):
+            start = time.perf_counter()
+            competitors[name]()
+            if round_ >= 0:
+                seconds[name][round_] = time.perf_counter() - start
+    return seconds
+
+
+def ratios(what: str, seconds: dict[str, NDArray[np.float64]], base: str) -> list[Ratio]:
+    """Ratios of the median seconds of each competitor to those of `base`; rounds are resampled as wholes."""
+
+    def ratio_of_medians(ours: NDArray, theirs: NDArray, axis: int = -1) -> NDArray:
+        return np.median(ours, axis=axis) / np.median(theirs, axis=axis)
+
+    found = []
+    for name in seconds:
+        if name != base:
+            interval = bootstrap(
+                (seconds[name], seconds[base]),
+                ratio_of_medians,
+                paired=True,
+                n_resamples=2000,
+                method="percentile",
+                rng=0,
+            ).confidence_interval
+            median, base_median = float(np.median(seconds[name])), float(np.median(seconds[base]))
+            found.append(
+                Ratio(
+                    what=what,
+                    competitor=name,
+                    base=base,
+                    seconds=median,
+                    base_seconds=base_median,
+                    ratio=median / base_median,
+                    low=float(interval.low),
+                    high=float(interval.high),
+                )
+            )
+    return found

@@ -1,0 +1,85 @@
+"""Studies that take more than a benchmark: ``python -m bench.study run`` makes them, ``draw`` draws them again.
+
+A study is a module of this package with ``measure(dataset, quick)``, which returns plain data, and perhaps
+``draw(found, small_print, file)``. What it found goes into ``results.json``, the file of the benchmarks, under the
+study's name, with the environment of that run.
+"""
+
+import datetime
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from bench import RESULTS
+from bench.plots import draw_benchmarks
+from model.data import limited, load_dataset
+from model.figures import small_print
+from model.report import environment, write_json
+
+STUDIES = ("head_to_head", "products")
+
+app = typer.Typer(help="Studies that take more than a benchmark.", add_completion=False, pretty_exceptions_enable=False)
+out = Console()
+Output = Annotated[Path, typer.Option(help="Folder for the results and plots.")]
+
+
+def study(name: str) -> ModuleType:
+    """The module of a study."""
+    return importlib.import_module(f"bench.{name}")
+
+
+@app.command()
+def run(
+    names: Annotated[list[str] | None, typer.Argument(help=f"{', '.join(STUDIES)} [default: all]")] = None,
+    quick: Annotated[bool, typer.Option(help="Fewer images and rounds, only to try it.")] = False,
+    dataset: Annotated[str, typer.Option(help="mnist, digits28 or auto.")] = "auto",
+    output: Output = Path("bench/output"),
+) -> None:
+    """Make studies, add what they found to results.json, and draw it."""
+    if unknown := set(names or ()).difference(STUDIES):
+        raise typer.BadParameter(f"no study is named {', '.join(sorted(unknown))}; there are {', '.join(STUDIES)}")
+    output.mkdir(parents=True, exist_ok=True)
+    file = output / RESULTS
+    images = load_dataset(dataset)
+    images = limited(images, 6_000) if quick else images
+    for name in names or STUDIES:
+        out.print(f"{name} ...")
+        section = {
+            "environment": environment(),
+            "date": datetime.date.today().isoformat(),
+            "dataset": images.name,
+            "quick": quick,
+            "found": study(name).measure(images, quick),
+        }
+        content = json.loads(file.read_text()) if file.exists() else {}
+        content.setdefault("studies", {})[name] = section
+        write_json(file, content)
+        draw(file, output, name)
+
+
+@app.command()
+def draw(
+    file: Annotated[Path, typer.Argument(help="A results.json, from this machine or another.")],
+    output: Output = Path("bench/output"),
+    only: Annotated[str | None, typer.Option(help="Only this study.")] = None,
+) -> None:
+    """Draw every figure that the results have data for."""
+    output.mkdir(parents=True, exist_ok=True)
+    content = json.loads(file.read_text())
+    drawn = draw_benchmarks(file, output) if "benchmarks" in content and not only else []
+    for name, section in content.get("studies", {}).items():
+        if name == (only or name) and hasattr(study(name), "draw"):
+            origin = small_print(section["environment"], section["date"], section["dataset"], section["quick"])
+            drawn.append(output / f"{name}.png")
+            study(name).draw(section["found"], origin, drawn[-1])
+    for figure in drawn:
+        out.print(figure)
+
+
+if __name__ == "__main__":
+    app()
