@@ -85,3 +85,14 @@ def ratios(what: str, seconds: dict[str, NDArray[np.float64]], base: str) -> lis
                 )
             )
     return found
+
+
+def interval_of_median(seconds: NDArray[np.float64]) -> tuple[float, float, float]:
+    """Median of some rounds and the ends of its 95 % bootstrap interval; all the same for a single round."""
+    median = float(np.median(seconds))
+    if np.ptp(seconds) == 0:
+        return median, median, median
+    interval = bootstrap(
+        (seconds,), np.median, confidence_level=0.95, n_resamples=2000, method="percentile", rng=0
+    ).confidence_interval
+    return median, float(interval.low), float(interval.high)

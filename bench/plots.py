@@ -1,13 +1,12 @@
 """What the benchmarks measured: read, and drawn."""
 
 import json
-import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.stats import bootstrap
 
+from bench.interleave import interval_of_median
 from model.figures import (
     bound,
     colour,
@@ -115,15 +114,7 @@ def load(file: Path) -> Results:
 
 def _timing(benchmark: dict[str, Any], factor: float = 1.0) -> Timing:
     seconds = factor * np.array(benchmark["stats"]["data"])
-    median = float(np.median(seconds))
-    if len(seconds) == 1:
-        return Timing(benchmark["extra_info"], median, median, median)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # equal rounds have no distribution to resample
-        interval = bootstrap(
-            (seconds,), np.median, confidence_level=0.95, n_resamples=2000, method="percentile", rng=0
-        ).confidence_interval
-    return Timing(benchmark["extra_info"], median, interval.low, interval.high)
+    return Timing(benchmark["extra_info"], *interval_of_median(seconds))
 
 
 def _rung(benchmark: dict[str, Any]) -> Rung:

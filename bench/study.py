@@ -21,7 +21,7 @@ from model.data import limited, load_dataset
 from model.figures import small_print
 from model.report import environment, write_json
 
-STUDIES = ("head_to_head", "products")
+STUDIES = ("head_to_head", "products", "ablation", "density")
 
 app = typer.Typer(help="Studies that take more than a benchmark.", add_completion=False, pretty_exceptions_enable=False)
 out = Console()

@@ -6,30 +6,30 @@ row of the result is a sum of rows of B, one for each non-zero element of its ro
     out[i] = bias + A[i, k] B[k] + A[i, k'] B[k'] + ...
 
 Each multiply-add of vectors then needs a vector of B of its own. The CPU can load one for each multiply-add, but only
-from the L1 cache, which is too small for B. Hence three ideas, on top of skipping zeros:
+from the L1 cache, which is too small for B. Hence these ideas, on top of skipping zeros:
 
-- *Blocks.* B is cut into *panels* of `PANEL_VECTORS` vectors and those into blocks of `BLOCK` rows, which fill the L1
-  cache. A block is used for all rows of the result before the next one.
-- *Pairs.* Two neighbouring rows of the result are in registers at a time. Where both rows of A are non-zero, a row of B
-  is loaded once for both. In MNIST that holds for 83 % of the non-zeros of neighbouring pixels and 47 % of those of
-  neighbouring images, in whatever order the images come.
-- *Bytes.* A non-zero element of A is stored as its column in the block and its grey value, one byte each. Its float is
-  looked up in a table of 256, as fast as it could be converted, and exactly what division by 255 gives.
+- *Blocks.* A is cut into blocks of 64 columns, and B into blocks of 64 rows, which are cut into *panels* of
+  `PANEL_VECTORS` vectors and fill the L1 cache. A block is used for all rows of the result before the next one.
+- *Masks.* Where a row of a block is not zero is a mask of 64 bits; the next column is its lowest bit, one instruction
+  away. Reading column numbers from memory would be slower, as each would have to arrive before B can be loaded.
+- *Order.* The rows of a block are visited from the most non-zeros to the fewest, whatever their order in A, so the
+  innermost loop is as long as the last time, and the CPU rightly foresees its end. Two rows are visited at a time, as
+  sums of one row alone would wait for each other.
+- *Bytes.* Grey values are kept as bytes, and become floats, 16 at a time, just before they are needed.
 
 x and x.T are both stored in that form, so the same code computes both products.
 
 The parameters are taken to be finite: zero times infinity or NaN would be NaN, and is skipped here.
 """
 
-import functools
 import threading
 import warnings
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
-from numba import types
+from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
@@ -37,23 +37,22 @@ from numpy.typing import NDArray
 from kernels.numba_backend import NumbaBackend
 from kernels.simd import REGISTER_BYTES, Vectors, View, flat_in, kernel, matrix_out
 
-# Vectors in a row of a panel, and of the narrower panels for the last columns. Two rows of the result, a row of B and
-# two grey values fit the 16 registers of SSE and AVX2, or the 32 of AVX-512.
+# Vectors in a row of a panel, and of the narrower panels for the last columns. Two rows of the result and their grey
+# values fit the 16 registers of SSE and AVX2, or the 32 of AVX-512.
 WIDTHS = {16: (4, 2, 1), 32: (4, 2, 1), 64: (8, 4, 2, 1)}[REGISTER_BYTES]
 PANEL_VECTORS = WIDTHS[0]
 PANEL_BYTES = PANEL_VECTORS * REGISTER_BYTES
 
-# Rows of a panel that fill an L1 cache of 32 KB, and whose numbers and count fit a byte.
-BLOCK = min(192, 32 * 1024 // PANEL_BYTES)
+# Columns of a block: the bits of a mask. With AVX-512, so many rows of a panel fill an L1 cache of 32 KB.
+BLOCK = 64
+
+# Rows of a block that are visited together.
+GROUP = 2
+
+# What a grey value is stored as.
+GREY: Any = types.uint8
 
 CACHE_LINE = 64
-
-# The kinds of entries by the rows of their pair that are non-zero, in the order in which they are stored.
-BOTH, FIRST, SECOND = range(3)
-ROWS = {BOTH: (0, 1), FIRST: (0,), SECOND: (1,)}
-
-# The float of each byte.
-GREY = {np.dtype(dtype): np.divide(np.arange(256), 255, dtype=dtype) for dtype in (np.float32, np.float64)}
 
 # From this share of non-zero pixels on, dense products are faster; fewer pixels than these are not worth a warning.
 DENSE = 0.85
@@ -64,12 +63,21 @@ MANY_PIXELS = 100_000
 
 
 class NonZeros(NamedTuple):
-    """The non-zero elements of a matrix of bytes, in blocks of `BLOCK` columns and pairs of rows."""
+    """The non-zero elements of a matrix of bytes, block of columns by block of columns.
 
-    counts: NDArray[np.uint8]
-    """(blocks, pairs, 3): how many entries there are of each kind, in this order."""
-    entries: NDArray[np.uint8]
-    """Entry after entry. One has a column, counted from the start of its block, and one value, or two for `BOTH`."""
+    Rows that are all zero in a block are left out. The others come from the most non-zeros to the fewest, in groups of
+    `GROUP`; a row number one past the last fills the last group.
+    """
+
+    groups: NDArray[np.int64]
+    """(blocks,): how many groups there are."""
+    rows: NDArray[np.uint32]
+    """(groups of all blocks * GROUP,): which row it is."""
+    masks: NDArray[np.uint64]
+    """The same shape: bit c is set where column c of the block is not zero."""
+    values: NDArray[np.uint8]
+    """Group by group: the first grey value of each row, the second of each row, ...; a row that has fewer than the
+    first of its group goes on with zeros. At the end are zeros, as whole vectors are read."""
 
 
 def pixels_in(_: types.Type) -> types.Array:
@@ -77,37 +85,59 @@ def pixels_in(_: types.Type) -> types.Array:
     return types.Array(types.uint8, 2, "A", readonly=True, aligned=False)
 
 
-@kernel(pixels_in, returns=types.Tuple((types.Array(types.uint8, 3, "C"), types.Array(types.uint8, 1, "C"))))
+def form_types(readonly: bool) -> list[types.Array]:
+    """Types of the arrays of `NonZeros`."""
+    return [types.Array(dtype, 1, "C", readonly) for dtype in (types.int64, types.uint32, types.uint64, GREY)]
+
+
+@kernel(pixels_in, returns=types.Tuple(form_types(readonly=False)))
 def encode(matrix):
-    """Counts and entries of a matrix of bytes (n, k)."""
+    """`NonZeros` of a matrix of bytes (n, k)."""
     n, k = matrix.shape
-    pairs = (n + 1) // 2
-    counts = np.empty(((k + BLOCK - 1) // BLOCK, pairs, 3), np.uint8)
-    entries = np.empty(3 * pairs * k + 3, np.uint8)  # all that there can be, and room to write one too many
-    no_row = np.zeros(BLOCK, np.uint8)
-    end = 0
-    for block in range(len(counts)):
-        columns = slice(block * BLOCK, (block + 1) * BLOCK)
-        for pair in range(pairs):
-            first = matrix[2 * pair, columns]
-            second = matrix[2 * pair + 1, columns] if 2 * pair + 1 < n else no_row
-            # Write each entry, and keep it by moving on: a branch on what is zero could not be predicted.
-            start = end
-            for c in range(len(first)):
-                entries[end], entries[end + 1], entries[end + 2] = c, first[c], second[c]
-                end += 3 * ((first[c] != 0) & (second[c] != 0))
-            counts[block, pair, BOTH] = (end - start) // 3
-            start = end
-            for c in range(len(first)):
-                entries[end], entries[end + 1] = c, first[c]
-                end += 2 * ((first[c] != 0) & (second[c] == 0))
-            counts[block, pair, FIRST] = (end - start) // 2
-            start = end
-            for c in range(len(first)):
-                entries[end], entries[end + 1] = c, second[c]
-                end += 2 * ((first[c] == 0) & (second[c] != 0))
-            counts[block, pair, SECOND] = (end - start) // 2
-    return counts, entries[:end].copy()
+    groups = np.zeros((k + BLOCK - 1) // BLOCK, np.int64)
+    room = len(groups) * (n + GROUP)
+    rows, masks = np.empty(room, np.uint32), np.zeros(room, np.uint64)
+    values = np.zeros(room * BLOCK + GROUP * REGISTER_BYTES, GREY)
+    mask, number, order = np.empty(n, np.uint64), np.empty(n, np.int64), np.empty(n, np.int64)
+    start = end = 0
+    for block in range(len(groups)):
+        part = matrix[:, block * BLOCK : (block + 1) * BLOCK]
+        for i in range(n):
+            mask[i] = number[i] = 0
+            for c in range(part.shape[1]):
+                mask[i] |= np.uint64(part[i, c] != 0) << np.uint64(c)
+                number[i] += part[i, c] != 0
+        filled = sort_descending(number, order)
+        groups[block] = (filled + GROUP - 1) // GROUP
+        for position in range(groups[block] * GROUP):
+            rows[start + position] = n
+            if position < filled:
+                i = order[position]
+                rows[start + position], masks[start + position] = i, mask[i]
+                # Write each value, and keep it by moving on: a branch on what is zero could not be foreseen.
+                at = end + position % GROUP
+                for c in range(part.shape[1]):
+                    values[at] = part[i, c]
+                    at += GROUP * (part[i, c] != 0)
+            if position % GROUP == GROUP - 1:
+                end += GROUP * number[order[position - GROUP + 1]]
+        start += groups[block] * GROUP
+    return groups, rows[:start].copy(), masks[:start].copy(), values[: end + GROUP * REGISTER_BYTES].copy()
+
+
+@njit
+def sort_descending(number, order):
+    """Set `order` to the indices of the numbers, from 0 to `BLOCK`, that sort them; returns how many are not 0."""
+    begin = np.zeros(BLOCK + 2, np.int64)
+    for i in range(len(number)):
+        begin[BLOCK - number[i] + 1] += 1
+    begin = begin.cumsum()
+    filled = begin[BLOCK]
+    for i in range(len(number)):
+        place = BLOCK - number[i]
+        order[begin[place]] = i
+        begin[place] += 1
+    return filled
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,87 +191,102 @@ def pack_row(typing_context, b, k, j, panel, row):
 
 
 @intrinsic
-def add_block(typing_context, counts, block, entries, position, grey, panel, out, j, width):
-    """Add the products of a block's entries with rows of the panel to `width` vectors of each row of the result.
+def add_block(typing_context, groups, rows, masks, values, start, end, panel, out, j, width):
+    """Add the products of a block of A with a panel of B to `width` vectors of the rows of the result.
 
     Parameters
     ----------
-    counts, block
-        How many entries there are in each block, and which block it is.
-    entries, position
-        The entries, and where those of the block start.
-    grey
-        (256,) floats of the bytes.
+    groups, rows, masks, values
+        How many groups the block has, and all arrays of `NonZeros` but the first.
+    start, end
+        Where the block's `rows` and `masks` start, and where its `values`.
     panel
         The block of B.
     out, j
-        The result, with an even number of rows, and the first of the columns.
+        The result, with a row more than A, and the first of the columns.
     width
         One of `WIDTHS`. Only a single vector may be wider than what is left of the result.
 
     Returns
     -------
     int
-        Where the entries of the next block start.
+        Where the values of the next block start.
     """
 
     def emit(context, builder, signature, arguments):
-        _, block, _, position, _, _, _, j, chosen = arguments
-        counts, entries, grey, panel, out = (
-            View.of(context, builder, signature.args[n], arguments[n]) for n in (0, 2, 4, 5, 6)
+        groups, _, _, _, start, end, _, _, j, chosen = arguments
+        rows, masks, values, panel, out = (
+            View.of(context, builder, signature.args[n], arguments[n]) for n in (1, 2, 3, 6, 7)
         )
-        vectors = Vectors(context, builder, signature.args[6].dtype)
-        pairs = counts.shape[1]
-        counts = counts.part(block, drop=1)
-        # Strides that are known here, which spare the innermost loops their multiplications.
-        entries = View(builder, entries.at(), (), [j.type(1)])
-        grey = View(builder, grey.at(), (), [j.type(REGISTER_BYTES // vectors.lanes)])
-        panel = View(builder, panel.at(), (), [j.type(PANEL_BYTES)])
-        end = cgutils.alloca_once_value(builder, position)
+        vectors = Vectors(context, builder, signature.args[7].dtype)
+        integer = j.type
+        # Strides that are known here, which spare the innermost loop its multiplications.
+        rows, masks = rows.part(start), masks.part(start)
+        values = View(builder, values.at(), (), [integer(GREY.bitwidth // 8)])
+        panel = View(builder, panel.at(), (), [integer(PANEL_BYTES)])
+        end = cgutils.alloca_once_value(builder, end)
+        floats = ir.ArrayType(vectors.type, GROUP * BLOCK // vectors.lanes)
+        scratch = cgutils.alloca_once(builder, floats)
         for width in WIDTHS:
-            mask = vectors.first(builder.sub(out.shape[1], j)) if width == 1 else None
+            tail = vectors.first(builder.sub(out.shape[1], j)) if width == 1 else None
             is_chosen = builder.icmp_signed("==", chosen, chosen.type(width))
-            with builder.if_then(is_chosen), cgutils.for_range(builder, pairs) as pair:
-                numbers = [builder.zext(builder.load(counts.at(pair.index, kind)), j.type) for kind in ROWS]
-                total = functools.reduce(builder.add, numbers)
-                with builder.if_then(builder.icmp_signed(">", total, j.type(0))):
-                    first = entries.part(builder.load(end))
-                    rows = out.part(builder.mul(pair.index, j.type(len(ROWS[BOTH]))), j)
-                    size = _emit_micro_kernel(builder, vectors, numbers, first, grey, panel, rows, width, mask)
-                    builder.store(builder.add(builder.load(end), size), end)
+            with builder.if_then(is_chosen), cgutils.for_range(builder, groups) as loop:
+                members = [builder.add(builder.mul(loop.index, integer(GROUP)), integer(r)) for r in range(GROUP)]
+                bits = [_load(builder, masks.at(member), _MASK) for member in members]
+                numbers = [builder.zext(_load(builder, rows.at(member), _ROW), integer) for member in members]
+                size = builder.mul(builder.ctpop(bits[0]), integer(GROUP))
+                grey = _emit_floats(builder, vectors, values.part(builder.load(end)), size, scratch)
+                results = [out.part(number, j) for number in numbers]
+                _emit_micro_kernel(builder, vectors, bits, grey, panel, results, width, tail)
+                builder.store(builder.add(builder.load(end), size), end)
         return builder.load(end)
 
-    return types.intp(counts, block, entries, position, grey, panel, out, j, width), emit
+    return types.intp(groups, rows, masks, values, start, end, panel, out, j, width), emit
 
 
-def _emit_micro_kernel(builder, vectors, numbers, entries, grey, panel, out, width, mask):
-    """Loops over the entries of a pair, with its two rows of the result in registers; returns the bytes read."""
-    start = entries.at()
-    tile = [(row, c) for row in ROWS[BOTH] for c in range(width)]
-    totals = {(row, c): vectors.variable(vectors.load(out.at(row), mask, column=c)) for row, c in tile}
-    for rows, number in zip(ROWS.values(), numbers):
-        size = number.type(1 + len(rows))
-        with cgutils.for_range(builder, number) as loop:
-            _keep_rolled(builder)
-            entry = entries.part(builder.mul(loop.index, size))
-            column, *values = (builder.zext(builder.load(entry.at(n)), number.type) for n in range(1 + len(rows)))
-            b = [vectors.load(panel.at(column), column=c) for c in range(width)]
-            for row, value in zip(rows, values):
-                x = vectors.broadcast(grey.at(value))
-                for c in range(width):
-                    total = totals[row, c]
-                    builder.store(vectors.fma(x, b[c], builder.load(total)), total)
-        entries = entries.part(builder.mul(number, size))
-    for row, c in tile:
-        vectors.store(builder.load(totals[row, c]), out.at(row), mask, column=c)
-    integer = numbers[0].type
-    return builder.sub(builder.ptrtoint(entries.at(), integer), builder.ptrtoint(start, integer))
+_MASK, _ROW, _GREY = ir.IntType(BLOCK), ir.IntType(32), ir.IntType(GREY.bitwidth)
+
+
+def _load(builder, pointer, what):
+    return builder.load(builder.bitcast(pointer, what.as_pointer()), align=1)
+
+
+def _emit_floats(builder, vectors, values, size, scratch):
+    """Divide so many grey values by 255, a vector at a time; returns a view of the floats in `scratch`."""
+    integer = size.type
+    floats = View(builder, scratch, (), [integer(REGISTER_BYTES // vectors.lanes)])
+    with cgutils.for_range_slice(builder, integer(0), size, integer(vectors.lanes), integer) as (position, _):
+        grey = _load(builder, values.at(position), ir.VectorType(_GREY, vectors.lanes))
+        vectors.store(builder.fdiv(builder.uitofp(grey, vectors.type), vectors.constant(255)), floats.at(position))
+    return floats
+
+
+def _emit_micro_kernel(builder, vectors, bits, grey, panel, results, width, tail):
+    """Add to rows of the result, held in registers, for the set bits of their masks; the first has the most."""
+    tile = [(r, c) for r in range(GROUP) for c in range(width)]
+    totals = {(r, c): vectors.variable(vectors.constant(0)) for r, c in tile}
+    masks = [cgutils.alloca_once_value(builder, mask) for mask in bits]
+    with cgutils.for_range(builder, builder.ctpop(bits[0])) as loop:
+        _keep_rolled(builder)
+        for r in range(GROUP):
+            mask = builder.load(masks[r])
+            builder.store(builder.and_(mask, builder.sub(mask, _MASK(1))), masks[r])
+            # A mask that has run out gives column 0, with a grey value of 0.
+            column = builder.and_(builder.cttz(mask, ir.IntType(1)(0)), _MASK(BLOCK - 1))
+            x = vectors.broadcast(grey.at(builder.add(builder.mul(loop.index, _MASK(GROUP)), _MASK(r))))
+            for c in range(width):
+                total = totals[r, c]
+                b = vectors.load(panel.at(column), column=c)
+                builder.store(vectors.fma(x, b, builder.load(total)), total)
+    for r, c in tile:
+        result = vectors.load(results[r].at(), tail, column=c)
+        vectors.store(builder.fadd(result, builder.load(totals[r, c])), results[r].at(), tail, column=c)
 
 
 def _keep_rolled(builder):
     """Keep LLVM from unrolling a loop, by an instruction without effect that it may not copy past a condition.
 
-    Most of the lists have fewer than ten entries, and would end up in the loop for the remainder.
+    Most rows of a block have fewer than twenty non-zeros, and would end up in the loop for the remainder.
     """
     nothing = ir.InlineAsm(ir.FunctionType(ir.VoidType(), []), "", "", side_effect=True)
     builder.call(nothing, [], attrs=("convergent",))
@@ -252,22 +297,14 @@ def row_major_in(dtype: types.Float) -> types.Array:
     return types.Array(dtype, 2, "C", readonly=True, aligned=False)
 
 
-def counts_in(_: types.Float) -> types.Array:
-    """`NonZeros.counts`."""
-    return types.Array(types.uint8, 3, "C", readonly=True)
+@kernel(
+    row_major_in, flat_in, *(lambda _, form=form: form for form in form_types(readonly=True)), matrix_out, matrix_out
+)
+def product(b, bias, groups, rows, masks, values, panel, out):
+    """out = A B + bias, added to each row, where A is what `NonZeros` says, divided by 255.
 
-
-def entries_in(_: types.Float) -> types.Array:
-    """`NonZeros.entries`."""
-    return types.Array(types.uint8, 1, "C", readonly=True)
-
-
-@kernel(row_major_in, flat_in, flat_in, counts_in, entries_in, matrix_out, matrix_out)
-def product(b, bias, grey, counts, entries, panel, out):
-    """out = A B + bias, added to each row, where the non-zeros of A are the floats in `grey` of its bytes.
-
-    `panel` is memory for a block of B. `out` has two rows for each pair of rows of A. The order in which the terms of a
-    sum are added depends on where the zeros of the pair are, and on nothing else.
+    `panel` is memory for a block of B. `out` has a row more than A, which is left in any state. The terms of a sum are
+    added block by block, each from left to right.
     """
     k, m = b.shape
     for i in range(len(out)):
@@ -277,11 +314,12 @@ def product(b, bias, grey, counts, entries, panel, out):
     for width in WIDTHS:
         columns = width * REGISTER_BYTES // b.itemsize
         while j + columns <= m or (width == 1 and j < m):
-            position = 0
-            for block in range(len(counts)):
+            start = end = 0
+            for block in range(len(groups)):
                 for row in range(min(BLOCK, k - block * BLOCK)):
                     pack_row(b, block * BLOCK + row, j, panel, row)
-                position = add_block(counts, block, entries, position, grey, panel, out, j, width)
+                end = add_block(groups[block], rows, masks, values, start, end, panel, out, j, width)
+                start += groups[block] * GROUP
             j += columns
 
 
@@ -297,10 +335,10 @@ class SparseBackend(NumbaBackend):
         if not isinstance(a, SparseMatrix):
             return super()._matmul(a, b, bias)
         n, m = len(a), b.shape[1]
-        out = empty(n + n % 2, m, a.dtype)
+        out = empty(n + 1, m, a.dtype)
         panel = empty(BLOCK, PANEL_BYTES // a.dtype.itemsize, a.dtype)
         bias = np.zeros(m, a.dtype) if bias is None else np.ascontiguousarray(bias)
-        product(np.ascontiguousarray(b), bias, GREY[a.dtype], *a.nonzeros, panel, out)
+        product(np.ascontiguousarray(b), bias, *a.nonzeros, panel, out)
         return out[:n]
 
 

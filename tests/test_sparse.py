@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from kernels import get_backend, sparse_backend
-from kernels.sparse_backend import BLOCK, BOTH, GREY, MANY_PIXELS, PANEL_BYTES, ROWS, encode
-from tests.reference import DTYPES, assert_product
+from kernels.sparse_backend import BLOCK, GROUP, MANY_PIXELS, PANEL_BYTES, NonZeros, encode
+from tests.reference import assert_product
 from tests.test_simd import Guarded, every_dtype, every_place, integers, needs_mprotect
 
 SHAPES = [(1, 1), (1, 784), (2, 64), (3, 30 * 20), (5, BLOCK), (6, BLOCK + 1), (7, 2 * BLOCK - 1), (130, 2)]
@@ -30,17 +30,23 @@ def random_images(shape, density, seed=0):
 
 def decode(nonzeros, shape):
     """The matrix of bytes, from the description of the form alone."""
-    matrix = np.zeros((shape[0] + shape[0] % 2, shape[1]), np.uint8)
-    stream = iter(nonzeros.entries.tolist())
-    for block, pair in np.ndindex(nonzeros.counts.shape[:2]):
-        for kind, rows in ROWS.items():
-            for _ in range(nonzeros.counts[block, pair, kind]):
-                column = block * BLOCK + next(stream)
-                for row in rows:
-                    matrix[2 * pair + row, column] = next(stream)
-    assert next(stream, None) is None
-    assert not matrix[shape[0] :].any()
-    return matrix[: shape[0]]
+    matrix = np.zeros((shape[0] + 1, shape[1]), np.uint8)
+    rows, masks = (array.reshape(-1, GROUP).tolist() for array in (nonzeros.rows, nonzeros.masks))
+    blocks = np.repeat(np.arange(len(nonzeros.groups)), nonzeros.groups)
+    assert len(rows) == len(masks) == len(blocks)
+    end = 0
+    for block, members, bits in zip(blocks, rows, masks):
+        longest = bits[0].bit_count()
+        assert longest > 0
+        for r, (row, mask) in enumerate(zip(members, bits)):
+            values = nonzeros.values[end + r : end + GROUP * longest : GROUP]
+            columns = [block * BLOCK + c for c in range(BLOCK) if mask >> c & 1]
+            matrix[row, columns] = values[: len(columns)]
+            assert not values[len(columns) :].any()
+        end += GROUP * longest
+    assert not nonzeros.values[end:].any()
+    assert not matrix[-1].any()
+    return matrix[:-1]
 
 
 # The form ----------------------------------------------------------------------------------------------------------
@@ -77,15 +83,21 @@ def test_transpose(sparse):
 
 
 def test_only_non_zeros_take_memory(sparse):
-    """An entry takes two bytes for a pixel, or three for two; its column is one byte because blocks are short."""
-    assert BLOCK <= 256
+    """A byte for a non-zero, and 12 bytes for each row of a block that has any."""
     images = random_images((512, 784), 0.19)
     x = sparse.prepare(images)
     for form in x.nonzeros, x.transposed:
-        assert {array.dtype for array in form} == {np.dtype(np.uint8)}
-        assert form.entries.nbytes <= 2 * np.count_nonzero(images)
-    empty = sparse.prepare(np.zeros_like(images))
-    assert empty.nbytes < 60 * len(images)
+        assert form.values.nbytes <= 1.05 * np.count_nonzero(images)
+        assert form.rows.nbytes + form.masks.nbytes <= 12 * len(images) * 784 / BLOCK * 1.1
+    assert sparse.prepare(np.zeros_like(images)).nbytes < 1000
+
+
+def test_rows_are_visited_from_the_fullest_to_the_emptiest(sparse):
+    """That is what lets the CPU foresee the end of the innermost loop."""
+    nonzeros = sparse.prepare(random_images((130, 3 * BLOCK), 0.3)).nonzeros
+    for masks in np.split(nonzeros.masks, np.cumsum(nonzeros.groups)[:-1] * GROUP):
+        numbers = [mask.bit_count() for mask in masks.tolist()]
+        assert numbers == sorted(numbers, reverse=True)
 
 
 def test_mnist_takes_60_mb_at_most(sparse, mnist):
@@ -166,26 +178,24 @@ def test_results_stay_with_their_images(sparse):
 @pytest.mark.parametrize("layout", ["row-major", "misaligned"])
 def test_product_stays_inside_its_arrays(layout, dtype, place):
     lanes = sparse_backend.REGISTER_BYTES // dtype().itemsize
-    values = np.arange(256).astype(dtype)  # integers, whose sums are exact
     for (n, k), columns in itertools.product(
         [(1, 1), (2, BLOCK), (3, BLOCK + 1), (5, 7)], [1, lanes - 1, lanes, 7 * lanes + 1, 17 * lanes - 1]
     ):
-        images = random_images((n, k), 0.4)
-        counts, entries = (Guarded(array, place=place) for array in encode(images))
+        images = 255 * (random_images((n, k), 0.4) > 0).astype(np.uint8)  # ones, whose sums are exact
+        form = [Guarded(array, place=place) for array in encode(images)]
         b, bias = (
             Guarded(integers((k, columns), dtype, 1), layout, place),
             Guarded(integers(columns, dtype), layout, place),
         )
-        grey = Guarded(values, place=place)
         panel = Guarded(np.full((BLOCK, PANEL_BYTES // dtype().itemsize), np.nan, dtype), place=place)
-        out = Guarded(np.full((n + n % 2, columns), np.nan, dtype), place=place)
-        arguments = b, bias, grey, counts, entries
+        out = Guarded(np.full((n + 1, columns), np.nan, dtype), place=place)
+        arguments = b, bias, *form
         sparse_backend.product(*(argument.read_only() for argument in arguments), panel.array, out.array)
         for argument in arguments:
             argument.assert_unchanged()
         panel.assert_canaries_live()
         out.assert_canaries_live()
-        np.testing.assert_array_equal(out.array[:n], images.astype(dtype) @ b.array + bias.array)
+        np.testing.assert_array_equal(out.array[:n], images.astype(dtype) / 255 @ b.array + bias.array)
 
 
 @needs_mprotect
@@ -194,11 +204,9 @@ def test_product_stays_inside_its_arrays(layout, dtype, place):
 def test_encode_stays_inside_the_images(layout, place):
     for shape, density in itertools.product([(1, 1), (3, BLOCK), (4, BLOCK + 1)], DENSITIES):
         images = Guarded(random_images(shape, density), layout, place)
-        counts, entries = encode(images.read_only())
+        decoded = decode(NonZeros(*encode(images.read_only())), shape)
         images.assert_unchanged()
-        sizes = [1 + len(rows) for rows in ROWS.values()]
-        assert len(entries) == counts.sum(axis=(0, 1), dtype=int) @ sizes
-        assert counts[..., BOTH].max(initial=0) <= BLOCK
+        np.testing.assert_array_equal(decoded, images.array)
 
 
 # Dense images ------------------------------------------------------------------------------------------------------
@@ -223,7 +231,9 @@ def test_sparse_images_are_not(sparse, digits28, monkeypatch):
     sparse.prepare(random_images((5, 64), 1.0))  # too few to matter
 
 
-def test_table_of_grey_values():
-    assert set(GREY) == {np.dtype(dtype) for dtype in DTYPES}
-    for dtype, values in GREY.items():
-        np.testing.assert_array_equal(values, np.divide(np.arange(256, dtype=np.uint8), 255, dtype=dtype))
+@every_dtype
+def test_every_grey_value_is_divided_exactly(sparse, dtype):
+    images = np.arange(256, dtype=np.uint8)[:, None]
+    np.testing.assert_array_equal(
+        sparse.matmul(sparse.prepare(images, dtype), np.ones((1, 1), dtype)), np.divide(images, 255, dtype=dtype)
+    )
