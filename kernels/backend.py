@@ -205,14 +205,14 @@ def _describe(value: Any) -> str:
 
 
 def _check_float(value: Any, name: str) -> None:
-    if not isinstance(value, np.ndarray) or value.dtype not in FLOATS or not value.dtype.isnative:
+    if not isinstance(value, np.ndarray) or value.dtype not in FLOATS:  # these are native, and equal to no others
         raise ValueError(f"{name} must be an array of native float32 or float64, not {_describe(value)}")
 
 
 def _check_matrix(value: Any, name: str) -> None:
     _check_float(value, name)
-    if np.ndim(value) != 2:
-        raise ValueError(f"{name} must have two dimensions, not shape {np.shape(value)}")
+    if value.ndim != 2:
+        raise ValueError(f"{name} must have two dimensions, not shape {value.shape}")
 
 
 def _check_same_dtype(**arrays: Any) -> None:

@@ -228,27 +228,38 @@ def softmax_grad(logits, labels, out):
     rows, classes = logits.shape
     loss = 0.0
     correct = 0
+    # Conditions instead of branches, as nobody can foresee which logit is the largest.
     for i in range(rows):
-        largest = 0
+        top = logits[i, 0]
         for j in range(1, classes):
-            best = logits[i, largest]
-            if best == best and not logits[i, j] <= best:  # the first of equal ones wins, and the first NaN
-                largest = j
+            x = logits[i, j]
+            top = x if (x > top) | (x != x) else top  # NaN stays
+        is_first = True
         for j in range(classes):
-            out[i, j] = logits[i, j] - logits[i, largest]
+            x = logits[i, j]
+            out[i, j] = x - top
+            is_top = (x == top) | (x != x)
+            is_first &= is_top if j == labels[i] else (not is_top) | (j > labels[i])
         loss -= out[i, labels[i]]
-        correct += largest == labels[i]
+        correct += is_first
     # All rows at once: a row of 10 would not fill a vector.
     flat = out.reshape(-1)
     for i in range(0, len(flat), REGISTER_BYTES // out.itemsize):
         exp_vector(flat, i)
+    product = 1.0
     for i in range(rows):
-        total = out[i].sum()
+        total = out[i, 0]
+        for j in range(1, classes):
+            total += out[i, j]
         for j in range(classes):
             out[i, j] /= total
         out[i, labels[i]] -= 1
-        loss += math.log(total)
-    return loss, correct
+        # One logarithm for many rows: theirs is the sum of the logarithms.
+        product *= total
+        if not product < 1e200:
+            loss += math.log(product)
+            product = 1.0
+    return loss + math.log(product), correct
 
 
 @intrinsic

@@ -297,16 +297,25 @@ def row_major_in(dtype: types.Float) -> types.Array:
     return types.Array(dtype, 2, "C", readonly=True, aligned=False)
 
 
-@kernel(
-    row_major_in, flat_in, *(lambda _, form=form: form for form in form_types(readonly=True)), matrix_out, matrix_out
-)
-def product(b, bias, groups, rows, masks, values, panel, out):
+def aligned_empty(n, m, like):
+    """(n, m) array from a cache line's start, as vectors that lie in two lines take two accesses."""
+    memory = np.empty(n * m + CACHE_LINE // like.itemsize, like.dtype)
+    start = -memory.ctypes.data % CACHE_LINE // like.itemsize
+    return memory[start : start + n * m].reshape(n, m)
+
+
+empty_panel = njit(aligned_empty)
+
+
+@kernel(row_major_in, flat_in, *(lambda _, form=form: form for form in form_types(readonly=True)), matrix_out)
+def product(b, bias, groups, rows, masks, values, out):
     """out = A B + bias, added to each row, where A is what `NonZeros` says, divided by 255.
 
-    `panel` is memory for a block of B. `out` has a row more than A, which is left in any state. The terms of a sum are
-    added block by block, each from left to right.
+    `out` has a row more than A, which is left in any state. The terms of a sum are added block by block, each from left
+    to right.
     """
     k, m = b.shape
+    panel = empty_panel(BLOCK, PANEL_BYTES // b.itemsize, b)
     for i in range(len(out)):
         for j in range(m):
             out[i, j] = bias[j]
@@ -335,18 +344,10 @@ class SparseBackend(NumbaBackend):
         if not isinstance(a, SparseMatrix):
             return super()._matmul(a, b, bias)
         n, m = len(a), b.shape[1]
-        out = empty(n + 1, m, a.dtype)
-        panel = empty(BLOCK, PANEL_BYTES // a.dtype.itemsize, a.dtype)
+        out = aligned_empty(n + 1, m, b)
         bias = np.zeros(m, a.dtype) if bias is None else np.ascontiguousarray(bias)
-        product(np.ascontiguousarray(b), bias, *a.nonzeros, panel, out)
+        product(np.ascontiguousarray(b), bias, *a.nonzeros, out)
         return out[:n]
-
-
-def empty(n: int, m: int, dtype: np.dtype) -> NDArray:
-    """(n, m) array from a cache line's start, as vectors that lie in two lines take two accesses."""
-    memory = np.empty(n * m + CACHE_LINE // dtype.itemsize, dtype)
-    start = -memory.ctypes.data % CACHE_LINE // dtype.itemsize
-    return memory[start : start + n * m].reshape(n, m)
 
 
 _FIRST_WARNING = threading.Lock()  # taken, and never given back
