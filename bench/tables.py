@@ -96,7 +96,27 @@ def ratio_table(results: Path) -> str:
     return _markdown(table)
 
 
-TABLES = {"speed": speed_table, "ratios": ratio_table, "accuracy": accuracy_table, "ladder": ladder_table}
+def ablation_table(results: Path) -> str:
+    """Milliseconds of both products without each idea of the sparse backend."""
+    rows = json.loads((results / RESULTS).read_text())["studies"]["ablation"]["found"]
+    table = Table("variant", box=MARKDOWN)
+    for column in ("forward", "backward", "both, relative to BLAS", "MB, both forms"):
+        table.add_column(column, justify="right")
+    blas = rows[0]["forward"] + rows[0]["backward"]
+    for row in rows:
+        forward, backward = row["forward"], row["backward"]
+        times = short(1e3 * forward), short(1e3 * backward), f"{(forward + backward) / blas:.2f}"
+        table.add_row(row["variant"], *times, f"{row['megabytes']:.0f}")
+    return _markdown(table)
+
+
+TABLES = {
+    "speed": speed_table,
+    "ratios": ratio_table,
+    "accuracy": accuracy_table,
+    "ladder": ladder_table,
+    "ablation": ablation_table,
+}
 
 
 def _markdown(table: Table) -> str:
