@@ -21,8 +21,9 @@ from rich.progress import (
 
 from kernels import backend_names, get_backend
 from model.data import DataError, limited, load_dataset
+from model.files import check_writable
 from model.mlp import MLP
-from model.report import check_writable, comparison_table, history_table, run_report, write_json
+from model.report import comparison_table, history_table, run_report, write_json
 from model.reproduction import FITTED, FULL_BATCH, MINI_BATCH, run
 from model.trainer import TrainingError, available_cores, train
 

@@ -8,6 +8,7 @@ import contextlib
 import gzip
 import hashlib
 import inspect
+import io
 import math
 import os
 import struct
@@ -21,6 +22,8 @@ import numpy as np
 import pooch
 import requests
 from numpy.typing import NDArray
+
+from model.files import write_whole
 
 Bytes: TypeAlias = NDArray[np.uint8]
 
@@ -194,6 +197,14 @@ def limited(dataset: Dataset, count: int | None) -> Dataset:
     return dataset._replace(train_images=dataset.train_images[:count], train_labels=dataset.train_labels[:count])
 
 
+def fingerprint(dataset: Dataset) -> str:
+    """Return the SHA-256, in hexadecimal, of all images and labels and of their shapes."""
+    digest = hashlib.sha256()
+    for array in dataset[1:]:
+        digest.update(f"{array.dtype} {array.shape} ".encode() + array.tobytes())
+    return digest.hexdigest()
+
+
 def cache_directory() -> Path:
     """Return the directory, by the platform's convention, that keeps this user's downloads and digits28."""
     return Path(pooch.os_cache("vectorization-study"))
@@ -351,15 +362,11 @@ def load_digits28() -> Dataset:
 
 
 def _store(dataset: Dataset, path: Path) -> None:
-    """Write the dataset as .npz, under its final name only once it is complete."""
+    """Write the dataset as .npz."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(f".{os.getpid()}")
-    try:
-        with scratch.open("wb") as stream:
-            np.savez(stream, **dataset._asdict())
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    stream = io.BytesIO()
+    np.savez(stream, **dataset._asdict())
+    write_whole(path, stream.getvalue())
 
 
 def _build_digits28() -> Dataset:

@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import json
-import os
 import platform
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from rich.table import Table
 from threadpoolctl import threadpool_info
 
 from kernels.backend import Backend
+from model.files import write_whole
 from model.reproduction import PUBLISHED
 from model.trainer import History, available_cores
 
@@ -84,25 +84,9 @@ def environment() -> dict[str, Any]:
     }
 
 
-def check_writable(file: Path) -> None:
-    """Raise an OSError, before any work is done, if `file` could not be written at its end."""
-    folder = file.absolute().parent
-    if not folder.is_dir():
-        raise OSError(f"cannot write {file}: there is no folder {folder}; create it first")
-    if file.is_dir():
-        raise OSError(f"cannot write {file}: it is a folder; name a file")
-    if not os.access(folder, os.W_OK):
-        raise OSError(f"cannot write {file}: no permission to write in {folder}")
-
-
 def write_json(file: Path, content: dict[str, Any]) -> None:
-    """Write `content` beside `file` and rename it, so that no half-written file is ever seen."""
-    beside = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        beside.write_text(json.dumps(content, indent=1) + "\n")
-        beside.replace(file)
-    finally:
-        beside.unlink(missing_ok=True)
+    """Write `content` to `file`, whole or not at all."""
+    write_whole(file, json.dumps(content, indent=1).encode() + b"\n")
 
 
 def _version(package: str) -> str | None:

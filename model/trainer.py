@@ -10,7 +10,7 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -56,6 +56,20 @@ class History:
     def accuracies(self, kind: str) -> NDArray[np.float64]:
         """One per epoch, "train" or "test"; NaN where the epoch was not evaluated."""
         return np.array([getattr(epoch, f"{kind}_accuracy") for epoch in self.epochs], np.float64)
+
+
+@dataclass
+class State:
+    """Where a run stands between two steps: together with the parameters, all that it takes to go on bitwise."""
+
+    rng: Mapping[str, Any]
+    """State of the bit generator at the start of the running epoch, before the images are shuffled."""
+    history: History = field(default_factory=History)
+    steps: int = 0
+    """Steps done in the running epoch; the next three are sums over them."""
+    loss: float = 0.0
+    correct: int = 0
+    seconds: float = 0.0
 
 
 class Sums(NamedTuple):
@@ -135,8 +149,9 @@ def train(
     seed: int = 0,
     threads: int | None = None,
     eval_every: int = 1,
+    state: State | None = None,
     on_images: Callable[[int], None] = lambda images: None,
-    on_epoch: Callable[[Epoch], None] = lambda epoch: None,
+    on_step: Callable[[State], None] = lambda state: None,
 ) -> History:
     """Train `mlp` in place by gradient descent.
 
@@ -151,53 +166,67 @@ def train(
     batch_size
         Images per step, reshuffled each epoch; None takes all at once, in their own order.
     seed
-        Seed of the shuffling.
+        Seed of the shuffling, unless a `state` is given.
     threads
         Threads that share the shards; None takes one per available core. Changes the time, not one bit of the result.
     eval_every
         Measure the test accuracy after every so many epochs, and after the last.
+    state
+        Where to go on, with the parameters that `mlp` had there; it is updated in place. With the same settings the
+        run ends bitwise where it would have ended without the break. None starts a new run.
     on_images
         Called in the caller's thread with the number of images that have passed since its last call.
-    on_epoch
-        Called in the caller's thread with each finished epoch.
+    on_step
+        Called in the caller's thread with where the run stands: before the first step, after every step, and once more
+        after every epoch. It may raise to stop the run.
 
     Returns
     -------
     History
-        One entry per epoch, and the seconds that preparing the images took.
+        One entry per epoch, those before `state` included, and the seconds that preparing the images took.
 
     Raises
     ------
     ValueError
-        If an option is out of range.
+        If an option is out of range or `state` is not one of such a run.
     TrainingError
         If the loss is not finite.
     """
     images, labels = dataset.train_images, dataset.train_labels
     _check_options(len(images), epochs, learning_rate, batch_size, threads, eval_every)
     rng = np.random.default_rng(seed)
-    history = History()
+    state = state or State(rng.bit_generator.state)
+    _check_state(state, len(images), epochs, batch_size)
+    rng.bit_generator.state = state.rng
+    history = state.history
     with thread_pool(threads or available_cores()) as run:
         start = time.perf_counter()
         test = Shards(run, backend, dataset.test_images, dataset.test_labels, mlp.dtype)
         full_batch = [] if batch_size else [Shards(run, backend, images, labels, mlp.dtype)]
-        history.prepare_seconds = time.perf_counter() - start
-        for epoch in range(1, epochs + 1):
-            loss, correct, start = 0.0, 0, time.perf_counter()
-            for batch in full_batch or _mini_batches(
-                run, backend, images, labels, mlp.dtype, batch_size or len(images), rng
-            ):
+        history.prepare_seconds += time.perf_counter() - start
+        on_step(state)
+        for epoch in range(len(history.epochs) + 1, epochs + 1):
+            start = time.perf_counter()
+            batches: Iterable[Shards] = full_batch[state.steps :]
+            if batch_size:
+                batches = _mini_batches(run, backend, images, labels, mlp.dtype, batch_size, rng, state.steps)
+            for batch in batches:
                 sums = descend(mlp, batch, learning_rate, on_images)
-                loss, correct = loss + sums.loss, correct + sums.correct
-            seconds = time.perf_counter() - start
-            _check_loss(loss, epoch, learning_rate)
+                state.steps += 1
+                state.loss += sums.loss
+                state.correct += sums.correct
+                state.seconds += time.perf_counter() - start
+                on_step(state)
+                start = time.perf_counter()
+            _check_loss(state.loss, epoch, learning_rate)
             test_accuracy = None
             if epoch % eval_every == 0 or epoch == epochs:
                 test_loss, test_accuracy = test.evaluate(mlp)
                 _check_loss(test_loss, epoch, learning_rate)
-            record = Epoch(epoch, loss / len(images), correct / len(images), test_accuracy, seconds)
-            history.epochs.append(record)
-            on_epoch(record)
+            loss, accuracy = state.loss / len(images), state.correct / len(images)
+            history.epochs.append(Epoch(epoch, loss, accuracy, test_accuracy, state.seconds))
+            state.rng, state.steps, state.loss, state.correct, state.seconds = rng.bit_generator.state, 0, 0.0, 0, 0.0
+            on_step(state)
     return history
 
 
@@ -246,10 +275,11 @@ def _mini_batches(
     dtype: np.dtype,
     batch_size: int,
     rng: np.random.Generator,
+    skipped: int,
 ) -> Iterator[Shards]:
-    """The images in random order, `batch_size` at a time; the last batch takes what is left."""
+    """The images in random order, `batch_size` at a time but for the first batches; the last takes what is left."""
     order = rng.permutation(len(images))
-    for start in range(0, len(images), batch_size):
+    for start in range(skipped * batch_size, len(images), batch_size):
         batch = order[start : start + batch_size]
         yield Shards(run, backend, images[batch], labels[batch], dtype)
 
@@ -297,6 +327,14 @@ def _check_options(
         raise ValueError(f"batch_size must be from 1 to {images}, the number of training images, not {batch_size}")
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be at least 1, not {threads}")
+
+
+def _check_state(state: State, images: int, epochs: int, batch_size: int | None) -> None:
+    if len(state.history.epochs) > epochs:
+        raise ValueError(f"{len(state.history.epochs)} epochs are done already: epochs must not be less, not {epochs}")
+    steps = math.ceil(images / batch_size) if batch_size else 1
+    if state.steps > steps:
+        raise ValueError(f"the state is after step {state.steps} of an epoch, which has only {steps}")
 
 
 def _check_loss(loss: float, epoch: int, learning_rate: float) -> None:

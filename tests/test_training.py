@@ -98,7 +98,7 @@ def test_full_batch_is_one_mini_batch_of_everything(tiny):
 
 
 def test_history(tiny):
-    seen, epochs = [], []
+    seen, stands = [], []
     _, history = trained(
         NumpyBackend(),
         tiny,
@@ -106,11 +106,11 @@ def test_history(tiny):
         eval_every=2,
         batch_size=1000,
         on_images=seen.append,
-        on_epoch=epochs.append,
+        on_step=lambda state: stands.append((len(state.history.epochs), state.steps)),
     )
-    assert history.epochs == epochs
-    assert [epoch.epoch for epoch in epochs] == [1, 2, 3, 4, 5]
-    assert [epoch.test_accuracy is not None for epoch in epochs] == [False, True, False, True, True]
+    assert stands == [(epoch, step) for epoch in range(5) for step in range(4)] + [(5, 0)]
+    assert [epoch.epoch for epoch in history.epochs] == [1, 2, 3, 4, 5]
+    assert [epoch.test_accuracy is not None for epoch in history.epochs] == [False, True, False, True, True]
     assert sum(seen) == 5 * 2600
 
 
