@@ -1,7 +1,9 @@
 """The command line: ``python -m model train`` and ``python -m model reproduce``."""
 
+import math
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,12 +22,14 @@ from rich.progress import (
 )
 
 from kernels import backend_names, get_backend
-from model.data import DataError, limited, load_dataset
+from model.checkpoint import CheckpointError, Config, check_same, load, save
+from model.data import DataError, limited, load_dataset, sha256
 from model.files import check_writable
 from model.mlp import MLP
 from model.report import comparison_table, history_table, run_report, write_json
 from model.reproduction import FITTED, FULL_BATCH, MINI_BATCH, run
-from model.trainer import TrainingError, available_cores, train
+from model.signals import Stopped, stop, stoppable, stoppable_between_steps
+from model.trainer import State, TrainingError, available_cores, train
 
 app = typer.Typer(
     help="Train a small neural network on MNIST, with its kernels written in different ways.",
@@ -33,6 +37,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+SAVE_SECONDS = 60
+
 out = Console()
 err = Console(stderr=True)
 
@@ -51,6 +57,7 @@ DataFolder = Annotated[
 
 @app.command("train")
 def train_command(
+    context: typer.Context,
     backend: Annotated[
         str,
         typer.Option(help=f"Who computes: {', '.join(backend_names())}, or package.module:Class for your own."),
@@ -66,29 +73,97 @@ def train_command(
     dataset: DatasetName = "auto",
     data: DataFolder = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the history to this file.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Save the run in this new file, now and then.")] = None,
+    checkpoint_every: Annotated[
+        int | None,
+        typer.Option(min=1, help="Save after every so many epochs too, besides once a minute and at the end."),
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Go on with the run in this file, with its settings, and save it there.")
+    ] = None,
 ) -> None:
     """Train the network and show how its accuracy grows."""
     threads = available_cores() if threads is None else threads
-    protocol = {
+    options: dict[str, Any] = {
+        "backend": backend,
+        "dataset": dataset,
+        "limit": limit,
+        "hidden": hidden,
         "epochs": epochs,
         "learning_rate": learning_rate,
         "batch_size": batch_size,
         "seed": seed,
-        "threads": threads,
         "eval_every": eval_every,
     }
+    saved = load(resume) if resume else None
+    if saved:
+        options |= settings_not_given(context, saved.config)
+    file = checkpoint or resume
+    check_files(json_file, checkpoint, resume)
+    if checkpoint_every and not file:
+        raise ValueError("--checkpoint-every goes with --checkpoint FILE")
+    kernels = get_backend(options["backend"])
+    whole = load_dataset(options["dataset"], data)
+    images = limited(whole, options["limit"])
+    config = Config(**{**options, "backend": kernels.name, "dataset": whole.name.lower()}, data_sha256=sha256(whole))
+    if saved:
+        check_same(saved.config, config)
+    mlp, state, _ = saved or (MLP((images.train_images.shape[1], hidden, 10), seed), State.start(seed), config)
+    if saved and len(state.history.epochs) == config.epochs:
+        out.print(f"{resume} is finished: its {config.epochs} epochs are done, --epochs with more would go on")
+    count = len(images.train_images)
+    passed = len(state.history.epochs) * count + min(state.steps * (config.batch_size or count), count)
+    protocol = {name: options[name] for name in ("epochs", "learning_rate", "batch_size", "seed", "eval_every")}
+    protocol["threads"] = threads
+    title = f"{config.backend} on {images.name}"
+    with training(title, config.epochs * count, passed) as (received, on_images):
+        on_step = between_steps(file, checkpoint_every, mlp, config, received)
+        history = train(mlp, kernels, images, **protocol, state=state, on_images=on_images, on_step=on_step)
+    out.print(history_table(history, f"{title}, {threads} threads"))
+    if file:
+        out.print(f"checkpoint written to {file}")
     if json_file:
-        check_writable(json_file)
-    kernels = get_backend(backend)
-    images = limited(load_dataset(dataset, data), limit)
-    mlp = MLP((images.train_images.shape[1], hidden, 10), seed)
-    with progress_bar(f"{backend} on {images.name}", epochs * len(images.train_images)) as on_images:
-        history = train(mlp, kernels, images, on_images=on_images, **protocol)  # type: ignore[arg-type]
-    out.print(history_table(history, f"{backend} on {images.name}, {threads} threads"))
-    if json_file:
-        config = {"backend": backend, "dataset": images.name, "limit": limit, "hidden": hidden, **protocol}
-        write_json(json_file, run_report(history, kernels, config))
+        settings = {"dataset": images.name, **{name: options[name] for name in ("backend", "limit", "hidden")}}
+        write_json(json_file, run_report(history, kernels, {**settings, **protocol}))
         out.print(f"history written to {json_file}")
+
+
+def check_files(json_file: Path | None, checkpoint: Path | None, resume: Path | None) -> None:
+    """Raise an error unless a run may write them."""
+    for file in filter(None, (json_file, checkpoint, resume)):
+        check_writable(file)
+    if checkpoint and checkpoint != resume and checkpoint.exists():
+        raise ValueError(f"{checkpoint} exists: --resume {checkpoint} goes on with it; for a new run name a new file")
+
+
+def settings_not_given(context: typer.Context, config: Config) -> dict[str, Any]:
+    """Those of a checkpoint that the command line leaves open."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    given = {name for name, source in sources.items() if source and source.name != "DEFAULT"}
+    settings = {name: value for name, value in config._asdict().items() if name in sources and name not in given}
+    if ":" in settings.get("backend", ""):  # a file does not decide what code is imported
+        raise ValueError(f"this run needs a backend of your own: add --backend {settings['backend']}")
+    return settings
+
+
+def between_steps(
+    file: Path | None, every: int | None, mlp: MLP, config: Config, received: list[int]
+) -> Callable[[State], None]:
+    """For `train`: saves before the first step, when it is time to, and at the end; stops for a signal."""
+    saved = -math.inf
+
+    def on_step(state: State) -> None:
+        nonlocal saved
+        epochs = len(state.history.epochs)
+        finished = epochs == config.epochs
+        due = time.monotonic() - saved >= SAVE_SECONDS or (every and state.steps == 0 and epochs % every == 0)
+        if file and (due or finished or received):
+            save(file, mlp, state, config)
+            saved = time.monotonic()
+        if received and not finished:
+            stop(received[0], f", saved in {file}: --resume {file} goes on" if file else "")
+
+    return on_step
 
 
 @app.command("reproduce")
@@ -111,8 +186,13 @@ def reproduce_command(
 
     def run_with_progress(protocol, name, seed=0):
         kind = "full batch" if protocol is FULL_BATCH else "mini-batches"
-        with progress_bar(f"{name}, {kind}, start {seed}", protocol.images_seen(images)) as on_images:
-            return run(protocol, backends[name], images, seed, threads, on_images)[1]
+        with training(f"{name}, {kind}, start {seed}", protocol.images_seen(images)) as (received, on_images):
+
+            def on_step(state: State) -> None:
+                if received:
+                    stop(received[0])
+
+            return run(protocol, backends[name], images, seed, threads, on_images, on_step)[1]
 
     reports = {}
     histories = {name: run_with_progress(FULL_BATCH, name) for name in backends if name != "naive"}
@@ -140,37 +220,43 @@ def reproduce_command(
 
 
 @contextmanager
-def progress_bar(title: str, images: int) -> Iterator[Callable[[int], None]]:
-    """A live bar over so many images on stderr, where that is a terminal; yields how to advance it."""
+def training(title: str, images: int, passed: int = 0) -> Iterator[tuple[list[int], Callable[[int], None]]]:
+    """Signals wait for the running step, and a live bar over so many images is on stderr, where that is a terminal.
+
+    Yields the list of the signals that wait, and how to advance the bar.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
     times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-    with Progress(*columns, *times, console=err, transient=True, disable=not err.is_terminal) as progress:
-        task = progress.add_task(title, total=images)
-        yield lambda passed: progress.advance(task, passed)
+    bar = Progress(*columns, *times, console=err, transient=True, disable=not err.is_terminal)
+    with stoppable_between_steps() as received, bar:
+        task = bar.add_task(title, total=images, completed=passed)
+        yield received, lambda passed: bar.advance(task, passed)
 
 
 def main() -> None:
     """Run the command line; every foreseeable error is one line on stderr and exit code 2."""
     usage_error: Any = typer.BadParameter.__base__  # the class of all wrong options; its module has changed name
-    exit_code = 130
     try:
-        exit_code = app(standalone_mode=False)
+        with stoppable():
+            sys.exit(app(standalone_mode=False))
     except usage_error as error:
         fail(error.format_message())
-    except (DataError, TrainingError, ValueError, OSError) as error:
+    except (CheckpointError, DataError, TrainingError, ValueError, OSError) as error:
         fail(str(error))
-    except (KeyboardInterrupt, typer.Abort):
-        pass  # some versions of typer return 130 instead
-    if exit_code == 130:
-        err.print("interrupted")
-        os._exit(130)  # worker threads would first finish their shard, which takes pure Python minutes
-    sys.exit(exit_code)
+    except Stopped as stopped:
+        say(f"interrupted{stopped.note}")
+        os._exit(128 + stopped.signal)  # worker threads would first finish their shard, which takes pure Python minutes
 
 
 def fail(message: str) -> None:
     """Say what was wrong and end with exit code 2."""
-    err.print(f"error: {message}", soft_wrap=True, markup=False, highlight=False)
+    say(f"error: {message}")
     sys.exit(2)
+
+
+def say(line: str) -> None:
+    """Print the line as it is on stderr."""
+    err.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Checkpoints: a training run in one safetensors file, from which it goes on bitwise.
 
-The tensors are the parameters and the history; settings, state and a checksum are in the metadata. Nothing in a file is
+The tensors are the parameters and the history; what else a run is made of stands in the metadata, as JSON, beside a
+checksum of everything. Nothing in a file is
 taken on trust, and reading one runs no code from it: sizes are bounded before they are read, structure and values are
 checked first, because that gives the more helpful error, and the checksum last.
 """
@@ -25,10 +26,13 @@ FORMAT = "vectorization-study checkpoint 1"
 MAX_BYTES = 2**28
 MAX_HEADER_BYTES = 2**16
 
-TEXTS = {"backend", "dataset", "fingerprint"}
-COUNTS = {"limit", "batch_size", "seed", "epochs", "eval_every", "epochs_done", "steps", "correct"}
+# The values in the metadata by their kind, besides the layer sizes and the state of the random numbers.
+TEXTS = {"backend", "dataset", "data_sha256"}
+COUNTS = {"limit", "hidden", "batch_size", "seed", "epochs", "eval_every", "epochs_done", "steps", "correct"}
 AMOUNTS = {"learning_rate", "prepare_seconds", "loss", "seconds"}
 OPTIONAL = {"limit", "batch_size"}
+
+MAY_CHANGE = {"epochs", "eval_every"}
 
 
 class CheckpointError(Exception):
@@ -36,14 +40,14 @@ class CheckpointError(Exception):
 
 
 class Config(NamedTuple):
-    """The settings of a run."""
+    """The settings of a run, as `python -m model train` takes them."""
 
     backend: str
     dataset: str
-    fingerprint: str
-    """Of the whole data set: see `model.data.fingerprint`."""
+    data_sha256: str
+    """`model.data.sha256` of the whole data set."""
     limit: int | None
-    layer_sizes: tuple[int, ...]
+    hidden: int
     learning_rate: float
     batch_size: int | None
     seed: int
@@ -78,12 +82,11 @@ def save(file: Path, mlp: MLP, state: State, config: Config) -> None:
     OSError
         If the file cannot be written; then it is as it was.
     """
-    settings, progress = {**config._asdict(), "layer_sizes": list(config.layer_sizes)}, _progress(state)
-    tensors = {**_named(mlp), "history": _table(state.history)}
-    texts = {"format": FORMAT, "config": json.dumps(settings), "state": json.dumps(progress)}
+    values, tensors = _values(mlp, state, config), {**_named(mlp), "history": _table(state.history)}
+    texts = {"format": FORMAT, "run": json.dumps(values)}
     content = safetensors.numpy.save(tensors, {**texts, "sha256": _sha256(tensors, texts)})
     try:
-        _check_values(settings, progress)
+        _check_values(values)
         _check_tensors(tensors)
         _require(len(content) <= MAX_BYTES, f"it takes more than the limit of {MAX_BYTES:,} bytes")
     except ValueError as error:
@@ -121,29 +124,56 @@ def load(file: Path) -> Checkpoint:
         raise CheckpointError(f"cannot use the checkpoint {file}: {error}; name one that --checkpoint wrote") from error
 
 
+def check_same(saved: Config, config: Config) -> None:
+    """Raise a CheckpointError that lists what differs, unless `config` would continue the run of `saved`."""
+    differences = [
+        f"{name} {theirs!r}, not {ours!r}"
+        for name, theirs, ours in zip(Config._fields, saved, config)
+        if theirs != ours and name not in MAY_CHANGE
+    ]
+    if differences:
+        raise CheckpointError(
+            f"the checkpoint is of another run, go on with its own settings: {'; '.join(differences)}"
+        )
+
+
 def _read(file: Path) -> Checkpoint:
     with file.open("rb") as stream:
         header_bytes = int.from_bytes(stream.read(8), "little")
-    _require(header_bytes <= MAX_HEADER_BYTES, "it is not a checkpoint, or damaged at its beginning")
+    _require(header_bytes <= MAX_HEADER_BYTES, "it is not a checkpoint, or damaged")
     with safe_open(file, framework="np") as stored:
         texts = stored.metadata() or {}
-        _require(set(texts) == {"format", "config", "state", "sha256"}, "it is not a checkpoint")
-        _require(texts["format"] == FORMAT, "it is not a checkpoint, or one of another version")
-        settings, progress = _parse(texts["config"]), _parse(texts["state"])
-        _check_values(settings, progress)
+        _require(set(texts) == {"format", "run", "sha256"}, "it is not a checkpoint, or damaged")
+        _require(texts["format"] == FORMAT, f"it has another format than {FORMAT!r}")
+        values = _parse(texts["run"])
+        _check_values(values)
         slices = {name: stored.get_slice(name) for name in stored.keys()}  # noqa: SIM118  no dictionary
         declared = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
-        _require(declared == _expected(settings, progress), "its tensors are not those that its settings call for")
+        _require(declared == _expected(values), "its tensors are not those of the run that it describes")
         tensors = {name: stored.get_tensor(name) for name in declared}
     _check_tensors(tensors)
     _require(texts.pop("sha256") == _sha256(tensors, texts), "its checksum is wrong, it has been damaged")
-    config = Config(**{**settings, "layer_sizes": tuple(settings["layer_sizes"])})
-    mlp = MLP(config.layer_sizes)
+    mlp = MLP(values["layer_sizes"])
     for name, parameter in _named(mlp).items():
         parameter[...] = tensors[name]
-    history = History(progress["prepare_seconds"], _epochs(tensors["history"]))
-    state = State(history=history, **{name: progress[name] for name in ("rng", "steps", "loss", "correct", "seconds")})
-    return Checkpoint(mlp, state, config)
+    history = History(values["prepare_seconds"], _epochs(tensors["history"]))
+    state = State(history=history, **{name: values[name] for name in ("rng", "steps", "loss", "correct", "seconds")})
+    return Checkpoint(mlp, state, Config(**{name: values[name] for name in Config._fields}))
+
+
+def _values(mlp: MLP, state: State, config: Config) -> dict[str, Any]:
+    """Everything that is not in a tensor, as JSON knows it."""
+    return {
+        **config._asdict(),
+        "layer_sizes": [len(mlp.layers[0][0]), *(len(bias) for _, bias in mlp.layers)],
+        "rng": state.rng,
+        "epochs_done": len(state.history.epochs),
+        "prepare_seconds": state.history.prepare_seconds,
+        "steps": state.steps,
+        "loss": float(state.loss),
+        "correct": int(state.correct),
+        "seconds": state.seconds,
+    }
 
 
 def _named(mlp: MLP) -> dict[str, NDArray]:
@@ -155,10 +185,10 @@ def _named(mlp: MLP) -> dict[str, NDArray]:
     }
 
 
-def _expected(settings: dict[str, Any], progress: dict[str, Any]) -> dict[str, tuple[str, tuple[int, ...]]]:
+def _expected(values: dict[str, Any]) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Data type and shape of every tensor in the file, by name."""
-    expected: dict[str, tuple[str, tuple[int, ...]]] = {"history": ("F64", (progress["epochs_done"], 4))}
-    for index, (inputs, outputs) in enumerate(itertools.pairwise(settings["layer_sizes"])):
+    expected: dict[str, tuple[str, tuple[int, ...]]] = {"history": ("F64", (values["epochs_done"], 4))}
+    for index, (inputs, outputs) in enumerate(itertools.pairwise(values["layer_sizes"])):
         expected[f"layers.{index}.weights"] = "F32", (inputs, outputs)
         expected[f"layers.{index}.bias"] = "F32", (outputs,)
     return expected
@@ -177,19 +207,6 @@ def _epochs(table: NDArray[np.float64]) -> list[Epoch]:
     ]
 
 
-def _progress(state: State) -> dict[str, Any]:
-    """All of `state` but the history."""
-    return {
-        "rng": state.rng,
-        "epochs_done": len(state.history.epochs),
-        "prepare_seconds": state.history.prepare_seconds,
-        "steps": state.steps,
-        "loss": float(state.loss),
-        "correct": int(state.correct),
-        "seconds": state.seconds,
-    }
-
-
 def _sha256(tensors: dict[str, NDArray], texts: dict[str, str]) -> str:
     digest = hashlib.sha256(json.dumps(texts, sort_keys=True).encode())
     for _, tensor in sorted(tensors.items()):
@@ -204,26 +221,26 @@ def _parse(text: str) -> Any:
         raise ValueError("its metadata are damaged") from error
 
 
-def _check_values(settings: Any, progress: Any) -> None:
-    """Raise a ValueError unless everything is there and has a value that it can have in a run."""
-    _require(isinstance(settings, dict) and set(settings) == set(Config._fields), "its settings are incomplete")
-    _require(isinstance(progress, dict) and set(progress) == set(_progress(State({}))), "its state is incomplete")
-    layer_sizes, rng = settings["layer_sizes"], progress["rng"]
-    _require(isinstance(layer_sizes, list) and all(map(_is_count, layer_sizes)), "its layer sizes are no numbers")
-    _require(len(layer_sizes) >= 2 and min(layer_sizes) > 0, "its layer sizes are not positive")
-    for name, value in {**settings, **progress}.items():
+def _check_values(values: Any) -> None:
+    """Raise a ValueError unless everything is there that `_values` returns, and has a value that a run could have."""
+    names = TEXTS | COUNTS | AMOUNTS | {"layer_sizes", "rng"}
+    _require(isinstance(values, dict) and set(values) == names, "its metadata are incomplete")
+    for name, value in values.items():
         if name in TEXTS:
             _require(isinstance(value, str), f"its {name} is not a text")
         elif name in COUNTS and not (value is None and name in OPTIONAL):
             _require(_is_count(value), f"its {name} is not a whole number from 0 to 2⁶³")
         elif name in AMOUNTS:
-            _require(isinstance(value, (int, float)) and 0 <= value < math.inf, f"its {name} is not a finite number")
+            _require(isinstance(value, int | float) and 0 <= value < math.inf, f"its {name} is not a finite number")
+    sizes = values["layer_sizes"]
+    plausible = isinstance(sizes, list) and len(sizes) > 1 and all(_is_count(size) and size > 0 for size in sizes)
+    _require(plausible and sizes[1] == values["hidden"], "its layer sizes are not those of a network")
     bit_generator = np.random.default_rng().bit_generator
     try:
-        bit_generator.state = rng
-    except Exception as error:
+        bit_generator.state = values["rng"]
+    except Exception as error:  # of many types
         raise ValueError("its RNG state is damaged, or of another version of NumPy") from error
-    _require(bit_generator.state == rng, "its RNG state is damaged")
+    _require(bit_generator.state == values["rng"], "its RNG state is damaged")
 
 
 def _is_count(value: Any) -> bool:

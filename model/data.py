@@ -197,11 +197,12 @@ def limited(dataset: Dataset, count: int | None) -> Dataset:
     return dataset._replace(train_images=dataset.train_images[:count], train_labels=dataset.train_labels[:count])
 
 
-def fingerprint(dataset: Dataset) -> str:
+def sha256(dataset: Dataset) -> str:
     """Return the SHA-256, in hexadecimal, of all images and labels and of their shapes."""
     digest = hashlib.sha256()
     for array in dataset[1:]:
-        digest.update(f"{array.dtype} {array.shape} ".encode() + array.tobytes())
+        digest.update(str(array.shape).encode())
+        digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
 
 

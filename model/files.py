@@ -11,8 +11,8 @@ def check_writable(file: Path) -> None:
     folder = file.absolute().parent
     if not folder.is_dir():
         raise OSError(f"cannot write {file}: there is no folder {folder}; create it first")
-    if file.is_dir():
-        raise OSError(f"cannot write {file}: it is a folder; name a file")
+    if file.exists() and not file.is_file():
+        raise OSError(f"cannot write {file}: it is a folder or a device; name a file")
     if not os.access(folder, os.W_OK):
         raise OSError(f"cannot write {file}: no permission to write in {folder}")
 
@@ -20,13 +20,14 @@ def check_writable(file: Path) -> None:
 def write_whole(file: Path, content: bytes) -> None:
     """Write `content` beside `file` and rename it: whenever the process is killed, `file` is the old or the new one.
 
-    What a killed process has left beside it is removed.
+    What a killed process has left beside it is removed. A link is followed.
 
     Raises
     ------
     OSError
         If it cannot be written; then `file` is as it was, and nothing is left beside it.
     """
+    file = file.resolve()
     for left_over in file.parent.glob(f".{glob.escape(file.name)}.*.part"):
         left_over.unlink(missing_ok=True)
     beside = file.with_name(f".{file.name}.{os.getpid()}.part")
@@ -41,7 +42,7 @@ def write_whole(file: Path, content: bytes) -> None:
     finally:
         beside.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # not every system can do this to folders
-        folder = os.open(file.absolute().parent, os.O_RDONLY)
+        folder = os.open(file.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from kernels.backend import Backend
 from model.data import Dataset, limited
 from model.mlp import INITIAL_STD, MLP
-from model.trainer import History, train
+from model.trainer import History, State, train
 
 # Accuracy in percent by epoch: (train, from the epoch's forward pass; test, after its update).
 PUBLISHED = {
@@ -53,6 +53,7 @@ def run(
     seed: int = 0,
     threads: int | None = None,
     on_images: Callable[[int], None] = lambda images: None,
+    on_step: Callable[[State], None] = lambda state: None,
 ) -> tuple[MLP, History]:
     """Train a new network by `protocol`, from the random start and with the shuffling of `seed`."""
     mlp = MLP(seed=seed)
@@ -66,5 +67,6 @@ def run(
         seed=seed,
         threads=threads,
         on_images=on_images,
+        on_step=on_step,
     )
     return mlp, history

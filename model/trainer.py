@@ -71,6 +71,11 @@ class State:
     correct: int = 0
     seconds: float = 0.0
 
+    @classmethod
+    def start(cls, seed: int) -> "State":
+        """Before the first step of a new run."""
+        return cls(np.random.default_rng(seed).bit_generator.state)
+
 
 class Sums(NamedTuple):
     """Loss, correct count and gradient, summed over some images."""
@@ -194,9 +199,9 @@ def train(
     """
     images, labels = dataset.train_images, dataset.train_labels
     _check_options(len(images), epochs, learning_rate, batch_size, threads, eval_every)
-    rng = np.random.default_rng(seed)
-    state = state or State(rng.bit_generator.state)
+    state = state or State.start(seed)
     _check_state(state, len(images), epochs, batch_size)
+    rng = np.random.default_rng()
     rng.bit_generator.state = state.rng
     history = state.history
     with thread_pool(threads or available_cores()) as run:

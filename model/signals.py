@@ -1,0 +1,80 @@
+"""Ctrl-C and SIGTERM: they end a training run after its running step, and everything else at once."""
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+NOTICE = b"stopping after the running step; once more stops at once\n"
+SAME_SECONDS = 0.5
+
+
+class Stopped(BaseException):
+    """A signal asks the program to end. Not an Exception, so that no library takes it for an error of its own.
+
+    Attributes
+    ----------
+    signal : int
+        SIGINT or SIGTERM.
+    note : str
+        What to tell the user about it.
+    """
+
+    def __init__(self, signal: int, note: str = "") -> None:
+        super().__init__(signal, note)
+        self.signal = signal
+        self.note = note
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Within, a signal raises `Stopped`."""
+    _handle_with(lambda number, frame: stop(number))
+    try:
+        yield
+    finally:
+        _handle_with(signal.SIG_DFL)
+
+
+@contextmanager
+def stoppable_between_steps() -> Iterator[list[int]]:
+    """Within, the first signal is put into the list that this yields, a second one raises `Stopped`.
+
+    One that follows within half a second counts as the same: ``timeout`` and some process managers send theirs twice,
+    to the process and to its group.
+    """
+    received: list[int] = []
+    first = 0.0
+
+    def handle(number: int, frame: Any) -> None:
+        nonlocal first
+        if not received:
+            received.append(number)
+            first = time.monotonic()
+            with contextlib.suppress(OSError):  # past the console, whose lock this thread may hold right now
+                os.write(2, b"\n" * sys.stderr.isatty() + NOTICE)
+        elif time.monotonic() - first > SAME_SECONDS:
+            stop(number)
+
+    _handle_with(handle)
+    try:
+        yield received
+    finally:
+        _handle_with(lambda number, frame: stop(number))
+
+
+def stop(number: int, note: str = "") -> NoReturn:
+    """Raise `Stopped`; no further signal disturbs what it unwinds."""
+    _handle_with(signal.SIG_IGN)
+    raise Stopped(number, note)
+
+
+def _handle_with(handler: Any) -> None:
+    """Set the handler of both signals, but for one that is ignored, as that of a background job's Ctrl-C may be."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handler)
