@@ -99,7 +99,10 @@ def train_command(
     if saved:
         options |= settings_not_given(context, saved.config)
     file = checkpoint or resume
-    check_files(json_file, checkpoint, resume)
+    for written in filter(None, (file, json_file)):
+        check_writable(written)
+    if checkpoint and checkpoint != resume and checkpoint.exists():
+        raise ValueError(f"{checkpoint} exists: --resume {checkpoint} goes on with it; for a new run name a new file")
     if checkpoint_every and not file:
         raise ValueError("--checkpoint-every goes with --checkpoint FILE")
     kernels = get_backend(options["backend"])
@@ -110,7 +113,7 @@ def train_command(
         check_same(saved.config, config)
     mlp, state, _ = saved or (MLP((images.train_images.shape[1], hidden, 10), seed), State.start(seed), config)
     if saved and len(state.history.epochs) == config.epochs:
-        out.print(f"{resume} is finished: its {config.epochs} epochs are done, --epochs with more would go on")
+        say(f"{resume} is finished: its {config.epochs} epochs are done, --epochs with more goes on")
     count = len(images.train_images)
     passed = len(state.history.epochs) * count + min(state.steps * (config.batch_size or count), count)
     protocol = {name: options[name] for name in ("epochs", "learning_rate", "batch_size", "seed", "eval_every")}
@@ -121,19 +124,11 @@ def train_command(
         history = train(mlp, kernels, images, **protocol, state=state, on_images=on_images, on_step=on_step)
     out.print(history_table(history, f"{title}, {threads} threads"))
     if file:
-        out.print(f"checkpoint written to {file}")
+        out.print(f"checkpoint written to {file}", soft_wrap=True)
     if json_file:
         settings = {"dataset": images.name, **{name: options[name] for name in ("backend", "limit", "hidden")}}
         write_json(json_file, run_report(history, kernels, {**settings, **protocol}))
         out.print(f"history written to {json_file}")
-
-
-def check_files(json_file: Path | None, checkpoint: Path | None, resume: Path | None) -> None:
-    """Raise an error unless a run may write them."""
-    for file in filter(None, (json_file, checkpoint, resume)):
-        check_writable(file)
-    if checkpoint and checkpoint != resume and checkpoint.exists():
-        raise ValueError(f"{checkpoint} exists: --resume {checkpoint} goes on with it; for a new run name a new file")
 
 
 def settings_not_given(context: typer.Context, config: Config) -> dict[str, Any]:
@@ -154,14 +149,15 @@ def between_steps(
 
     def on_step(state: State) -> None:
         nonlocal saved
+        asked = received[:1]  # looked at once: a signal may arrive at any moment
         epochs = len(state.history.epochs)
         finished = epochs == config.epochs
         due = time.monotonic() - saved >= SAVE_SECONDS or (every and state.steps == 0 and epochs % every == 0)
-        if file and (due or finished or received):
+        if file and (due or finished or asked):
             save(file, mlp, state, config)
             saved = time.monotonic()
-        if received and not finished:
-            stop(received[0], f", saved in {file}: --resume {file} goes on" if file else "")
+        if asked and not finished:
+            stop(asked[0], f", saved in {file}: --resume {file} goes on" if file else "")
 
     return on_step
 
@@ -236,16 +232,16 @@ def training(title: str, images: int, passed: int = 0) -> Iterator[tuple[list[in
 def main() -> None:
     """Run the command line; every foreseeable error is one line on stderr and exit code 2."""
     usage_error: Any = typer.BadParameter.__base__  # the class of all wrong options; its module has changed name
-    try:
-        with stoppable():
+    with stoppable():
+        try:
             sys.exit(app(standalone_mode=False))
-    except usage_error as error:
-        fail(error.format_message())
-    except (CheckpointError, DataError, TrainingError, ValueError, OSError) as error:
-        fail(str(error))
-    except Stopped as stopped:
-        say(f"interrupted{stopped.note}")
-        os._exit(128 + stopped.signal)  # worker threads would first finish their shard, which takes pure Python minutes
+        except usage_error as error:
+            fail(error.format_message())
+        except (CheckpointError, DataError, TrainingError, ValueError, OSError) as error:
+            fail(str(error))
+        except Stopped as stopped:
+            say(f"interrupted{stopped.note}")
+            os._exit(128 + stopped.signal)  # worker threads would finish their shard, which takes pure Python minutes
 
 
 def fail(message: str) -> None:

@@ -38,7 +38,7 @@ def write_whole(file: Path, content: bytes) -> None:
             os.fsync(stream.fileno())  # before the new name: some file systems would rename first and write later
         beside.replace(file)
     except OSError as error:
-        raise OSError(f"cannot write {file}: {error.strerror}; it is as it was before") from error
+        raise OSError(f"cannot write {file}: {error.strerror}; what was there before is untouched") from error
     finally:
         beside.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # not every system can do this to folders

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 NOTICE = b"stopping after the running step; once more stops at once\n"
 SAME_SECONDS = 0.5
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(BaseException):
@@ -33,16 +34,13 @@ class Stopped(BaseException):
 @contextmanager
 def stoppable() -> Iterator[None]:
     """Within, a signal raises `Stopped`."""
-    _handle_with(lambda number, frame: stop(number))
-    try:
+    with _handled_by(lambda number, frame: stop(number)):
         yield
-    finally:
-        _handle_with(signal.SIG_DFL)
 
 
 @contextmanager
 def stoppable_between_steps() -> Iterator[list[int]]:
-    """Within, the first signal is put into the list that this yields, a second one raises `Stopped`.
+    """Within, the first signal is put into the list that this yields; the second raises `Stopped`.
 
     One that follows within half a second counts as the same: ``timeout`` and some process managers send theirs twice,
     to the process and to its group.
@@ -55,26 +53,30 @@ def stoppable_between_steps() -> Iterator[list[int]]:
         if not received:
             received.append(number)
             first = time.monotonic()
-            with contextlib.suppress(OSError):  # past the console, whose lock this thread may hold right now
+            with contextlib.suppress(OSError):  # past the console, whose lock this thread may be holding right now
                 os.write(2, b"\n" * sys.stderr.isatty() + NOTICE)
         elif time.monotonic() - first > SAME_SECONDS:
             stop(number)
 
-    _handle_with(handle)
-    try:
+    with _handled_by(handle):
         yield received
-    finally:
-        _handle_with(lambda number, frame: stop(number))
 
 
 def stop(number: int, note: str = "") -> NoReturn:
     """Raise `Stopped`; no further signal disturbs what it unwinds."""
-    _handle_with(signal.SIG_IGN)
+    for each in SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
     raise Stopped(number, note)
 
 
-def _handle_with(handler: Any) -> None:
-    """Set the handler of both signals, but for one that is ignored, as that of a background job's Ctrl-C may be."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, handler)
+@contextmanager
+def _handled_by(handler: Any) -> Iterator[None]:
+    """Handles both signals within, but none that is ignored: a background job's Ctrl-C, or one after `stop`."""
+    ours = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, handler) for number in ours}
+    try:
+        yield
+    finally:
+        for number in ours:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, before[number])

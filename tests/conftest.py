@@ -2,9 +2,10 @@
 
 import os
 
+import numpy as np
 import pytest
 
-from model.data import load_digits28, load_mnist
+from model.data import Dataset, load_digits28, load_mnist
 
 DATASETS = ["digits28"]
 if os.environ.get("MNIST_DIR") or os.environ.get("REQUIRE_MNIST"):
@@ -25,6 +26,16 @@ def mnist():
 def digits28():
     """The offline stand-in."""
     return load_digits28()
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """Images of 5 × 5 pixels that can be told apart, 2,600 to train on: six shards, and uneven ones."""
+    rng = np.random.default_rng(0)
+    patterns = rng.integers(0, 256, (10, 25)) * (rng.random((10, 25)) < 0.5)
+    labels = rng.integers(0, 10, 2700).astype(np.uint8)
+    images = np.clip(patterns[labels] * rng.uniform(0.7, 1.0, (2700, 25)), 0, 255).astype(np.uint8)
+    return Dataset("tiny", images[:2600], labels[:2600], images[2600:], labels[2600:])
 
 
 def pytest_collection_modifyitems(items):

@@ -5,21 +5,10 @@ import pytest
 
 from kernels import get_backend
 from kernels.numpy_backend import NumpyBackend
-from model.data import Dataset
 from model.mlp import MLP
 from model.trainer import CHUNK, SHARDS, Shards, TrainingError, shards_of_chunks, thread_pool, train
 
 SMALL = (25, 6, 10)
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    """Images of 5 × 5 pixels that can be told apart, 2,600 to train on: six shards, and uneven ones."""
-    rng = np.random.default_rng(0)
-    patterns = rng.integers(0, 256, (10, 25)) * (rng.random((10, 25)) < 0.5)
-    labels = rng.integers(0, 10, 2700).astype(np.uint8)
-    images = np.clip(patterns[labels] * rng.uniform(0.7, 1.0, (2700, 25)), 0, 255).astype(np.uint8)
-    return Dataset("tiny", images[:2600], labels[:2600], images[2600:], labels[2600:])
 
 
 def trained(backend, dataset, layer_sizes=SMALL, dtype=np.float32, **options):
