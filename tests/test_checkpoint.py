@@ -20,6 +20,7 @@ import model.__main__ as command_line
 from kernels.numpy_backend import NumpyBackend
 from model import checkpoint
 from model.checkpoint import CheckpointError, Config, load, save
+from model.data import limited
 from model.mlp import MLP
 from model.trainer import State, train
 from tests import kill_and_resume
@@ -42,22 +43,22 @@ def file(tmp_path):
 # Going on
 
 
-@pytest.mark.parametrize("batch_size", [None, 600])
+@pytest.mark.parametrize("batch_size", [None, 300])
 def test_a_resumed_run_ends_bitwise_where_the_uninterrupted_one_does(backend, tiny, tmp_path, batch_size):
     """From before the first step, after each, and after each epoch; and on another number of threads."""
-    mlp, files = MLP(SIZES), []
+    mlp, files, dataset = MLP(SIZES), [], limited(tiny, 1300)
     options = {"epochs": 2, "batch_size": batch_size, "eval_every": 2}
 
     def on_step(state):
         files.append(tmp_path / f"{len(files)}")
         save(files[-1], mlp, state, CONFIG)
 
-    train(mlp, backend, tiny, **options, threads=1, on_step=on_step)
-    assert len(files) == 5 if batch_size is None else 13
+    train(mlp, backend, dataset, **options, threads=1, on_step=on_step)
+    assert len(files) == (5 if batch_size is None else 13)
     expected = load(files[-1])
     for stopped in files[:-1]:
         run = load(stopped)
-        history = train(run.mlp, backend, tiny, **options, threads=3, state=run.state)
+        history = train(run.mlp, backend, dataset, **options, threads=3, state=run.state)
         assert history is run.state.history
         assert_same(run, expected)
 
@@ -473,12 +474,14 @@ def test_a_signal_saves_after_the_running_step(main, tmp_path, number, exit_code
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_second_signal_stops_at_once(tmp_path, number, exit_code):
     file = tmp_path / "run"
-    process = start(*TRAIN[:3], "--limit", 10_000, "--backend", "naive", "--checkpoint", file)  # steps of two minutes
+    process = start(*TRAIN[:3], "--limit", 3_000, "--backend", "naive", "--checkpoint", file)  # steps of 40 seconds
     wait_for(file, process)
     time.sleep(0.5)  # until the first step has begun
     process.send_signal(number)
     assert process.stderr.readline().startswith("stopping after the running step")
+    process.send_signal(number)  # the same, sent twice
     time.sleep(1)
+    assert process.poll() is None
     process.send_signal(number)
     _, error = process.communicate(timeout=60)
     assert (process.returncode, error) == (exit_code, "interrupted\n")

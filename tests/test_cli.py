@@ -91,17 +91,25 @@ def test_errors_are_one_line_and_exit_code_2(arguments, message):
     assert message in result.stderr
 
 
-def test_interrupt_ends_cleanly():
+@pytest.mark.parametrize(
+    ("arguments", "number", "exit_code"),
+    [
+        ((*TRAIN, "--epochs", "1000000"), signal.SIGINT, 130),
+        (("reproduce", "--backend", "sparse", "--dataset", "digits28"), signal.SIGTERM, 143),
+    ],
+)
+def test_interrupt_ends_cleanly(arguments, number, exit_code):
     main, terminal = pty.openpty()
-    command = [sys.executable, "-m", "model", *TRAIN, "--epochs", "1000000"]
+    command = [sys.executable, "-m", "model", *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=terminal, text=True)
     os.close(terminal)
     shown = os.read(main, 100_000)  # blocks until the progress bar appears
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     while chunk := read_terminal(main):
         shown += chunk
     stdout, _ = process.communicate(timeout=20)
-    assert (process.returncode, stdout) == (130, "")
+    assert (process.returncode, stdout) == (exit_code, "")
+    assert "stopping after the running step" in shown.decode()
     assert "interrupted" in shown.decode()
     assert "Traceback" not in shown.decode()
 

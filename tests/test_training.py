@@ -1,5 +1,8 @@
 """The training loop: equal bits on any number of threads, equal trajectories on every backend, clear errors."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -26,7 +29,7 @@ def test_same_bits_on_any_number_of_threads(backend, tiny, batch_size):
     if batch_size == 7:
         tiny = tiny._replace(train_images=tiny.train_images[:100], train_labels=tiny.train_labels[:100])
     parameters, history = trained(backend, tiny, threads=1, batch_size=batch_size)
-    for threads in (2, 3, 8, 2):
+    for threads in (1, 2, 3, 8, 2, 3, 8):
         others, other_history = trained(backend, tiny, threads=threads, batch_size=batch_size)
         for ours, theirs in zip(parameters, others):
             np.testing.assert_array_equal(ours, theirs, strict=True)
@@ -34,8 +37,13 @@ def test_same_bits_on_any_number_of_threads(backend, tiny, batch_size):
 
 
 @pytest.mark.slow
-def test_same_bits_on_whole_data(full_batch_backend, digits28):
-    runs = [trained(full_batch_backend, digits28, (784, 128, 10), threads=threads)[0] for threads in (1, 2, 3, 8)]
+@pytest.mark.parametrize("batch_size", [None, 2000])
+def test_same_bits_on_whole_data(full_batch_backend, digits28, batch_size):
+    options = {"epochs": 2 if batch_size is None else 1, "batch_size": batch_size}
+    runs = [
+        trained(full_batch_backend, digits28, (784, 128, 10), threads=threads, **options)[0]
+        for threads in (1, 2, 3, 8, 2)
+    ]
     for parameters in runs[1:]:
         for ours, theirs in zip(runs[0], parameters):
             np.testing.assert_array_equal(ours, theirs)
@@ -69,6 +77,15 @@ def test_trajectories_agree(backend, digits28, batch_size):
         for theirs, ours in zip(expected, actual):
             assert ours.dtype == np.float64
             np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-14)
+
+
+@pytest.mark.slow
+def test_a_long_run_keeps_memory_flat_and_backends_together():
+    """In a process of its own, whose memory no other test has grown; the whole program takes minutes."""
+    command = [sys.executable, "-m", "tests.long_run", "--images", "500", "--hidden", "16"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("after 2000") == 6
 
 
 def test_training_learns(backend, tiny):
