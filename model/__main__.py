@@ -37,10 +37,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-SAVE_SECONDS = 60
-
 out = Console()
 err = Console(stderr=True)
+
+SAVE_SECONDS = 60
 
 Threads = Annotated[
     int | None,
@@ -117,7 +117,7 @@ def train_command(
     count = len(images.train_images)
     passed = len(state.history.epochs) * count + min(state.steps * (config.batch_size or count), count)
     protocol = {name: options[name] for name in ("epochs", "learning_rate", "batch_size", "seed", "eval_every")}
-    protocol["threads"] = threads
+    protocol |= {"threads": threads}
     title = f"{config.backend} on {images.name}"
     with training(title, config.epochs * count, passed) as (received, on_images):
         on_step = between_steps(file, checkpoint_every, mlp, config, received)
@@ -137,7 +137,7 @@ def settings_not_given(context: typer.Context, config: Config) -> dict[str, Any]
     given = {name for name, source in sources.items() if source and source.name != "DEFAULT"}
     settings = {name: value for name, value in config._asdict().items() if name in sources and name not in given}
     if ":" in settings.get("backend", ""):  # a file does not decide what code is imported
-        raise ValueError(f"this run needs a backend of your own: add --backend {settings['backend']}")
+        raise ValueError(f"this run needs a backend of your own: add --backend {settings['backend']!r}")
     return settings
 
 

@@ -409,7 +409,7 @@ def test_a_checkpoint_does_not_choose_what_is_imported(main, trained, tmp_path):
     forged(file, backend="this:Zen")
     code, shown, error = main("train", "--resume", file, "--epochs", 2)
     assert (code, shown) == (2, "")
-    assert "add --backend this:Zen" in error
+    assert "add --backend 'this:Zen'" in error
     assert "this" not in sys.modules
 
 
@@ -457,6 +457,7 @@ def test_a_signal_saves_after_the_running_step(main, tmp_path, number, exit_code
     file = tmp_path / "run"
     process = start(*TRAIN, "--epochs", 10**6, "--checkpoint", file)
     wait_for(file, process)
+    time.sleep(0.5)  # epochs that the file does not have yet
     process.send_signal(number)
     process.send_signal(number)
     shown, error = process.communicate(timeout=60)
@@ -465,6 +466,7 @@ def test_a_signal_saves_after_the_running_step(main, tmp_path, number, exit_code
         "stopping after the running step; once more stops at once",
         f"interrupted, saved in {file}: --resume {file} goes on",
     ]
+    assert stand(load(file).state) > (0, 0)
     epochs = len(load(file).state.history.epochs) + 3
     assert main("train", "--resume", file, "--epochs", epochs)[0] == 0
     assert main(*TRAIN, "--epochs", epochs, "--checkpoint", tmp_path / "whole")[0] == 0
@@ -487,6 +489,24 @@ def test_a_second_signal_stops_at_once(tmp_path, number, exit_code):
     assert (process.returncode, error) == (exit_code, "interrupted\n")
     assert stand(load(file).state) == (0, 0)
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_signals_are_ignored_once_the_program_ends_and_where_they_were():
+    """The user's impatience must not break what is unwound, nor a Ctrl-C for others a background job."""
+    program = """if True:
+        import os, signal
+        from model.signals import Stopped, stoppable
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        with stoppable():
+            os.kill(os.getpid(), signal.SIGINT)
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+            except Stopped as stopped:
+                os.kill(os.getpid(), signal.SIGTERM)
+                print(stopped.signal)
+    """
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "15\n", "")
 
 
 # Kills
