@@ -1,4 +1,4 @@
-"""The command line: ``python -m model train`` and ``python -m model reproduce``."""
+"""The command line: ``python -m model train``, ``reproduce`` and ``predict``."""
 
 import math
 import os
@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 from rich.console import Console
 from rich.progress import (
@@ -26,7 +27,8 @@ from model.checkpoint import CheckpointError, Config, check_same, load, save
 from model.data import DataError, limited, load_dataset, sha256
 from model.files import check_writable
 from model.mlp import MLP
-from model.report import comparison_table, history_table, run_report, write_json
+from model.picture import PictureError, read_picture
+from model.report import comparison_table, history_table, probability_bars, run_report, write_json
 from model.reproduction import FITTED, FULL_BATCH, MINI_BATCH, run
 from model.signals import Stopped, stop, stoppable, stoppable_between_steps
 from model.trainer import State, TrainingError, available_cores, train
@@ -215,6 +217,24 @@ def reproduce_command(
     out.print(f"written: {json_file}" + (f" and {figure}" if histories else ""))
 
 
+@app.command("predict")
+def predict_command(
+    picture: Annotated[Path, typer.Argument(help="PNG or JPEG of one digit, of any size, on any plain background.")],
+    checkpoint: Annotated[Path, typer.Option(help="The trained network, as saved by train --checkpoint.")],
+) -> None:
+    """Say which digit a picture shows."""
+    mlp = load(checkpoint).mlp
+    if (mlp.layers[0][0].shape[0], len(mlp.layers[-1][1])) != (784, 10):
+        raise ValueError(
+            f"{checkpoint}: its network is not for digits of 28 x 28 pixels. Train one on mnist or digits28"
+        )
+    (probabilities,) = mlp.probabilities(get_backend("numpy"), read_picture(picture)[None])
+    if np.isnan(probabilities).any():
+        raise ValueError(f"{checkpoint}: its parameters are too large to compute with. Use another checkpoint")
+    out.print(f"{picture} shows the digit {probabilities.argmax()}", soft_wrap=True, markup=False, highlight=False)
+    out.print(probability_bars(probabilities))
+
+
 @contextmanager
 def training(title: str, images: int, passed: int = 0) -> Iterator[tuple[list[int], Callable[[int], None]]]:
     """Signals wait for the running step, and a live bar over so many images is on stderr, where that is a terminal.
@@ -237,7 +257,7 @@ def main() -> None:
             sys.exit(app(standalone_mode=False))
         except usage_error as error:
             fail(error.format_message())
-        except (CheckpointError, DataError, TrainingError, ValueError, OSError) as error:
+        except (CheckpointError, DataError, PictureError, TrainingError, ValueError, OSError) as error:
             fail(str(error))
         except Stopped as stopped:
             say(f"interrupted{stopped.note}")

@@ -6,6 +6,7 @@ The derivation of the gradients stands in the README, with the same names.
 import itertools
 
 import numpy as np
+from scipy.special import softmax
 
 # The published experiment does not give its initialisation; this one was fitted to its accuracies.
 INITIAL_STD = 0.017
@@ -119,3 +120,12 @@ class MLP:
         """
         _, logits = self.forward(backend, backend.prepare(images, self.dtype))
         return logits.argmax(axis=1)
+
+    def probabilities(self, backend, images):
+        """How likely each digit is in each image, for what `predict` takes: (n, classes) in float64.
+
+        Each row is the softmax of the logits, or NaN where parameters are so large that these overflow.
+        """
+        with np.errstate(over="ignore", invalid="ignore"):
+            _, logits = self.forward(backend, backend.prepare(images, self.dtype))
+            return softmax(logits.astype(np.float64), axis=1)

@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import cpuinfo
+import numpy as np
+from numpy.typing import NDArray
+from rich.bar import Bar
 from rich.box import SIMPLE, Box
 from rich.table import Table
 from threadpoolctl import threadpool_info
@@ -51,6 +54,14 @@ def comparison_table(histories: dict[str, History], dataset_name: str, box: Box 
             last = box is SIMPLE and name == list(histories)[-1]  # Markdown knows no sections
             table.add_row(f"  {name}", *(f"{accuracy:.2f}" for accuracy in ours))
             table.add_row("    difference", *(f"{x - y:+.2f}" for x, y in zip(ours, published)), end_section=last)
+    return table
+
+
+def probability_bars(probabilities: NDArray[np.floating]) -> Table:
+    """A bar for the probability of each digit, (10,), from nothing to certainty."""
+    table = Table.grid(padding=(0, 2))
+    for digit, probability in enumerate(probabilities):
+        table.add_row(f"{digit}", f"{probability:6.1%}", Bar(1, 0, probability, width=40))
     return table
 
 
