@@ -91,7 +91,7 @@ class Backend(ABC):
             If shapes or dtypes do not fit, or a dtype is not a native float32 or float64.
         """
         _check_matrix(b, "b")
-        if isinstance(a, np.ndarray) or not hasattr(a, "shape"):
+        if isinstance(a, np.ndarray) or not getattr(a, "shape", ()):  # a number has a shape too, if it is NumPy's
             _check_matrix(a, "a")
         if a.shape[1] != b.shape[0]:
             raise ValueError(f"cannot multiply a {a.shape} by b {b.shape}: {a.shape[1]} columns, {b.shape[0]} rows")

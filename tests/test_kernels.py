@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 import kernels
 from kernels import Backend, backend_names, get_backend
 from kernels.numpy_backend import NumpyBackend
+from model.mlp import MLP
 from tests.reference import DTYPES, assert_product, assert_shape, assert_softmax_grad, unit_roundoff
 
 LAYOUTS = ("contiguous", "transposed", "every second", "reversed", "read-only", "misaligned")
@@ -18,6 +19,7 @@ sizes = st.integers(0, 20) | st.sampled_from([31, 33, 65])
 dtypes = st.sampled_from(DTYPES)
 layouts = st.sampled_from(LAYOUTS)
 seeds = st.integers(0, 2**32 - 1)
+shares = st.sampled_from([0.01, 0.1, 0.5])
 
 
 def laid_out(array, layout):
@@ -41,6 +43,17 @@ def laid_out(array, layout):
 
 def random_matrix(rng, shape, dtype, scale=1.0):
     return (scale * rng.standard_normal(shape)).astype(dtype)
+
+
+def random_images(rng, shape, density):
+    return rng.integers(0, 256, shape, np.uint8) * (rng.random(shape) < density).astype(np.uint8)
+
+
+def with_special_values(rng, shape, dtype, share):
+    """Ordinary numbers, and among them zeros of both signs, denormals, infinities and NaN."""
+    tiny = np.finfo(dtype).smallest_subnormal
+    special = rng.choice(np.array([0.0, -0.0, 3 * tiny, -tiny, np.inf, -np.inf, np.nan], dtype), shape)
+    return np.where(rng.random(shape) < share, special, random_matrix(rng, shape, dtype))
 
 
 @property_test
@@ -70,12 +83,13 @@ def test_matmul(backend, n, k, m, dtype, layout_a, layout_b, seed, bias):
     m=st.integers(1, 20),
     density=st.floats(0, 1),
     dtype=dtypes,
+    layout=layouts,
     seed=seeds,
 )
-def test_products_of_prepared_images(backend, n, pixels, m, density, dtype, seed):
+def test_products_of_prepared_images(backend, n, pixels, m, density, dtype, layout, seed):
     rng = np.random.default_rng(seed)
-    images = rng.integers(0, 256, (n, pixels), np.uint8) * (rng.random((n, pixels)) < density).astype(np.uint8)
-    x = backend.prepare(images, dtype)
+    images = random_images(rng, (n, pixels), density)
+    x = backend.prepare(laid_out(images, layout), dtype)
     exact = np.divide(images, 255, dtype=dtype)
     assert (len(x), x.shape, x.T.shape, x.dtype) == (n, (n, pixels), (pixels, n), dtype)
     weights, bias, upstream = (random_matrix(rng, shape, dtype) for shape in ((pixels, m), m, (n, m)))
@@ -143,20 +157,65 @@ def test_softmax_grad_of_ties(backend):
     np.testing.assert_allclose(gradient, 0.25 - np.eye(4)[[0, 1, 3]], atol=1e-7)
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@property_test
+@given(n=sizes, k=sizes, m=sizes, dtype=dtypes, layout=layouts, share=shares, seed=seeds, bias=st.booleans())
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_non_finite_values_behave_as_in_numpy(backend, bad):
-    reference = NumpyBackend()
-    a, b = np.ones((3, 5), np.float32), np.ones((5, 17), np.float32)
-    logits = np.arange(12, dtype=np.float32).reshape(3, 4)
-    a[1, 2] = logits[1, 2] = bad
-    labels = np.array([3, 2, 0])
-    np.testing.assert_array_equal(backend.matmul(a, b), reference.matmul(a, b))
-    np.testing.assert_array_equal(backend.matmul(b.T, a.T), reference.matmul(b.T, a.T))
-    loss, correct, gradient = backend.softmax_grad(logits, labels)
-    expected_loss, expected_correct, expected_gradient = reference.softmax_grad(logits, labels)
-    np.testing.assert_allclose(gradient, expected_gradient, atol=1e-6)
-    assert (loss == pytest.approx(expected_loss, nan_ok=True), correct) == (True, expected_correct)
+def test_matmul_of_special_values(backend, n, k, m, dtype, layout, share, seed, bias):
+    """As IEEE 754 has it: 0 × ∞ and ∞ - ∞ are NaN, and denormals are not flushed to zero."""
+    rng = np.random.default_rng(seed)
+    a, b, row = (with_special_values(rng, shape, dtype, share) for shape in ((n, k), (k, m), m))
+    bias = row if bias else None
+    assert_product(backend.matmul(laid_out(a, layout), laid_out(b, layout), bias), a, b, bias)
+
+
+@property_test
+@given(n=sizes, pixels=sizes, m=sizes, density=st.floats(0, 1), dtype=dtypes, share=shares, seed=seeds)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_products_of_prepared_images_with_special_values(backend, n, pixels, m, density, dtype, share, seed):
+    """What sparse promises is that a pixel of 0 adds nothing to a sum, whatever it is multiplied with."""
+    rng = np.random.default_rng(seed)
+    images = random_images(rng, (n, pixels), density)
+    exact, x = np.divide(images, 255, dtype=dtype), backend.prepare(images, dtype)
+    weights, bias, upstream = (with_special_values(rng, shape, dtype, share) for shape in ((pixels, m), m, (n, m)))
+    zeros_skipped = backend.name == "sparse"
+    assert_product(backend.matmul(x, weights, bias), exact, weights, bias, zeros_skipped)
+    assert_product(backend.matmul(x.T, upstream), exact.T, upstream, None, zeros_skipped)
+
+
+@property_test
+@given(n=sizes, classes=st.integers(1, 20), dtype=dtypes, layout=layouts, share=shares, seed=seeds)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_softmax_grad_of_special_values(backend, n, classes, dtype, layout, share, seed):
+    rng = np.random.default_rng(seed)
+    logits, labels = with_special_values(rng, (n, classes), dtype, share), rng.integers(0, classes, n)
+    assert_softmax_grad(backend.softmax_grad(laid_out(logits, layout), labels), logits, labels)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_repeated_rows(backend, dtype):
+    """Views in which all rows are the same memory."""
+    row, labels = np.linspace(-1, 1, 40, dtype=dtype), np.broadcast_to(np.int64(3), 9)
+    rows = np.broadcast_to(row, (9, 40))
+    assert_product(backend.matmul(rows, rows.T), rows, rows.T)
+    assert_softmax_grad(backend.softmax_grad(rows, labels), rows, labels)
+    np.testing.assert_array_equal(backend.relu(rows), np.maximum(rows, 0))
+    np.testing.assert_array_equal(backend.relu_grad(rows, rows), np.maximum(rows, 0))
+    images = np.broadcast_to(np.arange(40, dtype=np.uint8), (9, 40))
+    exact, weights = np.divide(images, 255, dtype=dtype), np.ones((40, 3), dtype)
+    assert_product(backend.matmul(backend.prepare(images, dtype), weights), exact, weights)
+
+
+@pytest.mark.parametrize("images", [0, 1])
+def test_batches_of_no_and_of_one_image(backend, images):
+    rng = np.random.default_rng(0)
+    mlp = MLP((30, 20, 10), dtype=np.float64)
+    pixels, labels = random_images(rng, (images, 30), 0.5), rng.integers(0, 10, images)
+    loss, correct, gradient = mlp.gradients(backend, backend.prepare(pixels, mlp.dtype), labels)
+    expected_loss, expected_correct, expected = mlp.gradients(NumpyBackend(), pixels / 255, labels)
+    assert (loss, correct) == (pytest.approx(expected_loss, rel=1e-14), expected_correct)
+    for ours, theirs in zip(gradient, expected):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-16)  # sums of up to 20 terms of size 0.01
+    assert loss > 0 if images else loss == correct == 0
 
 
 def test_arguments_are_left_alone(backend):
@@ -197,6 +256,10 @@ def floats(*shape):
         (lambda b: b.relu_grad(floats(2, 3), floats(3, 2)), r"\(2, 3\) and activations \(3, 2\)"),
         (lambda b: b.softmax_grad(floats(2, 3), np.array([0, 3])), r"from 0 to 2, but labels\[1\] is 3"),
         (lambda b: b.softmax_grad(floats(2, 3), np.array([-1, 0])), r"labels\[0\] is -1"),
+        (lambda b: b.softmax_grad(floats(2, 3), np.array([-128, 0], np.int8)), r"labels\[0\] is -128"),
+        (lambda b: b.softmax_grad(floats(2, 3), np.array([0, 2**63 - 1])), rf"labels\[1\] is {2**63 - 1}"),
+        (lambda b: b.softmax_grad(floats(2, 3), np.array([2, 2**64 - 1], np.uint64)), rf"labels\[1\] is {2**64 - 1}"),
+        (lambda b: b.softmax_grad(floats(2, 3), np.array([2, 9, 9])[::2]), r"labels\[1\] is 9"),
         (lambda b: b.softmax_grad(floats(2, 3), np.array([0, 1, 2])), r"shape \(2,\).* not \(3,\)"),
         (lambda b: b.softmax_grad(floats(2, 3), np.array([0.0, 1.0])), "native integers, not float64"),
         (lambda b: b.softmax_grad(floats(2, 3), np.array([0, 1], ">i4")), "native integers, not >i4"),
@@ -206,6 +269,42 @@ def floats(*shape):
 def test_wrong_arguments(backend, call, message):
     with pytest.raises(ValueError, match=message):
         call(backend)
+
+
+VALID = {
+    "prepare": (np.ones((2, 3), np.uint8),),
+    "matmul": (floats(2, 3), floats(3, 4), floats(4)),
+    "relu": (floats(2, 3),),
+    "relu_grad": (floats(2, 3), floats(2, 3)),
+    "softmax_grad": (floats(2, 3), np.array([0, 2])),
+}
+
+WRONG = {
+    "object": lambda array: array.astype(object),
+    "foreign byte order": lambda array: array.astype(np.dtype(f"{array.dtype.kind}8").newbyteorder()),
+    "float16": lambda array: array.astype(np.float16),
+    "longdouble": lambda array: array.astype(np.longdouble),
+    "complex": lambda array: array.astype(np.complex64),
+    "bool": lambda array: array.astype(bool),
+    "text": lambda array: array.astype(str),
+    "time": lambda array: array.astype(np.int64).view("m8[s]"),
+    "record": lambda array: array.astype([("value", array.dtype)]),
+    "list": lambda array: array.tolist(),
+    "scalar": lambda array: array.flat[0],
+    "number": lambda array: 1.0,
+    "no dimension": lambda array: array.flat[:1].reshape(()),
+    "another dimension": lambda array: array[None],
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize(("kernel", "position"), [(kernel, n) for kernel in VALID for n in range(len(VALID[kernel]))])
+def test_wrong_types_in_every_place(backend, kernel, position, wrong):
+    arguments = list(VALID[kernel])
+    getattr(backend, kernel)(*arguments)
+    arguments[position] = WRONG[wrong](arguments[position])
+    with pytest.raises(ValueError, match="must"):
+        getattr(backend, kernel)(*arguments)
 
 
 class Custom(NumpyBackend):
