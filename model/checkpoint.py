@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -231,7 +232,8 @@ def _check_values(values: Any) -> None:
         elif name in COUNTS and not (value is None and name in OPTIONAL):
             _require(_is_count(value), f"its {name} is not a whole number from 0 to 2⁶³")
         elif name in AMOUNTS:
-            _require(isinstance(value, int | float) and 0 <= value < math.inf, f"its {name} is not a finite number")
+            is_number = isinstance(value, int | float)
+            _require(is_number and 0 <= value <= sys.float_info.max, f"its {name} is not a finite number")
     sizes = values["layer_sizes"]
     plausible = isinstance(sizes, list) and len(sizes) > 1 and all(_is_count(size) and size > 0 for size in sizes)
     _require(plausible and sizes[1] == values["hidden"], "its layer sizes are not those of a network")

@@ -219,6 +219,7 @@ def altered(array, value):
         ({"correct": 0.5}, "its correct is not a whole number"),
         ({"loss": float("nan")}, "its loss is not a finite number"),
         ({"seconds": float("inf")}, "its seconds is not a finite number"),
+        ({"learning_rate": 10**400}, "its learning_rate is not a finite number"),
         ({"learning_rate": [0.1]}, "its learning_rate is not a finite number"),
         ({"backend": 4}, "its backend is not a text"),
         ({"rng": {**State.start(0).rng, "bit_generator": "MT19937"}}, "its RNG state is damaged"),

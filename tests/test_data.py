@@ -40,17 +40,17 @@ ARRAYS = {
 }
 PLAIN = {name: idx(array) for name, array in ARRAYS.items()}
 GZIP = {f"{name}.gz": gzip.compress(payload, mtime=0) for name, payload in PLAIN.items()}
+TINY_FILES = [
+    data.File(name, array.shape, hashlib.md5(GZIP[f"{name}.gz"]).hexdigest(), sha256(PLAIN[name]))
+    for name, array in ARRAYS.items()
+]
 TINY = Dataset("tiny", *(array.reshape(len(array), -1).squeeze() for array in ARRAYS.values()))
 
 
 @pytest.fixture(autouse=True)
 def sandbox(monkeypatch, tmp_path):
     """Let the tiny files be MNIST, the cache an empty directory, and no mirror reachable."""
-    tiny = [
-        data.File(name, ARRAYS[name].shape, hashlib.md5(GZIP[f"{name}.gz"]).hexdigest(), sha256(PLAIN[name]))
-        for name in ARRAYS
-    ]
-    monkeypatch.setattr(data, "FILES", tiny)
+    monkeypatch.setattr(data, "FILES", TINY_FILES)
     monkeypatch.setattr(data, "MIRRORS", ["http://127.0.0.1:1/"])
     monkeypatch.setattr(data, "TIMEOUT", (1, 0.2))
     monkeypatch.setattr(data, "_download_failure", "")
