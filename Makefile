@@ -4,10 +4,10 @@ BIN := .venv/bin
 RESULTS ?= bench/results/results.json
 READY := .venv/ready
 
-.PHONY: help bench test plots results lint constraints clean
+.PHONY: help bench test test-oldest test-newest plots results lint constraints clean
 
 help:  ## Show this help
-	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
 bench: $(READY)  ## Measure every backend and draw the plots into bench/output/ (under five minutes)
 	$(BIN)/python -m pytest bench/ --benchmark-only $(ARGS)
@@ -17,6 +17,14 @@ test: $(READY)  ## Run all tests (set MNIST_DIR to include those on MNIST)
 
 plots: $(READY)  ## Draw the plots of a results file (make plots RESULTS=file.json) into bench/output/
 	$(BIN)/python -m bench.study draw $(RESULTS)
+
+test-oldest: RESOLUTION := lowest-direct  ## Run the quick tests with the oldest dependencies that pyproject.toml allows
+test-newest: RESOLUTION := highest  ## Run the quick tests with the newest dependencies
+test-oldest test-newest:
+	$(PYTHON) -m venv --clear .venv-$@
+	.venv-$@/bin/python -m pip install --quiet --disable-pip-version-check uv
+	.venv-$@/bin/uv pip install --quiet --python .venv-$@ --resolution $(RESOLUTION) --editable '.[test]'
+	.venv-$@/bin/python -m pytest tests/ -m "not slow" $(ARGS)
 
 results: $(READY)  ## Measure and draw everything in bench/results/ and the README again (needs MNIST; half an hour)
 	$(BIN)/python -m pytest bench/ --benchmark-only --dataset mnist --output bench/results
@@ -35,7 +43,7 @@ constraints: $(READY)  ## Pin the newest versions of all dependencies again
 	    --upgrade --output-file constraints.txt pyproject.toml
 
 clean:  ## Remove the environment, caches and fresh results
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks *.egg-info bench/output
+	rm -rf .venv .venv-* .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks *.egg-info bench/output
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): pyproject.toml constraints.txt

@@ -48,7 +48,7 @@ def get_backend(name: str) -> Backend:
     (backend_class,) = (
         member
         for _, member in inspect.getmembers(module, inspect.isclass)
-        if issubclass(member, Backend) and member.__module__ == module.__name__
+        if member.__module__ == module.__name__ and issubclass(member, Backend)
     )
     return backend_class()
 
