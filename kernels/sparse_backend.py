@@ -19,7 +19,7 @@ from the L1 cache, which is too small for B. Hence these ideas, on top of skippi
 
 x and x.T are both stored in that form, so the same code computes both products.
 
-The parameters are taken to be finite: zero times infinity or NaN would be NaN, and is skipped here.
+A pixel of zero adds nothing to a sum, whatever it is multiplied with: zero times infinity or NaN is skipped here too.
 """
 
 import threading
@@ -201,7 +201,7 @@ def add_block(typing_context, groups, rows, masks, values, start, end, panel, ou
     start, end
         Where the block's `rows` and `masks` start, and where its `values`.
     panel
-        The block of B.
+        The block of B, and a row of zeros after its `BLOCK` rows.
     out, j
         The result, with a row more than A, and the first of the columns.
     width
@@ -271,8 +271,7 @@ def _emit_micro_kernel(builder, vectors, bits, grey, panel, results, width, tail
         for r in range(GROUP):
             mask = builder.load(masks[r])
             builder.store(builder.and_(mask, builder.sub(mask, _MASK(1))), masks[r])
-            # A mask that has run out gives column 0, with a grey value of 0.
-            column = builder.and_(builder.cttz(mask, ir.IntType(1)(0)), _MASK(BLOCK - 1))
+            column = builder.cttz(mask, ir.IntType(1)(0))  # 64 when the mask has run out: a row of zeros
             x = vectors.broadcast(grey.at(builder.add(builder.mul(loop.index, _MASK(GROUP)), _MASK(r))))
             for c in range(width):
                 total = totals[r, c]
@@ -315,7 +314,8 @@ def product(b, bias, groups, rows, masks, values, out):
     to right.
     """
     k, m = b.shape
-    panel = empty_panel(BLOCK, PANEL_BYTES // b.itemsize, b)
+    panel = empty_panel(BLOCK + 1, PANEL_BYTES // b.itemsize, b)
+    panel[BLOCK] = 0
     for i in range(len(out)):
         for j in range(m):
             out[i, j] = bias[j]
