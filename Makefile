@@ -29,7 +29,7 @@ test-oldest test-newest:
 results: $(READY)  ## Measure and draw everything in bench/results/ and the README again (needs MNIST; half an hour)
 	$(BIN)/python -m pytest bench/ --benchmark-only --dataset mnist --output bench/results
 	$(BIN)/python -m bench.study run --dataset mnist --output bench/results
-	$(BIN)/python -m model reproduce --dataset mnist --output bench/results
+	$(BIN)/python -m bench.study draw bench/results/results.json --output bench/results
 	$(BIN)/python -m bench.tables
 
 lint: $(READY)  ## Check style and types

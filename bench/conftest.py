@@ -1,5 +1,6 @@
 """Options and data of the benchmarks; afterwards their results are drawn."""
 
+import json
 import os
 from pathlib import Path
 
@@ -35,6 +36,9 @@ def pytest_benchmark_update_machine_info(machine_info):
 
 def pytest_benchmark_update_json(config, output_json):
     output_json["quick"] = config.option.quick
+    file = Path(config.option.benchmark_json)
+    if file.exists():  # the studies in it were not made again
+        output_json["studies"] = json.loads(file.read_text()).get("studies", {})
     for result in output_json["benchmarks"]:
         info = result["extra_info"]
         info["gflop_per_second"] = info["flop"] / result["stats"]["median"] / 1e9

@@ -9,7 +9,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from bench.ablation import prepared, products_of
-from bench.interleave import interleave, interval_of_median
+from bench.interleave import interleave, summary
 from kernels import get_backend
 from model.data import Dataset
 from model.figures import BOUND_COLOUR, colour, figure_file, print_small, short, title
@@ -38,7 +38,7 @@ def measure(dataset: Dataset, quick: bool) -> dict[str, Any]:
             {name: partial(in_turn, both) for name, both in ways.items()},
             5 if quick else 40,
         )
-    timings = {name: interval_of_median(times / (CHUNKS * CHUNK)) for name, times in seconds.items()}
+    timings = {name: list(summary(times / (CHUNKS * CHUNK)).values()) for name, times in seconds.items()}
     return {
         "percent": PERCENT,
         "sparse": [timings[f"sparse {percent}"] for percent in PERCENT],

@@ -5,7 +5,8 @@ tables and no basis for ratios.
 """
 
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any, TypedDict
 
 import numpy as np
@@ -26,7 +27,17 @@ class Ratio(TypedDict):
     high: float
 
 
-def interleave(competitors: dict[str, Callable[[], Any]], rounds: int, seed: int = 0) -> dict[str, NDArray[np.float64]]:
+class Summary(TypedDict):
+    """The median seconds of some rounds, with a 95 % confidence interval."""
+
+    median: float
+    low: float
+    high: float
+
+
+def interleave(
+    competitors: Mapping[str, Callable[[], Any]], rounds: int, seed: int = 0, warmup: int = 2
+) -> dict[str, NDArray[np.float64]]:
     """Seconds of each competitor in each round; a round runs every one of them once, in random order.
 
     Parameters
@@ -34,9 +45,11 @@ def interleave(competitors: dict[str, Callable[[], Any]], rounds: int, seed: int
     competitors
         By name, functions without arguments.
     rounds
-        Number of rounds; two more, before them, fill caches and compile.
+        Number of rounds.
     seed
         Seed of the order.
+    warmup
+        Rounds more, before them, that fill caches and compile and are not counted.
 
     Returns
     -------
@@ -45,13 +58,24 @@ def interleave(competitors: dict[str, Callable[[], Any]], rounds: int, seed: int
     """
     rng = np.random.default_rng(seed)
     seconds = {name: np.empty(rounds) for name in competitors}
-    for round_ in range(-2, rounds):
+    for round_ in range(-warmup, rounds):
         for name in rng.permutation(list(competitors)):
             start = time.perf_counter()
             competitors[name]()
             if round_ >= 0:
                 seconds[name][round_] = time.perf_counter() - start
     return seconds
+
+
+def summary(seconds: NDArray[np.float64]) -> Summary:
+    """The median of (rounds,) seconds; of a single round, that alone."""
+    middle = float(np.median(seconds))
+    if len(seconds) == 1:
+        return Summary(median=middle, low=middle, high=middle)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # equal rounds have no distribution to resample
+        interval = bootstrap((seconds,), np.median, n_resamples=2000, method="percentile", rng=0).confidence_interval
+    return Summary(median=middle, low=float(interval.low), high=float(interval.high))
 
 
 def ratios(what: str, seconds: dict[str, NDArray[np.float64]], base: str) -> list[Ratio]:
@@ -85,14 +109,3 @@ def ratios(what: str, seconds: dict[str, NDArray[np.float64]], base: str) -> lis
                 )
             )
     return found
-
-
-def interval_of_median(seconds: NDArray[np.float64]) -> tuple[float, float, float]:
-    """Median of some rounds and the ends of its 95 % bootstrap interval; all the same for a single round."""
-    median = float(np.median(seconds))
-    if np.ptp(seconds) == 0:
-        return median, median, median
-    interval = bootstrap(
-        (seconds,), np.median, confidence_level=0.95, n_resamples=2000, method="percentile", rng=0
-    ).confidence_interval
-    return median, float(interval.low), float(interval.high)

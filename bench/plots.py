@@ -6,19 +6,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bench.interleave import interval_of_median
+from bench.interleave import summary
 from model.figures import (
+    OTHER_COLOURS,
     bound,
     colour,
     figure_file,
     in_seconds,
     label,
     ordered,
+    plain_ticks,
     print_small,
     short,
     small_print,
     title,
 )
+from model.reproduction import history
 
 
 class Timing(NamedTuple):
@@ -33,6 +36,11 @@ class Timing(NamedTuple):
     def gflop_per_second(self) -> float:
         """Floating-point operations of the dense form per second, in 10⁹."""
         return self.info["flop"] / self.seconds / 1e9
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Its 95 % confidence interval."""
+        return self.info["flop"] / self.high / 1e9, self.info["flop"] / self.low / 1e9
 
 
 class Rung(NamedTuple):
@@ -74,6 +82,8 @@ class Results(NamedTuple):
     """By product."""
     multiply_adds: dict[int, float]
     """What the multiply-add units can do, in GFLOP/s, by number of threads."""
+    found: dict[str, Any]
+    """What the studies found, by name."""
     dataset: str
     threads: int
     small_print: str
@@ -109,12 +119,13 @@ def load(file: Path) -> Results:
             peak[info["threads"]] = _timing(benchmark).gflop_per_second
         dataset, threads = info.get("dataset", dataset), max(threads, info["threads"])
     origin = small_print(content["machine_info"], content["datetime"], dataset, content["quick"])
-    return Results(kernels, epochs, peak, ladders, multiply_adds, dataset, threads, origin)
+    found = {name: section["found"] for name, section in content.get("studies", {}).items()}
+    return Results(kernels, epochs, peak, ladders, multiply_adds, found, dataset, threads, origin)
 
 
 def _timing(benchmark: dict[str, Any], factor: float = 1.0) -> Timing:
-    seconds = factor * np.array(benchmark["stats"]["data"])
-    return Timing(benchmark["extra_info"], *interval_of_median(seconds))
+    seconds = summary(factor * np.array(benchmark["stats"]["data"]))
+    return Timing(benchmark["extra_info"], seconds["median"], seconds["low"], seconds["high"])
 
 
 def _rung(benchmark: dict[str, Any]) -> Rung:
@@ -129,8 +140,8 @@ def draw_benchmarks(file: Path, folder: Path) -> list[Path]:
     results = load(file)
     drawn = []
     if results.epochs and results.peak:
-        drawn.append(folder / "training.png")
-        draw_training(results, drawn[-1])
+        drawn.append(folder / "overview.png")
+        draw_overview(results, drawn[-1])
     if results.kernels and results.peak:
         drawn.append(folder / "kernels.png")
         draw_kernels(results, drawn[-1])
@@ -140,44 +151,65 @@ def draw_benchmarks(file: Path, folder: Path) -> list[Path]:
     return drawn
 
 
-def draw_training(results: Results, file: Path) -> None:
-    """Seconds per epoch of each backend, against the dense floor."""
-    epochs = {name: results.epochs[name] for name in ordered(results.epochs)}
-    with figure_file(file, figsize=(8, 1.7 + 0.45 * len(epochs))) as figure:
+IDEAS = {
+    "naive": "Python loops",
+    "numpy": "whole arrays, products by BLAS",
+    "numba": "tiles in vector registers",
+    "sparse": "the same, zeros left out",
+}
+
+
+def draw_overview(results: Results, file: Path) -> None:
+    """Seconds per epoch from the slowest to the fastest, what made the difference, and the accuracy reached."""
+    rows = dict(sorted({**results.epochs, **_interleaved(results)}.items(), key=lambda row: -row[1].seconds))
+    accuracies = _accuracies(results.found.get("reproduction"))
+    with figure_file(file, figsize=(8, 1.9 + 0.42 * len(rows))) as figure:
         axes = figure.subplots()
-        for row, (name, epoch) in enumerate(epochs.items()):
-            extrapolated = epoch.info["extrapolated_to"]
-            axes.barh(row, epoch.seconds, color=colour(name), hatch="//" if extrapolated else None, edgecolor="white")
+        for row, (name, epoch) in enumerate(rows.items()):
+            extrapolated = epoch.info.get("extrapolated_to")
+            shade = colour(name) if name in results.epochs else "#BBBBBB"
+            axes.barh(row, epoch.seconds, color=shade, hatch="//" if extrapolated else None, edgecolor="white")
             axes.plot([epoch.low, epoch.high], [row, row], color="black", linewidth=1.5)
-            note = f"  extrapolated from {epoch.info['images']} images" if extrapolated else ""
-            label(axes, f"{in_seconds(epoch.seconds)}{note}", epoch.high, row)
-        axes.set(xscale="log", xlabel="seconds per epoch (log scale)", yticks=range(len(epochs)))
-        axes.set(ylim=(len(epochs) - 0.4, -1.1))
-        axes.set_yticklabels(epochs)
-        times = [epoch.seconds for epoch in epochs.values()]
-        axes.set_xlim(min(times) / 5, max(times) * 50)
+            notes = [IDEAS.get(name), f"extrapolated from {epoch.info['images']} images" if extrapolated else ""]
+            text = f"{in_seconds(epoch.seconds)}   {', '.join(filter(None, notes))}"
+            inside = epoch.seconds > 100 * results.dense_floor
+            label(axes, text, epoch.seconds if inside else epoch.high, row, side=-1 if inside else 1)
+            axes.text(
+                1.16, row, accuracies.get(name, ""), transform=axes.get_yaxis_transform(), ha="right", va="center"
+            )
+        if accuracies:
+            axes.text(1.16, -1, "test accuracy", transform=axes.get_yaxis_transform(), ha="right", va="center")
+        axes.set(xscale="log", xlabel="seconds per epoch (log scale)", yticks=range(len(rows)))
+        axes.set(ylim=(len(rows) - 0.4, -1.4), yticklabels=rows)
+        times = [epoch.seconds for epoch in rows.values()]
+        axes.set_xlim(min(times) / 5, max(times) * 1.5)
+        plain_ticks(axes.xaxis)
         floor = in_seconds(results.dense_floor)
-        bound(axes, results.dense_floor, f"dense floor: {floor}, the two big products at BLAS's best rate", -0.75)
-        title(figure, _training_title(epochs))
-        print_small(figure, results.small_print)
+        bound(axes, results.dense_floor, f"dense floor: {floor}, the two big products at BLAS's best rate", -1)
+        title(figure, _overview_title(rows))
+        print_small(figure, "\n".join(filter(None, (_equal(results), results.small_print))))
 
 
 def draw_kernels(results: Results, file: Path) -> None:
     """Throughput of each kernel on each backend, on one thread."""
     names = ordered({name for timings in results.kernels.values() for name in timings})
     height = 0.8 / len(names)
-    with figure_file(file, figsize=(8, 1.5 + 0.2 * len(names) * len(results.kernels))) as figure:
+    with figure_file(file, figsize=(8, 1.4 + 0.15 * len(names) * len(results.kernels))) as figure:
         axes = figure.subplots()
         for row, timings in enumerate(results.kernels.values()):
             for order, name in enumerate(name for name in names if name in timings):
-                rate = timings[name].gflop_per_second
+                timing = timings[name]
+                slowest, fastest = timing.interval
+                rate = timing.gflop_per_second
                 y = row + (order - (len(names) - 1) / 2) * height
                 axes.barh(y, rate, height, color=colour(name))
-                label(axes, f"{rate:.3g}" + (f"  {name}" if row == 0 else ""), rate, y, fontsize=7)
+                axes.plot([slowest, fastest], [y, y], color="black", linewidth=1)
+                label(axes, short(rate) + (f"  {name}" if row == 0 else ""), fastest, y, fontsize=7)
         axes.set(xscale="log", xlabel="GFLOP/s of the dense form, one thread (log scale)")
         axes.set(yticks=range(len(results.kernels)), ylim=(len(results.kernels) - 0.4, -1))
         axes.set_yticklabels(results.kernels)
         axes.margins(x=0.2)
+        plain_ticks(axes.xaxis)
         bound(axes, results.peak[1], f"BLAS at 2048³: {results.peak[1]:.0f}", -0.75)
         title(figure, _kernels_title(results.kernels))
         print_small(figure, results.small_print)
@@ -185,7 +217,11 @@ def draw_kernels(results: Results, file: Path) -> None:
 
 def draw_ladder(results: Results, file: Path) -> None:
     """Throughput of each step of the ladder on one and on all threads, BLAS's, and what the machine could do."""
-    looks = {1: (colour("numpy"), "o", "one thread"), results.threads: (colour("numba"), "D", "all threads")}
+    # Colours that no backend has.
+    looks = {
+        1: (OTHER_COLOURS[1], "o", "one thread"),
+        results.threads: (OTHER_COLOURS[0], "D", "all threads"),
+    }
     with figure_file(file, figsize=(8, 4)) as figure:
         panels = figure.subplots(1, len(results.ladders), sharex=True, sharey=True, squeeze=False)[0]
         for axes, (product, ladder) in zip(panels, results.ladders.items()):
@@ -196,6 +232,10 @@ def draw_ladder(results: Results, file: Path) -> None:
                     if count == threads
                 ]
                 axes.plot(*zip(*points), marker, color=shade, markersize=5, label=f"step, {words}", zorder=4)
+                for (step, count), rung in ladder.rungs.items():
+                    if count == threads:
+                        row = ladder.steps.index(step)
+                        axes.plot(rung.timing.interval, [row, row], color="black", linewidth=1, zorder=6)
                 axes.axvline(ladder.blas(threads), color=shade, linestyle="--", linewidth=1, label=f"BLAS, {words}")
                 axes.axvline(results.multiply_adds[threads], color=shade, linewidth=1, label=f"peak, {words}")
             for row, step in enumerate(ladder.steps):
@@ -206,8 +246,10 @@ def draw_ladder(results: Results, file: Path) -> None:
             axes.set(yticks=range(len(ladder.steps)), ylim=(len(ladder.steps) - 0.5, -0.5))
             axes.set_yticklabels(ladder.steps)
         panels[0].margins(x=0.25)
+        for axes in panels:
+            plain_ticks(axes.xaxis)
         panels[0].legend(loc="lower left", frameon=False, fontsize=7)
-        figure.suptitle(_ladder_title(results), fontsize=10, fontweight="bold", x=0.01, ha="left")
+        title(figure, _ladder_title(results))
         print_small(figure, results.small_print)
 
 
@@ -220,15 +262,39 @@ def _ladder_title(results: Results) -> str:
     return f"One thread reaches {' and '.join(shares)} of BLAS, at least {short(min(gains))} × the Python loops"
 
 
-def _training_title(epochs: dict[str, Timing]) -> str:
+def _interleaved(results: Results) -> dict[str, Timing]:
+    """Seconds per epoch of competitors that were measured in turn, other packages among them."""
+    competitors = results.found.get("head_to_head", ())
+    forms = ("dense", "sparse") if "seconds" in competitors else ()
+    return {
+        name: Timing({}, seconds["median"], seconds["low"], seconds["high"])
+        for form in forms
+        for name, seconds in competitors["seconds"][form].items()
+    }
+
+
+def _accuracies(found: dict[str, Any] | None) -> dict[str, str]:
+    """Test accuracy of each backend in percent, after the published experiment or pure Python's mini-batches."""
+    histories = {name: history(run) for name, run in found["runs"].items()} if found else {}
+    return {name: f"{run.epochs[-1].test_accuracy:.2%}".replace("%", " %") for name, run in histories.items()}
+
+
+def _equal(results: Results) -> str:
+    found, parts = results.found, []
+    if "reproduction" in found:
+        parts.append("Accuracy after 250 epochs; naive, after one in mini-batches.")
+    if "scaling" in found:
+        threads = " and ".join(map(str, found["scaling"]["equal_bits_on_threads"]))
+        parts.append(f"Each compiled backend ends at the same bits on {threads} threads.")
+    return " ".join(parts)
+
+
+def _overview_title(epochs: dict[str, Timing]) -> str:
     fastest = min(epochs, key=lambda name: epochs[name].seconds)
-    speeds = [
-        f"{short(epochs[name].seconds / epochs[fastest].seconds)} × as fast as {name}"
-        for name in reversed(epochs)
-        if name != fastest
-    ]
-    return f"{fastest} trains " + (
-        ", ".join(speeds) if speeds else f"an epoch in {in_seconds(epochs[fastest].seconds)}"
+    others = [name for name in ("numpy", "naive") if name in epochs and name != fastest]
+    speeds = [f"{short(epochs[name].seconds / epochs[fastest].seconds)} × as fast as {name}" for name in others]
+    return f"{fastest} trains the same network " + (
+        " and ".join(speeds) if speeds else f"in {in_seconds(epochs[fastest].seconds)} per epoch"
     )
 
 

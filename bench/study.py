@@ -8,6 +8,7 @@ study's name, with the environment of that run.
 import datetime
 import importlib
 import json
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated
@@ -20,8 +21,9 @@ from bench.plots import draw_benchmarks
 from model.data import limited, load_dataset
 from model.figures import small_print
 from model.report import environment, write_json
+from model.signals import Stopped
 
-STUDIES = ("head_to_head", "products", "ablation", "density")
+STUDIES = ("head_to_head", "products", "ablation", "density", "scaling", "roofline", "break_even", "reproduction")
 
 app = typer.Typer(help="Studies that take more than a benchmark.", add_completion=False, pretty_exceptions_enable=False)
 out = Console()
@@ -82,4 +84,7 @@ def draw(
 
 
 if __name__ == "__main__":
-    app()
+    try:
+        app()
+    except Stopped as stopped:
+        sys.exit(128 + stopped.signal)

@@ -1,9 +1,12 @@
-"""The tables of the READMEs, made from the published results: ``python -m bench.tables`` puts them between markers."""
+"""Tables and numbers of the READMEs, from the published results: ``python -m bench.tables`` renews them."""
 
+import functools
 import io
 import itertools
 import json
+import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.box import MARKDOWN
@@ -11,34 +14,44 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import RESULTS
-from bench.plots import load
+from bench.break_even import break_even
+from bench.plots import Results, load
 from model.figures import ordered, short
 from model.report import comparison_table
-from model.trainer import Epoch, History
+from model.reproduction import full_batch_histories, history
 
 ROOT = Path(__file__).parent.parent
 PUBLISHED_RESULTS = ROOT / "bench" / "results"
+DOCUMENTS = ("README.md", "kernels/README.md", "bench/README.md")
 
 
 def refresh(text: str, results: Path) -> str:
-    """`text` with each block between ``<!-- name -->`` and ``<!-- /name -->`` made anew from the folder `results`.
+    """`text` with all between ``<!-- name -->`` and ``<!-- /name -->`` made anew from the folder `results`.
+
+    Tables have lines of their own; numbers stand within a sentence.
 
     Raises
     ------
     KeyError
-        If a marker names no table.
+        If a marker names no table or number.
     """
 
-    def block(match: re.Match) -> str:
-        name = match["name"]
-        return f"<!-- {name} -->\n{TABLES[name](results)}\n<!-- /{name} -->"
+    def fill(match: re.Match) -> str:
+        name, line = match["name"], match["line"]
+        return f"<!-- {name} -->{line}{(TABLES if line else NUMBERS)[name](results)}{line}<!-- /{name} -->"
 
-    return re.sub(r"<!-- (?P<name>[\w-]+) -->\n.*?<!-- /(?P=name) -->", block, text, flags=re.DOTALL)
+    return re.sub(r"<!-- (?P<name>[\w-]+) -->(?P<line>\n?).*?<!-- /(?P=name) -->", fill, text, flags=re.DOTALL)
+
+
+@functools.cache
+def read(results: Path) -> Results:
+    """What was measured, from the folder `results`."""
+    return load(results / RESULTS)
 
 
 def speed_table(results: Path) -> str:
     """Seconds per epoch of each backend, relative to NumPy and to the dense floor."""
-    measured = load(results / RESULTS)
+    measured = read(results)
     floor, numpy = measured.dense_floor, measured.epochs["numpy"].seconds
     table = Table("backend", "seconds per epoch", "95 % interval", "× numpy's speed", "× dense floor", box=MARKDOWN)
     for name in ordered(measured.epochs):
@@ -56,22 +69,17 @@ def speed_table(results: Path) -> str:
 
 def accuracy_table(results: Path) -> str:
     """The published accuracies beside ours, and pure Python's after its mini-batches."""
-    content = json.loads((results / "reproduction.json").read_text())
-    histories = {
-        name: History(run["prepare_seconds"], [Epoch(**epoch) for epoch in run["history"]])
-        for name, run in content["runs"].items()
-    }
-    naive = histories.pop("naive")
+    found = read(results).found["reproduction"]
+    (naive,) = history(found["runs"]["naive"]).epochs
     return (
-        f"{_markdown(comparison_table(histories, content['dataset'], MARKDOWN))}\n\n"
-        f"`naive`, in mini-batches: {naive.epochs[-1].test_accuracy:.2%} test accuracy after "
-        f"{naive.epochs[-1].seconds:.0f} s of pure Python."
+        f"{_markdown(comparison_table(full_batch_histories(found), found['dataset'], MARKDOWN))}\n\n"
+        f"`naive`, in mini-batches: {naive.test_accuracy:.2%} test accuracy after {naive.seconds:.0f} s of pure Python."
     )
 
 
 def ladder_table(results: Path) -> str:
     """GFLOP/s of each step of the ladder and percent of BLAS's, on one and on all threads, and lines of code."""
-    measured = load(results / RESULTS)
+    measured = read(results)
     runs = [(product, threads) for product in measured.ladders for threads in sorted(measured.multiply_adds)]
     table = Table("step", "lines", box=MARKDOWN)
     for product, threads in runs:
@@ -88,9 +96,9 @@ def ladder_table(results: Path) -> str:
 
 def ratio_table(results: Path) -> str:
     """Ratios of times, competitors interleaved."""
-    studies = json.loads((results / RESULTS).read_text())["studies"]
+    found = read(results).found
     table = Table("what", "time of", "relative to", "ratio", "95 % interval", box=MARKDOWN)
-    for row in itertools.chain(studies["head_to_head"]["found"], studies["products"]["found"]):
+    for row in itertools.chain(found["head_to_head"], found["products"]):
         interval = f"{row['low']:.2f} to {row['high']:.2f}"
         table.add_row(row["what"], row["competitor"], row["base"], f"{row['ratio']:.2f}", interval)
     return _markdown(table)
@@ -119,6 +127,58 @@ TABLES = {
 }
 
 
+def _step_gain(product: str, step: str, base: str, base_product: str = "") -> Callable[[Path], str]:
+    """How many times as fast as another a step of the ladder is, on one thread."""
+
+    def number(results: Path) -> str:
+        ladders = read(results).ladders
+        ours, theirs = ladders[product].rungs[step, 1], ladders[base_product or product].rungs[base, 1]
+        return short(ours.timing.gflop_per_second / theirs.timing.gflop_per_second)
+
+    return number
+
+
+def _nanoseconds(results: Path) -> str:
+    return short(2 / read(results).ladders["MLP"].rungs["loops", 1].timing.gflop_per_second)
+
+
+def _lines(results: Path, step: str) -> int:
+    return read(results).ladders["MLP"].rungs[step, 1].timing.info["lines"]
+
+
+def _compiled_naive_accuracy(results: Path) -> str:
+    run = json.loads((results / "compiled_naive.json").read_text())
+    return f"{100 * run['history'][-1]['test_accuracy']:.2f}"
+
+
+def _break_even(results: Path, start: str) -> str:
+    starts = read(results).found["break_even"]["starts"]
+    return f"{math.ceil(break_even(starts[start], starts['numpy']))}"
+
+
+def _command(results: Path, key: str) -> str:
+    return short(read(results).found["break_even"]["command"][key])
+
+
+# Numbers within sentences.
+NUMBERS: dict[str, Callable[[Path], str]] = {
+    "nanoseconds": _nanoseconds,
+    "compiled-gain": _step_gain("MLP", "compiled", "loops"),
+    "compiled-near-far": _step_gain("MLP", "compiled", "compiled", "1024³"),
+    "reordered-gain": _step_gain("MLP", "reordered", "compiled"),
+    "reordered-gain-1024": _step_gain("1024³", "reordered", "compiled"),
+    "packed-gain": _step_gain("MLP", "packed", "tiled"),
+    "packed-gain-1024": _step_gain("1024³", "packed", "tiled"),
+    "vectors-lines": lambda results: f"{_lines(results, 'vectors')}",
+    "vectors-lines-times": lambda results: short(_lines(results, "vectors") / _lines(results, "shared")),
+    "compiled-naive-accuracy": _compiled_naive_accuracy,
+    "break-even": lambda results: _break_even(results, "sparse"),
+    "break-even-first-run": lambda results: _break_even(results, "sparse, first run"),
+    "command-ratio": lambda results: _command(results, "ratio"),
+    "command-seconds": lambda results: _command(results, "seconds"),
+}
+
+
 def _markdown(table: Table) -> str:
     table.title = None
     console = Console(file=io.StringIO(), width=200)
@@ -127,5 +187,5 @@ def _markdown(table: Table) -> str:
 
 
 if __name__ == "__main__":
-    for readme in (ROOT / "README.md", ROOT / "kernels" / "README.md"):
-        readme.write_text(refresh(readme.read_text(), PUBLISHED_RESULTS))
+    for document in DOCUMENTS:
+        (ROOT / document).write_text(refresh((ROOT / document).read_text(), PUBLISHED_RESULTS))

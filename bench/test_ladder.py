@@ -7,14 +7,11 @@ import time
 
 import numpy as np
 import pytest
-from numba import njit, types
-from numba.core import cgutils
-from numba.extending import intrinsic
 from threadpoolctl import threadpool_limits
 
+from bench.roofline import CHAINS, peak
 from kernels import matmul_ladder, naive_backend, numba_backend, simd
 from kernels.matmul_ladder import STEPS, in_threads, operands
-from kernels.simd import Vectors, View
 
 SHAPES = {"MLP": (60_000, 784, 128), "1024³": (1024, 1024, 1024)}
 QUICK_ROWS = {"MLP": 2048, "1024³": 512}
@@ -86,51 +83,13 @@ def test_step(benchmark, step, which, shape, matrices, threads, quick):
     )
 
 
-# The peak ----------------------------------------------------------------------------------------------------------
-
-CHAINS = 12  # independent of each other: a multiply-add takes 4 cycles, and two can start in each
-PASSES = 5_000_000
-
-
-@intrinsic
-def multiply_add_chains(typing_context, values, passes):
-    """Multiply-adds on as many registers as there are chains, and nothing else; one number of the result is kept."""
-
-    def emit(context, builder, signature, arguments):
-        pointer = View.of(context, builder, signature.args[0], arguments[0]).at(0)
-        vectors = Vectors(context, builder, signature.args[0].dtype)
-        factor = vectors.broadcast(pointer)
-        totals = [vectors.variable(vectors.constant(float(chain))) for chain in range(CHAINS)]
-        with cgutils.for_range(builder, arguments[1]):
-            for total in totals:
-                builder.store(vectors.fma(builder.load(total), factor, factor), total)
-        sums = [builder.load(total) for total in totals]
-        vectors.store(functools.reduce(builder.fadd, sums), pointer)
-
-    return types.void(values, passes), emit
-
-
-@njit(nogil=True)
-def run_chains(values, passes):
-    multiply_add_chains(values, passes)
-
-
 @pytest.mark.parametrize("which", ["one thread", "all threads"])
 def test_peak(benchmark, which, threads, quick):
     """What the multiply-add units can do when nothing has to be loaded."""
     threads = 1 if which == "one thread" else threads
-    passes = PASSES // 10 if quick else PASSES
-    lanes = simd.REGISTER_BYTES // 4
-    # One row for each thread; the fixed point of x = x / 2 + 1 / 2 keeps the numbers finite.
-    values = np.full((threads, 1, lanes), 0.5, np.float32)
-
-    def run():
-        in_threads(lambda rows, _, out: run_chains(out[0, 0], passes), values, None, values, threads)
-
-    run_chains(values[0, 0].copy(), 1)
+    run, flop = peak(threads)
     benchmark.group = "multiply-adds in registers"
     benchmark.name = which
-    flop = 2 * threads * CHAINS * lanes * passes
     benchmark.extra_info.update(peak=True, shape=f"{CHAINS} registers", threads=threads, flop=flop)
     benchmark.pedantic(run, rounds=5 if quick else 20, warmup_rounds=1)
 

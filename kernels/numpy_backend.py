@@ -23,7 +23,7 @@ class NumpyBackend(Backend):
         return np.maximum(z, np.zeros(z.shape[1], z.dtype), order="C")
 
     def _relu_grad(self, upstream, activations):
-        # An all-ones bit mask selects what np.where would, NaN included, at nine times its speed.
+        # An all-ones bit mask selects what np.where would, NaN included, and much faster.
         bits = np.dtype(f"i{upstream.itemsize}")
         mask = np.greater(activations, 0, order="C").astype(bits)
         np.negative(mask, out=mask)

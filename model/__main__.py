@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from statistics import median
 from typing import Annotated, Any
 
 import numpy as np
@@ -28,8 +27,8 @@ from model.data import DataError, limited, load_dataset, sha256
 from model.files import check_writable
 from model.mlp import MLP
 from model.picture import PictureError, read_picture
-from model.report import comparison_table, history_table, probability_bars, run_report, write_json
-from model.reproduction import FITTED, FULL_BATCH, MINI_BATCH, run
+from model.report import comparison_table, environment, history_table, probability_bars, run_report, write_json
+from model.reproduction import FITTED, MINI_BATCH, full_batch_histories, history, reproduce
 from model.signals import Stopped, stop, stoppable, stoppable_between_steps
 from model.trainer import State, TrainingError, available_cores, train
 
@@ -181,31 +180,12 @@ def reproduce_command(
     json_file, figure = output / "reproduction.json", output / "reproduction.png"
     check_writable(json_file)
     images = load_dataset(dataset, data)
-
-    def run_with_progress(protocol, name, seed=0):
-        kind = "full batch" if protocol is FULL_BATCH else "mini-batches"
-        with training(f"{name}, {kind}, start {seed}", protocol.images_seen(images)) as (received, on_images):
-
-            def on_step(state: State) -> None:
-                if received:
-                    stop(received[0])
-
-            return run(protocol, backends[name], images, seed, threads, on_images, on_step)[1]
-
-    reports = {}
-    histories = {name: run_with_progress(FULL_BATCH, name) for name in backends if name != "naive"}
-    if histories:
+    found = reproduce(backends, images, starts, threads, stoppable_run)
+    if histories := full_batch_histories(found):
         out.print(comparison_table(histories, images.name))
-        fastest = min(histories, key=lambda name: median(epoch.seconds for epoch in histories[name].epochs))
-        others = [run_with_progress(FULL_BATCH, fastest, seed) for seed in range(1, starts)]
-        draw_curves(figure, histories, [histories[fastest], *others], images.name)
-        reports = {
-            name: run_report(history, backends[name], FULL_BATCH._asdict()) for name, history in histories.items()
-        }
+        draw_curves(figure, found)
     if "naive" in backends:
-        history = run_with_progress(MINI_BATCH, "naive")
-        reports["naive"] = run_report(history, backends["naive"], MINI_BATCH._asdict())
-        (epoch,) = history.epochs
+        (epoch,) = history(found["runs"]["naive"]).epochs
         out.print(
             f"naive, one pass over {MINI_BATCH.images:,} images in mini-batches of {MINI_BATCH.batch_size}, learning "
             f"rate {MINI_BATCH.learning_rate}: {epoch.test_accuracy:.2%} test accuracy in {epoch.seconds:.0f} s"
@@ -213,8 +193,20 @@ def reproduce_command(
     if images.name != "MNIST":
         out.print(f"This run used {images.name}; the published accuracies are those of MNIST.")
     out.print(FITTED)
-    write_json(json_file, {"dataset": images.name, "runs": reports})
+    write_json(json_file, {"environment": environment(), **found})
     out.print(f"written: {json_file}" + (f" and {figure}" if histories else ""))
+
+
+@contextmanager
+def stoppable_run(title: str, images: int) -> Iterator[tuple[Callable[[int], None], Callable[[State], None]]]:
+    """A bar for a run of `reproduce`, which a signal stops after the running step."""
+    with training(title, images) as (received, on_images):
+
+        def on_step(state: State) -> None:
+            if received:
+                stop(received[0])
+
+        yield on_images, on_step
 
 
 @app.command("predict")

@@ -12,11 +12,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from kernels import backend_names
-from model.reproduction import PUBLISHED
-from model.trainer import History
+from model.reproduction import PUBLISHED, full_batch_histories
 
 # Okabe and Ito's palette, which the colour-blind can tell apart: one colour for a backend, in every figure.
 COLOURS = {
@@ -75,6 +76,12 @@ def label(axes: Axes, text: str, x: float, y: float, fontsize: float = 9, side: 
     )
 
 
+def note(axes: Axes, text: str, place: tuple[float, float], above: float, **look: Any) -> None:
+    """Small `text`, so many points above a place on a line."""
+    look = {"fontsize": 8, "color": BOUND_COLOUR, **look}
+    axes.annotate(text, place, (0, above), textcoords="offset points", annotation_clip=True, **look)
+
+
 def bound(axes: Axes, x: float, text: str, y: float) -> None:
     """A vertical line that no dense code passes by much, with its name."""
     axes.axvline(x, color=BOUND_COLOUR, linestyle="--", linewidth=1)
@@ -84,8 +91,51 @@ def bound(axes: Axes, x: float, text: str, y: float) -> None:
 
 
 def short(value: float) -> str:
-    """At least two digits, and no more than matter."""
-    return f"{value:,.0f}" if value >= 20 else f"{value:.1f}" if value >= 1 else f"{value:.2g}"
+    """At least two digits, at most three, and no more than matter."""
+    if value >= 1000:
+        return f"{float(f'{value:.3g}'):,.0f}"
+    return f"{value:.0f}" if value >= 20 else f"{value:.1f}" if value >= 1 else f"{value:.2g}"
+
+
+def plain_ticks(*axis: Axis) -> None:
+    """Numbers like 0.01 and 1,000 on log axes, in place of powers of ten."""
+    for each in axis:
+        low, high = each.get_view_interval()
+        each.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,), numticks=6))
+        each.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}"))
+        each.set_minor_formatter(NullFormatter())
+
+
+def end_labels(axes: Axes, ends: list[tuple[str, float, float, str]], fontsize: float = 8, side: int = 1) -> None:
+    """Names right of points, or left of them if `side` is -1, moved apart where they would overlap.
+
+    Parameters
+    ----------
+    axes
+        With its limits and scales set.
+    ends
+        Text, x, y and colour of each.
+    fontsize
+        In points.
+    side
+        1 or -1.
+    """
+    to_points = 72 / axes.figure.dpi
+    lowest = -np.inf
+    for text, x, y, shade in sorted(ends, key=lambda end: end[2]):
+        height = axes.transData.transform((x, y))[1] * to_points
+        lowest = max(height, lowest + 1.2 * fontsize)
+        axes.annotate(
+            text,
+            (x, y),
+            xytext=(5 * side, lowest - height),
+            textcoords="offset points",
+            ha="left" if side == 1 else "right",
+            va="center",
+            color=shade,
+            fontsize=fontsize,
+            zorder=5,
+        )
 
 
 def ordered(names: Any) -> list[str]:
@@ -114,44 +164,27 @@ def small_print(environment: dict[str, Any], date: str, dataset: str, quick: boo
     )
 
 
-def draw_curves(file: Path, histories: dict[str, History], starts: list[History], dataset_name: str) -> None:
+def draw_curves(file: Path, found: dict[str, Any], small_print: str = "") -> None:
     """Train and test accuracy of each backend, a band over random starts, and the published points.
 
     Parameters
     ----------
     file
         Where to write the PNG.
-    histories
-        By backend, all from the same start.
-    starts
-        Runs from different random starts.
-    dataset_name
-        What they were trained on.
+    found
+        What `model.reproduction.reproduce` returned, with full-batch runs.
+    small_print
+        Where it comes from.
     """
-    final = {name: 100 * history.accuracies("test")[-1] for name, history in histories.items()}
-    low, high = min(final.values()), max(final.values())
-    reached = f"{high:.2f} %" if high - low < 0.005 else f"{low:.2f} to {high:.2f} %"
+    histories, starts = full_batch_histories(found), found["starts"]
+    final = [100 * history.accuracies("test")[-1] for history in histories.values()]
+    reached = " to ".join(dict.fromkeys(f"{accuracy:.2f}" for accuracy in (min(final), max(final))))
+    panels = {"train": "Training images, before each update", "test": "Test images, after each update"}
     with figure_file(file, figsize=(8, 4)) as figure:
-        figure.suptitle(
-            f"{', '.join(histories)}: {reached} test accuracy on {dataset_name} (published on MNIST: 92.21 %)",
-            fontsize=11,
-            fontweight="bold",
-        )
-        for axes, kind, title, index in zip(
-            figure.subplots(1, 2, sharey=True),
-            ("train", "test"),
-            ("Training images, before each update", "Test images, after each update"),
-            (0, 1),
-        ):
-            curves = 100 * np.array([start.accuracies(kind) for start in starts])
-            epochs = np.arange(1, curves.shape[1] + 1)
-            axes.fill_between(
-                epochs,
-                curves.min(axis=0),
-                curves.max(axis=0),
-                color="#BBBBBB",
-                label=f"{len(starts)} random starts",
-            )
+        for index, (axes, kind) in enumerate(zip(figure.subplots(1, 2, sharey=True), panels)):
+            band = {key: 100 * np.array(starts[kind][key]) for key in ("low", "high")}
+            epochs = np.arange(1, len(band["low"]) + 1)
+            axes.fill_between(epochs, *band.values(), color="#BBBBBB", label=f"{starts['count']} random starts")
             for order, (name, history) in enumerate(histories.items()):
                 axes.plot(
                     epochs,
@@ -161,14 +194,16 @@ def draw_curves(file: Path, histories: dict[str, History], starts: list[History]
                     linestyle=("solid", (0, (4, 4)), (0, (1, 3)))[order % 3],
                     label=name,
                 )
-            axes.plot(
-                list(PUBLISHED),
-                [points[index] for points in PUBLISHED.values()],
-                "ko",
-                fillstyle="none",
-                label="published",
-            )
-            axes.set(title=title, xlabel="epoch", ylim=(0, 100))
+            published = [points[index] for points in PUBLISHED.values()]
+            axes.plot(list(PUBLISHED), published, "ko", fillstyle="none", label="published")
+            axes.set(xlabel="epoch", ylim=(0, 100))
+            axes.set_title(panels[kind], fontsize=9, fontweight="normal")
             axes.grid(alpha=0.3)
         axes.legend(loc="lower right", frameon=False)
         figure.axes[0].set_ylabel("accuracy (%)")
+        title(
+            figure,
+            f"{', '.join(histories)}: {reached} % test accuracy on {found['dataset']}; published, on MNIST: "
+            f"{PUBLISHED[max(PUBLISHED)][1]} %",
+        )
+        print_small(figure, small_print)

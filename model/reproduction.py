@@ -1,12 +1,16 @@
 """The published experiment, its accuracies, and how they are reproduced here."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from contextlib import AbstractContextManager
+from statistics import median
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from kernels.backend import Backend
 from model.data import Dataset, limited
 from model.mlp import INITIAL_STD, MLP
-from model.trainer import History, State, train
+from model.trainer import Epoch, History, State, train
 
 # Accuracy in percent by epoch: (train, from the epoch's forward pass; test, after its update).
 PUBLISHED = {
@@ -70,3 +74,69 @@ def run(
         on_step=on_step,
     )
     return mlp, history
+
+
+Run = Callable[[str, int], AbstractContextManager[tuple[Callable[[int], None], Callable[[State], None]]]]
+"""Accompanies a run, given its name and how many images will pass; yields its `on_images` and `on_step`."""
+
+
+def reproduce(
+    backends: dict[str, Backend], dataset: Dataset, starts: int, threads: int | None, accompany: Run
+) -> dict[str, Any]:
+    """The published experiment on every backend, and pure Python's mini-batches.
+
+    Parameters
+    ----------
+    backends
+        By name. All but "naive" make the full-batch runs, from the same random start; the fastest makes more of them.
+    dataset
+        The images.
+    starts
+        Random starts, the common one included.
+    threads
+        Threads that share the work.
+    accompany
+        Shows how far each run is, and may stop it.
+
+    Returns
+    -------
+    dict[str, Any]
+        Plain data: the name of the data set; of each run its protocol, seconds and history; and the lowest and highest
+        accuracies of all random starts by epoch, where there are full-batch runs.
+    """
+
+    def run_with_progress(protocol: Protocol, name: str, seed: int = 0) -> History:
+        kind = "full batch" if protocol is FULL_BATCH else "mini-batches"
+        with accompany(f"{name}, {kind}, start {seed}", protocol.images_seen(dataset)) as (on_images, on_step):
+            return run(protocol, backends[name], dataset, seed, threads, on_images, on_step)[1]
+
+    last = sorted(backends, key=lambda name: name == "naive")
+    protocols = {name: MINI_BATCH if name == "naive" else FULL_BATCH for name in last}
+    runs = {name: run_with_progress(protocol, name) for name, protocol in protocols.items()}
+    found: dict[str, Any] = {"dataset": dataset.name, "runs": {}}
+    for name, history in runs.items():
+        found["runs"][name] = {
+            "protocol": protocols[name]._asdict(),
+            "prepare_seconds": history.prepare_seconds,
+            "compile_seconds": backends[name].compile_seconds,
+            "history": [epoch._asdict() for epoch in history.epochs],
+        }
+    full_batch = {name: history for name, history in runs.items() if protocols[name] is FULL_BATCH}
+    if full_batch:
+        fastest = min(full_batch, key=lambda name: median(epoch.seconds for epoch in full_batch[name].epochs))
+        others = [run_with_progress(FULL_BATCH, fastest, seed) for seed in range(1, starts)]
+        found["starts"] = {"count": starts}
+        for kind in ("train", "test"):
+            curves = np.array([history.accuracies(kind) for history in (full_batch[fastest], *others)])
+            found["starts"][kind] = {"low": curves.min(axis=0).tolist(), "high": curves.max(axis=0).tolist()}
+    return found
+
+
+def full_batch_histories(found: dict[str, Any]) -> dict[str, History]:
+    """The histories of the published experiment by backend, from what :func:`reproduce` returned."""
+    return {name: history(run) for name, run in found["runs"].items() if name != "naive"}
+
+
+def history(run: dict[str, Any]) -> History:
+    """The history of one of its runs."""
+    return History(run["prepare_seconds"], [Epoch(**epoch) for epoch in run["history"]])

@@ -4,10 +4,9 @@ import re
 
 import pytest
 
-from bench.tables import PUBLISHED_RESULTS, ROOT, refresh
+from bench.tables import DOCUMENTS, NUMBERS, PUBLISHED_RESULTS, ROOT, TABLES, refresh
 
 README = ROOT / "README.md"
-DOCUMENTS = ("README.md", "kernels/README.md")
 
 
 def test_python_example(monkeypatch, digits28, capsys):
@@ -19,13 +18,26 @@ def test_python_example(monkeypatch, digits28, capsys):
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_tables_are_those_of_the_published_results(document):
+def test_tables_and_numbers_are_those_of_the_published_results(document):
     text = (ROOT / document).read_text()
     assert refresh(text, PUBLISHED_RESULTS) == text
+
+
+def test_every_table_and_number_is_used():
+    text = "".join((ROOT / document).read_text() for document in DOCUMENTS)
+    assert set(re.findall(r"<!-- ([\w-]+) -->", text)) == {*TABLES, *NUMBERS}
+
+
+def test_numbers_within_a_sentence_are_renewed():
+    text = "takes <!-- vectors-lines -->7<!-- /vectors-lines --> lines"
+    number = NUMBERS["vectors-lines"](PUBLISHED_RESULTS)
+    assert refresh(text, PUBLISHED_RESULTS) == text.replace(">7<", f">{number}<")
+    with pytest.raises(KeyError, match="no-such-number"):
+        refresh("<!-- no-such-number -->7<!-- /no-such-number -->", PUBLISHED_RESULTS)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_links_lead_somewhere(document):
     text = (ROOT / document).read_text()
-    for link in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+    for link in re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", text):
         assert (ROOT / document).parent.joinpath(link).exists(), link

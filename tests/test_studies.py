@@ -1,0 +1,140 @@
+"""The studies: what they count, scale up and draw is right, whatever the clock says."""
+
+import math
+import re
+import shutil
+import subprocess
+import sys
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+
+from bench import break_even, roofline, scaling
+from bench.study import STUDIES, draw, study
+from bench.tables import PUBLISHED_RESULTS
+from bench.test_training import FLOP_OF_PRODUCTS
+from kernels import get_backend
+from model import reproduction
+from model.data import limited
+from model.mlp import MLP
+from model.trainer import thread_pool, train
+
+RESULTS = PUBLISHED_RESULTS / "results.json"
+
+
+def test_shifted_copies_keep_their_labels_and_non_zeros(digits28):
+    few = limited(digits28, 40)
+    many = scaling.shifted(few, 1_000)
+    assert many.train_images.shape == (1_000, 784)
+    np.testing.assert_array_equal(many.train_images[:40], few.train_images)
+    np.testing.assert_array_equal(many.train_labels, np.tile(few.train_labels, 25))
+    copies = many.train_images.reshape(25, 40, 28, 28)
+    np.testing.assert_array_equal(*(np.count_nonzero(copies[n], axis=(1, 2)) for n in (0, 24)))
+    assert len(np.unique(copies[:, 0], axis=0)) == 25
+    (place,) = np.argwhere(copies[0, 0] == copies[0, 0].max())[:1]
+    moved = {tuple(abs(np.argwhere(copy[0] == copy[0].max())[0] - place)) for copy in copies}
+    assert moved == {(rows, columns) for rows in range(3) for columns in range(3)}
+
+
+def test_operations_are_those_of_the_epoch_benchmark():
+    found = {"images": 60_000, "pixels": 784}
+    assert scaling.flop(found, "batch size", 1) == 60_000 * FLOP_OF_PRODUCTS
+    assert scaling.flop(found, "images", 120_000) == 120_000 * FLOP_OF_PRODUCTS
+    assert scaling.flop(found, "hidden units", 64) == 60_000 * FLOP_OF_PRODUCTS / 2
+
+
+@pytest.mark.parametrize("size", [7, 50])
+def test_mini_batches_train_as_the_trainer_does(digits28, size):
+    few, mlp, timed = limited(digits28, 50), MLP(), MLP()
+    train(mlp, get_backend("numpy"), few, epochs=1, batch_size=size, learning_rate=scaling.LEARNING_RATE)
+    with thread_pool(1) as run:
+        scaling.mini_batches(run, "numpy", timed, few, size)()
+    for ours, theirs in zip(timed.parameters, mlp.parameters):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_part_of_an_epoch_is_scaled_up(monkeypatch):
+    """A step that takes a second, twice in a row, on a quarter of the images: four seconds for all."""
+    now = [0.0]
+    monkeypatch.setattr("bench.interleave.time.perf_counter", lambda: now[0])
+
+    def step():
+        now[0] += 1
+
+    points = {("numpy", 8): scaling.Point(step, share=0.25, repeats=2)}
+    assert scaling.timed(points, 3) == {"numpy": [{"at": 8, "share": 0.25, "median": 4, "low": 4, "high": 4}]}
+
+
+@pytest.mark.parametrize("name", ["numpy", "sparse"])
+def test_operations_and_bytes_of_the_big_products(digits28, name):
+    images = digits28.train_images[:600]  # a chunk of 512 and one of 88
+    found = roofline.products(get_backend(name), images)
+    multiplied = images.size if name == "numpy" else np.count_nonzero(images)
+    weights, results = 4 * 784 * 128, 4 * 600 * 128
+    for which, other in (("forward", 4 * 2 * 128), ("backward", 0)):
+        assert found[which].flop == 2 * multiplied * 128
+        pixels = found[which].flop / found[which].intensity - 2 * weights - results - other
+        if name == "numpy":
+            assert pixels == pytest.approx(4 * images.size)
+        else:
+            assert multiplied <= pixels <= 2.5 * multiplied  # a byte for each, less than one for its place, and counts
+        found[which].run()
+
+
+def test_readers_read_all():
+    run, size = roofline.reader("L2")
+    assert size % roofline.MEMORY["L2"] == 0
+    assert run() == 0
+
+
+def test_break_even():
+    numpy = {"fixed": 1.0, "epoch": 0.2}
+    assert break_even.break_even({"fixed": 2.0, "epoch": 0.1}, numpy) == pytest.approx(10)
+    assert break_even.break_even({"fixed": 0.5, "epoch": 0.1}, numpy) == 0
+    assert break_even.break_even({"fixed": 0.5, "epoch": 0.3}, numpy) == 0
+    assert break_even.break_even({"fixed": 2.0, "epoch": 0.2}, numpy) == math.inf
+
+
+def test_a_process_reports_its_epochs(tmp_path):
+    data = ("--dataset", "digits28", "--limit", 50)
+    seconds = break_even.train_in_process("--epochs", 3, "--backend", "numpy", *data, cache=tmp_path / "cache")
+    assert len(seconds) == 3
+    assert min(seconds) > 0
+
+
+def test_reproduction(digits28, monkeypatch):
+    """Three epochs in place of 250: every run, and the band around all starts."""
+    short = {"images": 200, "epochs": 3, "learning_rate": 0.3}
+    monkeypatch.setattr(reproduction, "FULL_BATCH", reproduction.Protocol(**short, batch_size=None))
+    monkeypatch.setattr(reproduction, "MINI_BATCH", reproduction.Protocol(**short, batch_size=50))
+    backends = {"naive": get_backend("numpy"), "numba": get_backend("numba")}  # one that is fast plays pure Python
+    silent = nullcontext((lambda images: None, lambda state: None))
+    found = reproduction.reproduce(backends, digits28, 3, 1, lambda name, images: silent)
+    assert found["dataset"] == "digits28"
+    assert {name: run["protocol"]["batch_size"] for name, run in found["runs"].items()} == {"numba": None, "naive": 50}
+    assert list(reproduction.full_batch_histories(found)) == ["numba"]
+    others = [reproduction.run(reproduction.FULL_BATCH, backends["numba"], digits28, seed, 1)[1] for seed in range(3)]
+    for kind in ("train", "test"):
+        curves = np.array([history.accuracies(kind) for history in others])
+        np.testing.assert_array_equal(found["starts"][kind]["low"], curves.min(axis=0))
+        np.testing.assert_array_equal(found["starts"][kind]["high"], curves.max(axis=0))
+        np.testing.assert_array_equal(reproduction.history(found["runs"]["numba"]).accuracies(kind), curves[0])
+
+
+def test_every_committed_figure_is_drawn_from_the_results(tmp_path):
+    draw(RESULTS, tmp_path)
+    drawn = {file.name for file in tmp_path.iterdir()}
+    assert drawn == {file.name for file in PUBLISHED_RESULTS.glob("*.png")}
+    assert {f"{name}.png" for name in STUDIES if hasattr(study(name), "draw")} <= drawn
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in tmp_path.iterdir())
+
+
+def test_results_can_be_compared(tmp_path):
+    """By pytest-benchmark, in spite of the section that it does not know."""
+    for name in ("before.json", "after.json"):
+        shutil.copy(RESULTS, tmp_path / name)
+    command = [sys.executable, "-m", "pytest_benchmark", "compare", "before.json", "after.json", "--between=median"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"sparse, 60000 images .*\+0.0%", result.stdout)
