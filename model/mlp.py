@@ -6,7 +6,6 @@ The derivation of the gradients stands in the README, with the same names.
 import itertools
 
 import numpy as np
-from scipy.special import softmax
 
 # The published experiment does not give its initialisation; this one was fitted to its accuracies.
 INITIAL_STD = 0.017
@@ -126,6 +125,8 @@ class MLP:
 
         Each row is the softmax of the logits, or NaN where parameters are so large that these overflow.
         """
+        from scipy.special import softmax  # takes a sixth of a second to import, and training does without
+
         with np.errstate(over="ignore", invalid="ignore"):
             _, logits = self.forward(backend, backend.prepare(images, self.dtype))
             return softmax(logits.astype(np.float64), axis=1)
