@@ -89,9 +89,8 @@ def decode(stream: BinaryIO, source: str) -> NDArray[np.uint8]:
             image: Image.Image = Image.open(stream, formats=("PNG", "JPEG"))
             if image.width * image.height > MAX_PIXELS:
                 raise PictureError(too_large)
-            if image.format == "PNG" and getattr(
-                image, "is_animated", False
-            ):  # a JPEG may hold a preview as its second frame
+            # A JPEG may hold a preview as its second frame.
+            if image.format == "PNG" and getattr(image, "is_animated", False):
                 raise PictureError(f"{source}: is animated. Save one of its frames")
             ImageOps.exif_transpose(image, in_place=True)
             if image.mode.startswith("I"):  # grey of 16 bits, which Pillow's conversion would clip
