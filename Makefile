@@ -4,13 +4,16 @@ BIN := .venv/bin
 RESULTS ?= bench/results/results.json
 READY := .venv/ready
 
-.PHONY: help bench test test-oldest test-newest plots results lint constraints clean
+.PHONY: help bench bench-peers test test-oldest test-newest plots results lint constraints clean
 
 help:  ## Show this help
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
 bench: $(READY)  ## Measure every backend and draw the plots into bench/output/ (under five minutes)
 	$(BIN)/python -m pytest bench/ --benchmark-only $(ARGS)
+
+bench-peers: .venv/peers  ## The same with PyTorch, JAX and scikit-learn beside ours: installs them, CPU builds
+	$(BIN)/python -m pytest bench/ --benchmark-only --peers -rs $(ARGS)
 
 test: $(READY)  ## Run all tests (set MNIST_DIR to include those on MNIST)
 	$(BIN)/python -m pytest tests/ $(ARGS)
@@ -26,7 +29,7 @@ test-oldest test-newest:
 	.venv-$@/bin/uv pip install --quiet --python .venv-$@ --resolution $(RESOLUTION) --editable '.[test]'
 	.venv-$@/bin/python -m pytest tests/ -m "not slow" $(ARGS)
 
-results: $(READY)  ## Measure and draw everything in bench/results/ and the README again (needs MNIST; half an hour)
+results: .venv/peers  ## Measure and draw everything in bench/results/ and the README again (needs MNIST; half an hour)
 	$(BIN)/python -m pytest bench/ --benchmark-only --dataset mnist --output bench/results
 	$(BIN)/python -m bench.study run --dataset mnist --output bench/results
 	$(BIN)/python -m bench.study draw bench/results/results.json --output bench/results
@@ -53,4 +56,11 @@ $(READY): pyproject.toml constraints.txt
 	    { echo "Python's venv module is missing: install it (on Debian and Ubuntu: apt install python3-venv)"; exit 1; }
 	$(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	@touch $@
+
+# PyTorch has CPU builds on an index of its own; where that cannot be reached, the default index serves.
+.venv/peers: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	    --extra-index-url https://download.pytorch.org/whl/cpu torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[peers]'
 	@touch $@

@@ -15,10 +15,15 @@ from model.trainer import available_cores
 
 def pytest_addoption(parser):
     parser.addoption("--quick", action="store_true", help="fewer images and rounds: a minute in all, only to try it")
+    parser.addoption("--peers", action="store_true", help="measure other packages too: make bench-peers installs them")
     parser.addoption("--dataset", default="auto", help="mnist, digits28 or auto, as in python -m model train")
     parser.addoption(
         "--output", type=Path, default=Path(__file__).parent / "output", help="folder for results and plots"
     )
+
+
+def pytest_ignore_collect(collection_path, config):
+    return True if collection_path.name == "test_peers.py" and not config.option.peers else None
 
 
 @pytest.hookimpl(tryfirst=True)

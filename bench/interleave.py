@@ -36,7 +36,7 @@ class Summary(TypedDict):
 
 
 def interleave(
-    competitors: Mapping[str, Callable[[], Any]], rounds: int, seed: int = 0, warmup: int = 2
+    competitors: Mapping[str, Callable[[], Any]], rounds: int, seed: int = 0, warmup: int = 2, rest: float = 0
 ) -> dict[str, NDArray[np.float64]]:
     """Seconds of each competitor in each round; a round runs every one of them once, in random order.
 
@@ -50,6 +50,9 @@ def interleave(
         Seed of the order.
     warmup
         Rounds more, before them, that fill caches and compile and are not counted.
+    rest
+        Seconds of sleep before each, in which the threads of the one before, which spin for a while after their work,
+        leave the cores.
 
     Returns
     -------
@@ -60,6 +63,7 @@ def interleave(
     seconds = {name: np.empty(rounds) for name in competitors}
     for round_ in range(-warmup, rounds):
         for name in rng.permutation(list(competitors)):
+            time.sleep(rest)
             start = time.perf_counter()
             competitors[name]()
             if round_ >= 0:
@@ -79,33 +83,37 @@ def summary(seconds: NDArray[np.float64]) -> Summary:
 
 
 def ratios(what: str, seconds: dict[str, NDArray[np.float64]], base: str) -> list[Ratio]:
-    """Ratios of the median seconds of each competitor to those of `base`; rounds are resampled as wholes."""
+    """The `ratio` of each competitor to `base`."""
+    return [ratio(what, seconds, name, base) for name in seconds if name != base]
+
+
+def ratio(what: str, seconds: dict[str, NDArray[np.float64]], competitor: str, base: str) -> Ratio:
+    """Ratio of the median seconds of `competitor` to those of `base`; rounds are resampled as wholes."""
 
     def ratio_of_medians(ours: NDArray, theirs: NDArray, axis: int = -1) -> NDArray:
         return np.median(ours, axis=axis) / np.median(theirs, axis=axis)
 
-    found = []
-    for name in seconds:
-        if name != base:
-            interval = bootstrap(
-                (seconds[name], seconds[base]),
-                ratio_of_medians,
-                paired=True,
-                n_resamples=2000,
-                method="percentile",
-                rng=0,
-            ).confidence_interval
-            median, base_median = float(np.median(seconds[name])), float(np.median(seconds[base]))
-            found.append(
-                Ratio(
-                    what=what,
-                    competitor=name,
-                    base=base,
-                    seconds=median,
-                    base_seconds=base_median,
-                    ratio=median / base_median,
-                    low=float(interval.low),
-                    high=float(interval.high),
-                )
-            )
-    return found
+    interval = bootstrap(
+        (seconds[competitor], seconds[base]),
+        ratio_of_medians,
+        paired=True,
+        n_resamples=2000,
+        method="percentile",
+        rng=0,
+    ).confidence_interval
+    median, base_median = float(np.median(seconds[competitor])), float(np.median(seconds[base]))
+    return Ratio(
+        what=what,
+        competitor=competitor,
+        base=base,
+        seconds=median,
+        base_seconds=base_median,
+        ratio=median / base_median,
+        low=float(interval.low),
+        high=float(interval.high),
+    )
+
+
+def verdict(found: Ratio) -> str:
+    """Whether the competitor is "faster" or "slower" than its base, or "equal" as far as the interval can tell."""
+    return "faster" if found["high"] < 1 else "slower" if found["low"] > 1 else "equal"

@@ -23,7 +23,18 @@ from model.figures import small_print
 from model.report import environment, write_json
 from model.signals import Stopped
 
-STUDIES = ("head_to_head", "products", "ablation", "density", "scaling", "roofline", "break_even", "reproduction")
+STUDIES = (
+    "head_to_head",
+    "time_to_accuracy",
+    "memory",
+    "products",
+    "ablation",
+    "density",
+    "scaling",
+    "roofline",
+    "break_even",
+    "reproduction",
+)
 
 app = typer.Typer(help="Studies that take more than a benchmark.", add_completion=False, pretty_exceptions_enable=False)
 out = Console()

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from bench import RESULTS
 from bench.break_even import break_even
+from bench.interleave import verdict
 from bench.plots import Results, load
 from model.figures import ordered, short
 from model.report import comparison_table
@@ -94,19 +95,42 @@ def ladder_table(results: Path) -> str:
     return f"{_markdown(table)}\n\n{measured.small_print}"
 
 
+def competitor_table(results: Path) -> str:
+    """Seconds of a step, memory and compilation of every backend and peer, dense ones first, and who is missing."""
+    studies = read(results).found
+    found, memory = studies["head_to_head"], studies["memory"]
+    table = Table("", "form", "seconds per step", "95 % interval", "peak memory (MB)", "compilation (s)", box=MARKDOWN)
+    for form, competitors in found["seconds"].items():
+        for name, (median, low, high) in competitors.items():
+            peak = f"{memory['peak_bytes'][name] / 1e6:.0f}" if name in memory["peak_bytes"] else ""
+            seconds = found["compile_seconds"].get(name)
+            table.add_row(
+                name,
+                form,
+                f"{median:.3f}",
+                f"{low:.3f} to {high:.3f}",
+                peak or memory["skipped"].get(name, ""),
+                f"{seconds:.1f}" if seconds else "",
+            )
+    for name, reason in found["skipped"].items():
+        table.add_row(name, f"skipped: {reason}")
+    return _markdown(table)
+
+
 def ratio_table(results: Path) -> str:
     """Ratios of times, competitors interleaved."""
     found = read(results).found
-    table = Table("what", "time of", "relative to", "ratio", "95 % interval", box=MARKDOWN)
-    for row in itertools.chain(found["head_to_head"], found["products"]):
+    table = Table("what", "time of", "relative to", "ratio", "95 % interval", "", box=MARKDOWN)
+    ratios = [found[name]["ratios"] for name in ("head_to_head", "time_to_accuracy")]
+    for row in itertools.chain(*ratios, found["products"]):
         interval = f"{row['low']:.2f} to {row['high']:.2f}"
-        table.add_row(row["what"], row["competitor"], row["base"], f"{row['ratio']:.2f}", interval)
+        table.add_row(row["what"], row["competitor"], row["base"], f"{row['ratio']:.2f}", interval, verdict(row))
     return _markdown(table)
 
 
 def ablation_table(results: Path) -> str:
     """Milliseconds of both products without each idea of the sparse backend."""
-    rows = json.loads((results / RESULTS).read_text())["studies"]["ablation"]["found"]
+    rows = read(results).found["ablation"]
     table = Table("variant", box=MARKDOWN)
     for column in ("forward", "backward", "both, relative to BLAS", "MB, both forms"):
         table.add_column(column, justify="right")
@@ -120,6 +144,7 @@ def ablation_table(results: Path) -> str:
 
 TABLES = {
     "speed": speed_table,
+    "competitors": competitor_table,
     "ratios": ratio_table,
     "accuracy": accuracy_table,
     "ladder": ladder_table,

@@ -25,6 +25,12 @@ COLOURS = {
     "numpy": "#0072B2",
     "numba": "#E69F00",
     "sparse": "#009E73",
+    "PyTorch": "#D55E00",
+    "torch.compile": "#56B4E9",
+    "JAX": "#F0E442",
+    "scikit-learn": "#999999",
+    "SciPy CSR": "#999999",
+    "PyTorch CSR": "#D55E00",
 }
 OTHER_COLOURS = ("#D55E00", "#56B4E9", "#F0E442")
 BOUND_COLOUR = "#444444"
@@ -145,7 +151,7 @@ def ordered(names: Any) -> list[str]:
 
 
 def in_seconds(seconds: float) -> str:
-    return f"{seconds:.3f} s" if seconds < 1 else f"{seconds:,.0f} s"
+    return f"{seconds:.3f} s" if seconds < 1 else f"{short(seconds)} s"
 
 
 def print_small(figure: Figure, text: str) -> None:

@@ -2,7 +2,9 @@
 
 import importlib.metadata
 import json
+import os
 import platform
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from model.reproduction import PUBLISHED
 from model.trainer import History, available_cores
 
 PACKAGES = ("numpy", "scipy", "numba", "llvmlite", "scikit-learn", "torch", "jax")
+VARIABLES = ("OPENBLAS_", "MKL_", "OMP_", "GOMP_", "NUMBA_", "XLA_", "TORCH")
 TABLE_ROWS = 10
 
 
@@ -77,7 +80,9 @@ def run_report(history: History, backend: Backend, config: dict[str, Any]) -> di
 
 
 def environment() -> dict[str, Any]:
-    """CPU, cores, caches in bytes, Python, BLAS, and the versions of the packages that are installed."""
+    """CPU, cores, caches in bytes, versions of Python and packages, git commit, and variables that tune these."""
+    from llvmlite import binding  # only here, as training on NumPy does without
+
     cpu = cpuinfo.get_cpu_info()
     every_blas = [library for library in threadpool_info() if library["user_api"] == "blas"]
     blas = [library for library in every_blas if "numpy" in library["filepath"]] or every_blas
@@ -91,7 +96,10 @@ def environment() -> dict[str, Any]:
         "blas": [
             f"{library['internal_api']} {library['version']} {library.get('architecture', '')}" for library in blas
         ],
+        "llvm": ".".join(map(str, binding.llvm_version_info)),
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "variables": {name: value for name, value in os.environ.items() if name.startswith(VARIABLES)},
+        "commit": _commit(),
     }
 
 
@@ -104,4 +112,13 @@ def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of the project's files, with "-dirty" if they were changed since; None where git cannot tell."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
         return None

@@ -39,6 +39,7 @@ def test_train(tmp_path):
         "eval_every": 2,
     }
     assert content["environment"]["packages"]["numpy"]
+    assert re.fullmatch(r"\d+\.\d+\.\d+", content["environment"]["llvm"])
     assert content["prepare_seconds"] > 0
     assert content["compile_seconds"] == 0
     assert [epoch["epoch"] for epoch in content["history"]] == [1, 2, 3]
