@@ -264,13 +264,8 @@ def _ladder_title(results: Results) -> str:
 
 def _interleaved(results: Results) -> dict[str, Timing]:
     """Seconds per epoch of competitors that were measured in turn, other packages among them."""
-    competitors = results.found.get("head_to_head", ())
-    forms = ("dense", "sparse") if "seconds" in competitors else ()
-    return {
-        name: Timing({}, seconds["median"], seconds["low"], seconds["high"])
-        for form in forms
-        for name, seconds in competitors["seconds"][form].items()
-    }
+    seconds = results.found["head_to_head"]["seconds"] if "head_to_head" in results.found else {}
+    return {name: Timing({}, *times) for form in ("dense", "sparse") for name, times in seconds.get(form, {}).items()}
 
 
 def _accuracies(found: dict[str, Any] | None) -> dict[str, str]:
