@@ -83,8 +83,8 @@ def test_first_calls_from_many_threads(backend, monkeypatch):
 
 
 # From Python 3.12 on, os.fork warns in a process with threads, if only those of a BLAS that sleep, and JAX does too,
-# where it is installed. What they warn of is what is tested here: nothing of ours that was used before the fork keeps the
-# child from using it again.
+# where it is installed. What they warn of is what is tested here: nothing of ours that was used before the fork keeps
+# the child from using it again.
 @pytest.mark.filterwarnings("ignore:.*JAX is multithreaded:RuntimeWarning")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="this system cannot fork")
