@@ -3,19 +3,24 @@
 That is the most that two full-batch steps hold, with what preparing the images for them takes, above what is resident
 before: the interpreter, the packages, the images as bytes, and what an earlier network and its steps have left behind,
 such as compiled code. The system's own high-water mark is read, so only Linux tells.
+
+The process has to be a fresh one: where an allocation has failed, glibc's malloc moves the thread to the arena of
+another, keeps what is freed at its end, and the next arrays lie in memory that is resident already.
 """
 
 import ctypes
 import gc
 import re
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 
-from bench.peers import COMPETITORS, Task, UnavailableError, competitor
+from bench.peers import COMPETITORS, Competitor, Task, UnavailableError, competitor
 from model.data import Dataset
 from model.mlp import MLP
 from model.trainer import available_cores, thread_pool
@@ -27,30 +32,39 @@ def measure(dataset: Dataset, quick: bool) -> dict[str, Any]:
     """Peak bytes of each competitor; who was skipped and why."""
     peaks, skipped = {}, {}
     for name in [name for names in COMPETITORS.values() for name in names]:
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            try:
-                peaks[name] = pool.submit(peak_bytes, name, dataset.train_images, dataset.train_labels).result()
-            except UnavailableError as reason:
-                skipped[name] = str(reason)
+        try:
+            peaks[name] = in_fresh_process(peak_of_competitor, name, dataset.train_images, dataset.train_labels)
+        except UnavailableError as reason:
+            skipped[name] = str(reason)
     return {"peak_bytes": peaks, "skipped": skipped}
 
 
-def peak_bytes(name: str, images: NDArray, labels: NDArray) -> int:
-    """What two steps of this process take at most, above what is resident before.
+def in_fresh_process(function: Callable[..., int], *arguments: Any) -> int:
+    """What the function returns in a process of its own, which inherits nothing but the arguments."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def peak_of_competitor(name: str, images: NDArray, labels: NDArray) -> int:
+    """Peak bytes of one of `bench.peers`, which raises an UnavailableError if it cannot run here."""
+    with thread_pool(available_cores()) as run:
+        return peak_bytes(partial(competitor, name, Task(MLP(), images, labels, 0.3, available_cores(), run)))
+
+
+def peak_bytes(make: Callable[[], Competitor]) -> int:
+    """What making a competitor and two of its steps take at most, above what is resident after another's step.
 
     Raises
     ------
     UnavailableError
-        If the competitor cannot run here, or the system does not tell.
+        If the system does not tell.
     """
-    with thread_pool(available_cores()) as run:
-        task = Task(MLP(), images, labels, 0.3, available_cores(), run)
-        competitor(name, task).step()
-        before = _reset_high_water_mark()
-        competing = competitor(name, task)
-        for _ in range(2):
-            competing.step()
-        return _status("VmHWM") - before
+    make().step()
+    before = _reset_high_water_mark()
+    competing = make()
+    for _ in range(2):
+        competing.step()
+    return _status("VmHWM") - before
 
 
 def _reset_high_water_mark() -> int:

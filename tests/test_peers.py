@@ -167,16 +167,14 @@ class Hungry(Competitor):
 
 
 @pytest.mark.skipif(not memory.PROCESS.exists(), reason="only Linux tells")
-def test_peak_memory(monkeypatch):
-    monkeypatch.setattr(memory, "competitor", lambda name, task: Hungry())
-    assert memory.peak_bytes("hungry", *[None] * 2) == pytest.approx(60e6, rel=0.05)
+def test_peak_memory():
+    assert memory.in_fresh_process(memory.peak_bytes, Hungry) == pytest.approx(60e6, rel=0.05)
 
 
 def test_peak_memory_where_the_system_does_not_tell(monkeypatch, tmp_path):
-    monkeypatch.setattr(memory, "competitor", lambda name, task: Hungry())
     monkeypatch.setattr(memory, "PROCESS", tmp_path / "missing")
     with pytest.raises(UnavailableError, match="does not tell the peak memory"):
-        memory.peak_bytes("hungry", *[None] * 2)
+        memory.peak_bytes(Hungry)
 
 
 def test_the_recipe_is_the_fastest_that_always_reaches_the_target():
