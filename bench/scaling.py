@@ -268,7 +268,8 @@ def draw_axis(axes: Axes, found: dict[str, Any], axis: str, backends: dict[str, 
         if name != "naive" or len(row) == 1:
             anchor = -1 if exponent == 1 else 0
             axes.plot(x, seconds[anchor] * (x / at[anchor]) ** exponent, ":", color=colour(name), linewidth=1)
-        axes.errorbar(at, seconds, [seconds - low, high - seconds], fmt="-", color=colour(name), linewidth=1.4)
+        axes.plot(at, seconds, color=colour(name), linewidth=1.4)
+        axes.vlines(at, low, high, color=colour(name), linewidth=1.4)
         for point in row:
             fill = colour(name) if point["share"] == 1 else "white"
             axes.plot(point["at"], point["median"], "o", color=colour(name), markerfacecolor=fill, markersize=4)
