@@ -113,7 +113,7 @@ def train_command(
     if saved:
         check_same(saved.config, config)
     mlp, state, _ = saved or (MLP((images.train_images.shape[1], hidden, 10), seed), State.start(seed), config)
-    if saved and len(state.history.epochs) == config.epochs:
+    if saved and len(state.history.epochs) == config.epochs and not state.steps:
         say(f"{resume} is finished: its {config.epochs} epochs are done, --epochs with more goes on")
     count = len(images.train_images)
     passed = len(state.history.epochs) * count + min(state.steps * (config.batch_size or count), count)

@@ -1,9 +1,9 @@
 """Checkpoints: a training run in one safetensors file, from which it goes on bitwise.
 
 The tensors are the parameters and the history; what else a run is made of stands in the metadata, as JSON, beside a
-checksum of everything. Nothing in a file is
-taken on trust, and reading one runs no code from it: sizes are bounded before they are read, structure and values are
-checked first, because that gives the more helpful error, and the checksum last.
+checksum of everything. Nothing in a file is taken on trust, and reading one runs no code from it: sizes are bounded
+before they are read, structure and values are checked first, because that gives the more helpful error, and the
+checksum last.
 """
 
 import hashlib
@@ -32,8 +32,6 @@ TEXTS = {"backend", "dataset", "data_sha256"}
 COUNTS = {"limit", "hidden", "batch_size", "seed", "epochs", "eval_every", "epochs_done", "steps", "correct"}
 AMOUNTS = {"learning_rate", "prepare_seconds", "loss", "seconds"}
 OPTIONAL = {"limit", "batch_size"}
-
-MAY_CHANGE = {"epochs", "eval_every"}
 
 
 class CheckpointError(Exception):
@@ -126,11 +124,11 @@ def load(file: Path) -> Checkpoint:
 
 
 def check_same(saved: Config, config: Config) -> None:
-    """Raise a CheckpointError that lists what differs, unless `config` would continue the run of `saved`."""
+    """Raise a CheckpointError that lists what differs, unless `config` continues the run of `saved`, if further."""
     differences = [
         f"{name} {theirs!r}, not {ours!r}"
         for name, theirs, ours in zip(Config._fields, saved, config)
-        if theirs != ours and name not in MAY_CHANGE
+        if theirs != ours and name != "epochs"
     ]
     if differences:
         raise CheckpointError(

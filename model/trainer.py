@@ -177,8 +177,8 @@ def train(
     eval_every
         Measure the test accuracy after every so many epochs, and after the last.
     state
-        Where to go on, with the parameters that `mlp` had there; it is updated in place. With the same settings the
-        run ends bitwise where it would have ended without the break. None starts a new run.
+        Where to go on, with the parameters that `mlp` had there; it is updated in place. With the same settings but
+        for `epochs` the run ends bitwise where it would have ended without the break. None starts a new run.
     on_images
         Called in the caller's thread with the number of images that have passed since its last call.
     on_step
@@ -209,6 +209,19 @@ def train(
         test = Shards(run, backend, dataset.test_images, dataset.test_labels, mlp.dtype)
         full_batch = [] if batch_size else [Shards(run, backend, images, labels, mlp.dtype)]
         history.prepare_seconds += time.perf_counter() - start
+
+        def evaluated(epoch: Epoch) -> Epoch:
+            """With a test accuracy if these settings ask for one, else without."""
+            if epoch.epoch % eval_every and epoch.epoch != epochs:
+                return epoch._replace(test_accuracy=None)
+            if epoch.test_accuracy is None:
+                test_loss, test_accuracy = test.evaluate(mlp)
+                _check_loss(test_loss, epoch.epoch, learning_rate)
+                epoch = epoch._replace(test_accuracy=test_accuracy)
+            return epoch
+
+        if history.epochs and not state.steps:  # it may have been meant as the last, or is only now
+            history.epochs[-1] = evaluated(history.epochs[-1])
         on_step(state)
         for epoch in range(len(history.epochs) + 1, epochs + 1):
             start = time.perf_counter()
@@ -224,12 +237,8 @@ def train(
                 on_step(state)
                 start = time.perf_counter()
             _check_loss(state.loss, epoch, learning_rate)
-            test_accuracy = None
-            if epoch % eval_every == 0 or epoch == epochs:
-                test_loss, test_accuracy = test.evaluate(mlp)
-                _check_loss(test_loss, epoch, learning_rate)
             loss, accuracy = state.loss / len(images), state.correct / len(images)
-            history.epochs.append(Epoch(epoch, loss, accuracy, test_accuracy, state.seconds))
+            history.epochs.append(evaluated(Epoch(epoch, loss, accuracy, None, state.seconds)))
             state.rng, state.steps, state.loss, state.correct, state.seconds = rng.bit_generator.state, 0, 0.0, 0, 0.0
             on_step(state)
     return history
@@ -335,8 +344,9 @@ def _check_options(
 
 
 def _check_state(state: State, images: int, epochs: int, batch_size: int | None) -> None:
-    if len(state.history.epochs) > epochs:
-        raise ValueError(f"{len(state.history.epochs)} epochs are done already: epochs must not be less, not {epochs}")
+    begun = len(state.history.epochs) + (state.steps > 0)
+    if begun > epochs:
+        raise ValueError(f"{begun} epochs are done or begun already: epochs must not be less, not {epochs}")
     steps = math.ceil(images / batch_size) if batch_size else 1
     if state.steps > steps:
         raise ValueError(f"the state is after step {state.steps} of an epoch, which has only {steps}")

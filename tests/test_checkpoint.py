@@ -19,7 +19,7 @@ import safetensors.numpy
 import model.__main__ as command_line
 from kernels.numpy_backend import NumpyBackend
 from model import checkpoint
-from model.checkpoint import CheckpointError, Config, load, save
+from model.checkpoint import Checkpoint, CheckpointError, Config, load, save
 from model.data import limited
 from model.mlp import MLP
 from model.trainer import State, train
@@ -63,6 +63,23 @@ def test_a_resumed_run_ends_bitwise_where_the_uninterrupted_one_does(backend, ti
         assert_same(run, expected)
 
 
+@pytest.mark.parametrize(("meant", "done", "epochs"), [(3, 3, 5), (3, 3, 6), (5, 3, 3), (5, 4, 5), (5, 5, 5)])
+def test_going_on_to_another_number_of_epochs_ends_as_if_it_had_been_meant_so(tiny, meant, done, epochs):
+    """The test accuracy after the last epoch included, which is measured though it is not every second one."""
+    run, expected = (Checkpoint(MLP(SIZES), State.start(0), CONFIG) for _ in range(2))
+    options = {"batch_size": 600, "eval_every": 2}
+
+    def stop(state):
+        if len(state.history.epochs) == done:
+            raise StopIteration
+
+    with pytest.raises(StopIteration):
+        train(run.mlp, NumpyBackend(), tiny, epochs=meant, **options, state=run.state, on_step=stop)
+    train(run.mlp, NumpyBackend(), tiny, epochs=epochs, **options, state=run.state)
+    train(expected.mlp, NumpyBackend(), tiny, epochs=epochs, **options, state=expected.state)
+    assert_same(run, expected)
+
+
 def test_what_is_saved_is_loaded(file):
     first = load(file)
     again = file.with_name("again")
@@ -83,8 +100,11 @@ def test_a_state_of_another_run_is_an_error(tiny):
     with pytest.raises(ValueError, match="after step 6 of an epoch, which has only 5"):
         train(MLP(SIZES), NumpyBackend(), tiny, epochs=2, batch_size=600, state=state)
     state.steps, state.history.epochs = 0, [checkpoint.Epoch(1, 0, 0, 0, 0)] * 3
-    with pytest.raises(ValueError, match="3 epochs are done already: epochs must not be less, not 2"):
+    with pytest.raises(ValueError, match="3 epochs are done or begun already: epochs must not be less, not 2"):
         train(MLP(SIZES), NumpyBackend(), tiny, epochs=2, state=state)
+    state.steps = 1
+    with pytest.raises(ValueError, match="4 epochs are done or begun already: epochs must not be less, not 3"):
+        train(MLP(SIZES), NumpyBackend(), tiny, epochs=3, batch_size=600, state=state)
 
 
 # Writing
@@ -337,15 +357,15 @@ def main(monkeypatch, capsys):
 def test_resume(main, tmp_path):
     short, long = tmp_path / "short", tmp_path / "long"
     assert main(*TRAIN, "--epochs", 6, "--checkpoint", long)[0] == 0
-    assert main(*TRAIN, "--epochs", 3, "--checkpoint", short, "--threads", 1)[0] == 0
+    assert main(*TRAIN, "--epochs", 4, "--checkpoint", short, "--threads", 1)[0] == 0
     code, shown, error = main("train", "--resume", short)
-    assert (code, error) == (0, f"{short} is finished: its 3 epochs are done, --epochs with more goes on\n")
+    assert (code, error) == (0, f"{short} is finished: its 4 epochs are done, --epochs with more goes on\n")
     assert "checkpoint written" in shown
     assert main("train", "--resume", short, "--epochs", 6, "--threads", 2)[0] == 0
     assert_same(load(short), load(long))
     code, shown, error = main("train", "--resume", short, "--epochs", 5)
     assert (code, shown) == (2, "")
-    assert "6 epochs are done already" in error
+    assert "6 epochs are done or begun already" in error
     assert {path.name for path in tmp_path.iterdir()} == {"short", "long"}
 
 
@@ -373,6 +393,7 @@ def trained(tmp_path_factory):
         (["--resume", "{file}", "--backend", "sparse"], "backend 'numpy', not 'sparse'"),
         (["--resume", "{file}", "--limit", 400, "--batch-size", 51], "limit 300, not 400; batch_size 50, not 51"),
         (["--resume", "{file}", "--learning-rate", 0.1], "learning_rate 0.3, not 0.1"),
+        (["--resume", "{file}", "--eval-every", 2], "eval_every 3, not 2"),
         (["--resume", "/no/such/file"], "there is no file"),
         (["--resume", "README.md"], "README.md: it is not a checkpoint, or damaged"),
         (["--checkpoint", "{file}"], "exists: --resume "),
