@@ -35,7 +35,7 @@ def read_picture(file: str | os.PathLike[str]) -> NDArray[np.uint8]:
     ----------
     file : path
         PNG or JPEG of at most 100 MB and 50 million pixels: 1 to 16 bits, grey, colour or palette, transparent or not,
-        of any ink on any plain background. An orientation in its EXIF data is obeyed.
+        of any ink on any plain background. An orientation in its EXIF data is obeyed, if it can be read.
 
     Returns
     -------
@@ -92,7 +92,8 @@ def decode(stream: BinaryIO, source: str) -> NDArray[np.uint8]:
             # A JPEG may hold a preview as its second frame.
             if image.format == "PNG" and getattr(image, "is_animated", False):
                 raise PictureError(f"{source}: is animated. Save one of its frames")
-            ImageOps.exif_transpose(image, in_place=True)
+            image.load()
+            turn_upright(image)
             if image.mode.startswith("I"):  # grey of 16 bits, which Pillow's conversion would clip
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             image = image.convert("RGBA")
@@ -106,6 +107,16 @@ def decode(stream: BinaryIO, source: str) -> NDArray[np.uint8]:
         raise PictureError(f"{source}: is no PNG or JPEG picture. Save or export it as one") from error
     except Exception as error:  # Pillow lets through whatever its parsers stumble over
         raise PictureError(f"{source}: is damaged or truncated. Save or export it again") from error
+
+
+def turn_upright(image: Image.Image) -> None:
+    """Turn a picture in place as its EXIF data say; if they are damaged, they say nothing."""
+    try:
+        ImageOps.exif_transpose(image, in_place=True)
+    except MemoryError:
+        raise
+    except Exception:  # from reading them, or from writing them again once it is turned
+        return
 
 
 def prepare(pixels: NDArray[np.uint8], source: str) -> NDArray[np.uint8]:

@@ -211,6 +211,25 @@ def test_jpeg_gives_nearly_the_same_image(name):
     assert np.abs(result.astype(int) - EXPECTED).mean() < 4
 
 
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_damaged_exif_data_are_ignored(kind):
+    """Any byte of them; the orientation is obeyed as long as it can be found, whatever is wrong with the rest."""
+
+    def with_exif(content):
+        return prepared(encoded(digit(), kind, exif=content)).tobytes()
+
+    exif = Image.Exif()
+    exif[0x0112], exif[0x011A] = 6, 72.0
+    content = exif.tobytes()
+    turned, as_it_is = with_exif(content), with_exif(b"")
+    for value in (b"\0", b"\xff"):
+        results = [with_exif(content[:n] + value + content[n + 1 :]) for n in range(len(b"Exif\0\0"), len(content))]
+        assert set(results) == {turned, as_it_is}
+        assert results[-1] == turned  # the last byte belongs to the resolution
+    for noise in (b"", b"MM", b"\xff" * 99):
+        assert with_exif(b"Exif\0\0" + noise) == as_it_is
+
+
 def test_preview_inside_a_jpeg_does_not_matter():
     with_preview = encoded(digit(), "MPO", save_all=True, append_images=[digit().resize((12, 8))])
     np.testing.assert_array_equal(prepared(with_preview), prepared(JPEGS["JPEG"]))
