@@ -1,5 +1,6 @@
 """Kernels called from many threads at once, and in processes that fork: the same bits, no crash, no deadlock."""
 
+import faulthandler
 import functools
 import multiprocessing
 import threading
@@ -82,12 +83,22 @@ def test_first_calls_from_many_threads(backend, monkeypatch):
     assert in_threads(lambda _: work(backend, 0)) == [expected] * THREADS
 
 
-# From Python 3.12 on, os.fork warns in a process with threads, if only those of a BLAS that sleep, and JAX does too,
-# where it is installed. What they warn of is what is tested here: nothing of ours that was used before the fork keeps
-# the child from using it again.
-@pytest.mark.filterwarnings("ignore:.*JAX is multithreaded:RuntimeWarning")
-@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
-@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="this system cannot fork")
+def forks(test):
+    """From Python 3.12 on, os.fork warns in a process with threads, if only those of a BLAS that sleep, and JAX does
+    too, where it is installed. What they warn of is what is tested here: nothing of ours that was used before the fork
+    keeps the child from using it again.
+    """
+    cannot = "fork" not in multiprocessing.get_all_start_methods()
+    for mark in (
+        pytest.mark.filterwarnings("ignore:.*JAX is multithreaded:RuntimeWarning"),
+        pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning"),
+        pytest.mark.skipif(cannot, reason="this system cannot fork"),
+    ):
+        test = mark(test)
+    return test
+
+
+@forks
 def test_forked_processes(backend):
     tasks = [functools.partial(work, backend, 0), functools.partial(training, backend)]
     expected = [task() for task in tasks]
@@ -107,3 +118,37 @@ def test_forked_processes(backend):
         for child in children:
             child.kill()
     assert [task() for task in tasks] == expected
+
+
+@forks
+@pytest.mark.usefixtures("blas_on_one_thread")
+def test_forks_while_other_threads_compute(backend):
+    """BLAS on several threads does not stand that: a child of OpenBLAS waits for threads that were busy at the fork."""
+    tasks = [functools.partial(work, backend, 0), functools.partial(training, backend)]
+    expected = [task() for task in tasks]
+    begin, stopped = threading.Barrier(4), threading.Event()
+
+    def compute():
+        begin.wait(SECONDS)
+        while not stopped.is_set():
+            assert work(backend, 0) == expected[0]
+
+    def compute_in_child():
+        faulthandler.dump_traceback_later(SECONDS, exit=True)
+        assert [task() for task in tasks] == expected
+
+    context = multiprocessing.get_context("fork")
+    with ThreadPoolExecutor(3) as pool:
+        computing = [pool.submit(compute) for _ in range(3)]
+        try:
+            begin.wait(SECONDS)
+            for _ in range(10):
+                child = context.Process(target=compute_in_child)
+                child.start()
+                child.join(2 * SECONDS)
+                child.kill()
+                assert child.exitcode == 0
+        finally:
+            stopped.set()
+    for each in computing:
+        each.result()
