@@ -110,7 +110,7 @@ def competitor_table(results: Path) -> str:
                 f"{median:.3f}",
                 f"{low:.3f} to {high:.3f}",
                 peak or memory["skipped"].get(name, ""),
-                f"{seconds:.1f}" if seconds else "",
+                short(seconds) if seconds else "",
             )
     for name, reason in found["skipped"].items():
         table.add_row(name, f"skipped: {reason}")

@@ -19,7 +19,7 @@ from rich.progress import track
 from bench.interleave import interleave, ratios, summary
 from bench.peers import Learner, Task, UnavailableError, competitor
 from model.data import Dataset
-from model.figures import BOUND_COLOUR, colour, figure_file, label, print_small, short, title
+from model.figures import BOUND_COLOUR, colour, figure_file, in_seconds, label, print_small, title
 from model.mlp import MLP
 from model.reproduction import PUBLISHED
 from model.trainer import available_cores, thread_pool
@@ -220,7 +220,7 @@ def draw(found: dict[str, Any], small_print: str, file: Path) -> None:
             note = f"batches of {recipe.batch_size}, rate {recipe.learning_rate:g}"
             extrapolated = ", extrapolated" if name == "naive" else ""
             side = -1 if name == "naive" else 1
-            label(below, f"{short(median)} s  ({note}{extrapolated})", high, row, 7.5, side)
+            label(below, f"{in_seconds(median)}  ({note}{extrapolated})", high, row, 7.5, side)
         below.set(xscale="log", yticks=range(len(names)), ylim=(len(names) - 0.5, -0.5))
         below.set(xlabel=f"seconds, preparation and evaluations included (log scale); below: to {target:.2f} %")
         below.set_yticklabels(names)
@@ -232,6 +232,6 @@ def _title(found: dict[str, Any]) -> str:
     seconds = {name: median for name, (median, *_) in found["seconds"].items()}
     first, second = sorted(seconds, key=lambda name: seconds[name])[:2]
     return (
-        f"{first} reaches {found['target']:.2%} test accuracy in {short(seconds[first])} s, "
-        f"{second} in {short(seconds[second])} s"
+        f"{first} reaches {found['target']:.2%} test accuracy in {in_seconds(seconds[first])}, "
+        f"{second} in {in_seconds(seconds[second])}"
     )

@@ -100,7 +100,7 @@ def short(value: float) -> str:
     """At least two digits, at most three, and no more than matter."""
     if value >= 1000:
         return f"{float(f'{value:.3g}'):,.0f}"
-    return f"{value:.0f}" if value >= 20 else f"{value:.1f}" if value >= 1 else f"{value:.2g}"
+    return f"{value:.0f}" if value >= 20 else f"{value:.1f}" if value >= 1 else f"{value:#.2g}"
 
 
 def plain_ticks(*axis: Axis) -> None:
@@ -151,7 +151,7 @@ def ordered(names: Any) -> list[str]:
 
 
 def in_seconds(seconds: float) -> str:
-    return f"{seconds:.3f} s" if seconds < 1 else f"{short(seconds)} s"
+    return f"{short(seconds)} s"
 
 
 def print_small(figure: Figure, text: str) -> None:

@@ -15,7 +15,7 @@ from bench.study import STUDIES, draw, study
 from bench.tables import PUBLISHED_RESULTS
 from bench.test_training import FLOP_OF_PRODUCTS
 from kernels import get_backend
-from model import reproduction
+from model import figures, reproduction
 from model.data import limited
 from model.mlp import MLP
 from model.trainer import thread_pool, train
@@ -120,6 +120,23 @@ def test_reproduction(digits28, monkeypatch):
         np.testing.assert_array_equal(found["starts"][kind]["low"], curves.min(axis=0))
         np.testing.assert_array_equal(found["starts"][kind]["high"], curves.max(axis=0))
         np.testing.assert_array_equal(reproduction.history(found["runs"]["numba"]).accuracies(kind), curves[0])
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.1, "0.10"),
+        (0.0338, "0.034"),
+        (0.996, "1.0"),
+        (4.04, "4.0"),
+        (17.84, "17.8"),
+        (286.8, "287"),
+        (11_329, "11,300"),
+    ],
+)
+def test_numbers_keep_two_digits_and_no_more_than_three(value, text):
+    assert figures.short(value) == text
+    assert figures.in_seconds(value) == f"{text} s"
 
 
 def test_every_committed_figure_is_drawn_from_the_results(tmp_path):
