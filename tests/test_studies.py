@@ -1,5 +1,6 @@
 """The studies: what they count, scale up and draw is right, whatever the clock says."""
 
+import json
 import math
 import re
 import shutil
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from bench import break_even, roofline, scaling
+from bench.plots import draw_benchmarks
 from bench.study import STUDIES, draw, study
 from bench.tables import PUBLISHED_RESULTS
 from bench.test_training import FLOP_OF_PRODUCTS
@@ -120,6 +122,35 @@ def test_reproduction(digits28, monkeypatch):
         np.testing.assert_array_equal(found["starts"][kind]["low"], curves.min(axis=0))
         np.testing.assert_array_equal(found["starts"][kind]["high"], curves.max(axis=0))
         np.testing.assert_array_equal(reproduction.history(found["runs"]["numba"]).accuracies(kind), curves[0])
+
+
+def overview(studies, folder, monkeypatch):
+    """Title and seconds by name of the figure, of the published benchmarks beside these studies."""
+    content = json.loads(RESULTS.read_text())
+    (folder / "results.json").write_text(json.dumps({**content, "studies": studies}))
+    drawn = []
+    monkeypatch.setattr("model.figures.plt.close", drawn.append)
+    draw_benchmarks(folder / "results.json", folder)
+    monkeypatch.undo()
+    for figure in drawn:
+        figures.plt.close(figure)
+    (axes,) = drawn[0].axes
+    names = [tick.get_text() for tick in axes.get_yticklabels()]
+    bars = {names[round(bar.get_y() + bar.get_height() / 2)]: bar.get_width() for bar in axes.patches}
+    assert list(bars.values()) == sorted(bars.values(), reverse=True)
+    return drawn[0].get_suptitle(), bars
+
+
+def test_overview_takes_whom_head_to_head_measured_from_there(tmp_path, monkeypatch):
+    title, alone = overview({}, tmp_path, monkeypatch)
+    assert set(alone) == {"naive", "numpy", "numba", "sparse"}
+    assert title.startswith("sparse trains")
+    forms = {"dense": {"numpy": [4, 3, 5], "JAX": [2, 1, 3]}, "sparse": {"SciPy CSR": [8, 7, 9], "sparse": [1, 1, 1]}}
+    seconds = {**forms, "bound": {"big products, OpenBLAS": [0.1, 0.1, 0.1]}}
+    title, bars = overview({"head_to_head": {"found": {"seconds": seconds}}}, tmp_path, monkeypatch)
+    assert bars == {**alone, "numpy": 4, "JAX": 2, "SciPy CSR": 8, "sparse": 1}
+    fastest = min(bars, key=bars.get)
+    assert title.startswith(f"{fastest} trains the same network {figures.short(4 / bars[fastest])} × as fast as numpy")
 
 
 @pytest.mark.parametrize(
