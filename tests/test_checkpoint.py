@@ -415,6 +415,14 @@ def test_errors_come_before_training(main, trained, monkeypatch, arguments, mess
     assert trained.read_bytes() == before
 
 
+def test_a_read_only_folder_is_an_error_before_training(main, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # nothing is read-only for root, who may run this
+    code, shown, error = main(*TRAIN, "--checkpoint", tmp_path / "run")
+    assert (code, shown) == (2, "")
+    assert error == f"error: cannot write {tmp_path / 'run'}: no permission to write in {tmp_path}\n"
+    assert not list(tmp_path.iterdir())
+
+
 def test_other_images_are_another_run(main, trained, monkeypatch):
     dataset = command_line.load_dataset("digits28")
     images = dataset.test_images.copy()
