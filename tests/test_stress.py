@@ -3,6 +3,7 @@
 import faulthandler
 import functools
 import multiprocessing
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -96,6 +97,25 @@ def forks(test):
     ):
         test = mark(test)
     return test
+
+
+@forks
+def test_a_fork_waits_for_a_kernel_that_is_being_compiled():
+    """Else its child, which lacks the thread that compiles, would wait for that for ever."""
+    with simd._COMPILING:
+        forking = threading.Thread(target=fork_and_compile, args=(codes := [],))
+        forking.start()
+        forking.join(0.2)
+        assert not codes
+    forking.join(SECONDS)
+    assert codes == [0]
+
+
+def fork_and_compile(codes):
+    if child := os.fork():
+        codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    else:
+        os._exit(not simd._COMPILING.acquire(blocking=False))
 
 
 @forks
