@@ -95,9 +95,10 @@ class MLP:
         """
         activations, logits = self.forward(backend, x)
         loss, correct, upstream = backend.softmax_grad(logits, labels)
+        ones = np.ones((1, len(labels)), upstream.dtype)  # times a matrix: the sums of its columns
         gradient = []
         for (weights, _), activation in zip(reversed(self.layers), reversed(activations)):
-            gradient = [backend.matmul(activation.T, upstream), upstream.sum(axis=0), *gradient]
+            gradient = [backend.matmul(activation.T, upstream), backend.matmul(ones, upstream)[0], *gradient]
             if activation is not x:
                 upstream = backend.relu_grad(backend.matmul(upstream, weights.T), activation)
         return loss, correct, gradient

@@ -27,7 +27,7 @@ from tests import kill_and_resume
 from tests.kill_and_resume import assert_same
 
 SIZES = (25, 6, 10)
-CONFIG = Config("numpy", "tiny", "0" * 64, None, 6, 0.3, 600, 0, 2, 2)
+CONFIG = Config("numpy", "tiny", "0" * 64, None, 6, 0.3, 1200, 0, 2, 2)
 
 
 @pytest.fixture
@@ -43,10 +43,10 @@ def file(tmp_path):
 # Going on
 
 
-@pytest.mark.parametrize("batch_size", [None, 300])
+@pytest.mark.parametrize("batch_size", [None, 600])
 def test_a_resumed_run_ends_bitwise_where_the_uninterrupted_one_does(backend, tiny, tmp_path, batch_size):
     """From before the first step, after each, and after each epoch; and on another number of threads."""
-    mlp, files, dataset = MLP(SIZES), [], limited(tiny, 1300)
+    mlp, files, dataset = MLP(SIZES), [], limited(tiny, 2600)
     options = {"epochs": 2, "batch_size": batch_size, "eval_every": 2}
 
     def on_step(state):
@@ -67,7 +67,7 @@ def test_a_resumed_run_ends_bitwise_where_the_uninterrupted_one_does(backend, ti
 def test_going_on_to_another_number_of_epochs_ends_as_if_it_had_been_meant_so(tiny, meant, done, epochs):
     """The test accuracy after the last epoch included, which is measured though it is not every second one."""
     run, expected = (Checkpoint(MLP(SIZES), State.start(0), CONFIG) for _ in range(2))
-    options = {"batch_size": 600, "eval_every": 2}
+    options = {"batch_size": 1200, "eval_every": 2}
 
     def stop(state):
         if len(state.history.epochs) == done:
@@ -98,13 +98,13 @@ def test_a_state_of_another_run_is_an_error(tiny):
     state = State.start(0)
     state.steps = 6
     with pytest.raises(ValueError, match="after step 6 of an epoch, which has only 5"):
-        train(MLP(SIZES), NumpyBackend(), tiny, epochs=2, batch_size=600, state=state)
+        train(MLP(SIZES), NumpyBackend(), tiny, epochs=2, batch_size=1200, state=state)
     state.steps, state.history.epochs = 0, [checkpoint.Epoch(1, 0, 0, 0, 0)] * 3
     with pytest.raises(ValueError, match="3 epochs are done or begun already: epochs must not be less, not 2"):
         train(MLP(SIZES), NumpyBackend(), tiny, epochs=2, state=state)
     state.steps = 1
     with pytest.raises(ValueError, match="4 epochs are done or begun already: epochs must not be less, not 3"):
-        train(MLP(SIZES), NumpyBackend(), tiny, epochs=3, batch_size=600, state=state)
+        train(MLP(SIZES), NumpyBackend(), tiny, epochs=3, batch_size=1200, state=state)
 
 
 # Writing

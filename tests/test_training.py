@@ -96,9 +96,9 @@ def test_training_learns(backend, tiny):
 
 
 def test_full_batch_is_one_mini_batch_of_everything(tiny):
-    """In another order of addition: float32 roundings of sums over 2,600 images."""
+    """In another order of addition: float32 roundings of sums over 5,200 images."""
     whole, _ = trained(NumpyBackend(), tiny)
-    shuffled, _ = trained(NumpyBackend(), tiny, batch_size=2600)
+    shuffled, _ = trained(NumpyBackend(), tiny, batch_size=5200)
     for ours, theirs in zip(whole, shuffled):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)
 
@@ -110,14 +110,14 @@ def test_history(tiny):
         tiny,
         epochs=5,
         eval_every=2,
-        batch_size=1000,
+        batch_size=2000,
         on_images=seen.append,
         on_step=lambda state: stands.append((len(state.history.epochs), state.steps)),
     )
     assert stands == [(epoch, step) for epoch in range(5) for step in range(4)] + [(5, 0)]
     assert [epoch.epoch for epoch in history.epochs] == [1, 2, 3, 4, 5]
     assert [epoch.test_accuracy is not None for epoch in history.epochs] == [False, True, False, True, True]
-    assert sum(seen) == 5 * 2600
+    assert sum(seen) == 5 * 5200
 
 
 def test_train_accuracy_is_measured_before_the_update(tiny):
@@ -134,14 +134,16 @@ def test_shuffling_depends_on_the_seed(tiny):
     assert not np.array_equal(runs[0][0], runs[2][0])
 
 
-@pytest.mark.parametrize("count", [1, 2, 511, 512, 513, 10_000, 16_384, 16_385, 60_000, 480_001])
-def test_shards_cover_everything_once(count):
+@pytest.mark.parametrize("count", [1, 2, 1023, 1024, 1025, 10_000, 32_768, 32_769, 60_000, 480_001])
+def test_shards_cover_everything_once_and_evenly(count):
     shards = shards_of_chunks(count)
     chunks = [chunk for shard in shards for chunk in shard]
     assert [index for chunk in chunks for index in range(count)[chunk]] == list(range(count))
-    assert {chunk.stop - chunk.start for chunk in chunks[:-1]} <= {CHUNK}
-    assert len(shards) == min(SHARDS, len(chunks))
-    assert max(map(len, shards)) - min(map(len, shards)) <= 1
+    sizes = [chunk.stop - chunk.start for chunk in chunks]
+    assert max(sizes) <= CHUNK
+    assert len(shards) == min(SHARDS, -(-count // CHUNK))
+    shard_sizes = [shard[-1].stop - shard[0].start for shard in shards]
+    assert max(shard_sizes) - min(shard_sizes) <= 1
 
 
 def test_gradient_of_shards_is_the_sum(tiny):
@@ -168,8 +170,8 @@ def test_a_loss_that_is_not_finite_stops_training(backend, tiny, options):
         ({"eval_every": 0}, "eval_every must be at least 1"),
         ({"learning_rate": 0.0}, "learning_rate must be positive and finite, not 0.0"),
         ({"learning_rate": float("nan")}, "not nan"),
-        ({"batch_size": 0}, "batch_size must be from 1 to 2600, .* not 0"),
-        ({"batch_size": 2601}, "not 2601"),
+        ({"batch_size": 0}, "batch_size must be from 1 to 5200, .* not 0"),
+        ({"batch_size": 5201}, "not 5201"),
         ({"threads": 0}, "threads must be at least 1, not 0"),
     ],
 )
