@@ -17,7 +17,6 @@ from numba import njit
 from numpy.typing import NDArray
 from rich.progress import track
 from scipy.sparse import csr_array
-from threadpoolctl import threadpool_limits
 
 from bench.interleave import interleave
 from kernels import get_backend, sparse_backend
@@ -25,7 +24,7 @@ from kernels.backend import Backend
 from kernels.numba_backend import NumbaBackend
 from kernels.sparse_backend import GROUP, NonZeros
 from model.data import Dataset
-from model.trainer import CHUNK
+from model.trainer import CHUNK, thread_pool
 
 CHUNKS = 20
 UNITS = 128
@@ -37,7 +36,7 @@ def measure(dataset: Dataset, quick: bool) -> list[dict[str, Any]]:
     chunks = np.array_split(images, -(-len(images) // CHUNK))
     without_zeros = [np.maximum(chunk, 1) for chunk in chunks]
     with ExitStack() as stack:
-        stack.enter_context(threadpool_limits(1, user_api="blas"))
+        stack.enter_context(thread_pool(1))
         sparse = get_backend("sparse")
         single = stack.enter_context(variant(GROUP="1"))
         floats = stack.enter_context(variant(GREY="types.uint32"))

@@ -5,12 +5,11 @@ import os
 from pathlib import Path
 
 import pytest
-from threadpoolctl import threadpool_limits
 
 from bench import RESULTS
 from model.data import DataError, limited, load_dataset
 from model.report import environment
-from model.trainer import available_cores
+from model.trainer import available_cores, thread_pool
 
 
 def pytest_addoption(parser):
@@ -77,8 +76,8 @@ def dataset(request, quick):
 
 @pytest.fixture
 def one_thread():
-    """BLAS held to one thread: kernels are measured as the training threads call them."""
-    with threadpool_limits(1, user_api="blas"):
+    """Kernels are measured as a training thread calls them: BLAS held to one thread, freed memory kept."""
+    with thread_pool(1):
         yield
 
 

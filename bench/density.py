@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
 from bench.ablation import prepared, products_of
 from bench.interleave import interleave, summary
 from kernels import get_backend
 from model.data import Dataset
 from model.figures import BOUND_COLOUR, colour, figure_file, print_small, short, title
-from model.trainer import CHUNK
+from model.trainer import CHUNK, thread_pool
 
 PERCENT = (1, 2, 3, 5, 7, 10, 15, 20, 30, 40, 50, 60, 70, 80, 90, 100)
 CHUNKS = 4
@@ -33,7 +32,7 @@ def measure(dataset: Dataset, quick: bool) -> dict[str, Any]:
     images = dataset.train_images[: CHUNKS * CHUNK]
     forms["images"] = prepared(get_backend("sparse"), np.array_split(images, CHUNKS))
     ways = {name: [products_of(*form, transposed) for transposed in (False, True)] for name, form in forms.items()}
-    with threadpool_limits(1, user_api="blas"):
+    with thread_pool(1):
         seconds = interleave(
             {name: partial(in_turn, both) for name, both in ways.items()},
             5 if quick else 40,

@@ -38,7 +38,8 @@ def measure(dataset: Dataset, quick: bool) -> dict[str, Any]:
             except UnavailableError as reason:
                 skipped[name] = str(reason)
         steps: dict[str, Callable[[], Any]] = {name: competitor.step for name, competitor in competitors.items()}
-        seconds = interleave({**steps, BIG_PRODUCTS: _big_products(task)}, 3 if quick else 30, rest=REST)
+        competing = {**steps, BIG_PRODUCTS: _big_products(task)}
+        seconds = interleave(competing, 3 if quick else 20, rest=REST, steps=2 if quick else 4)
     forms = {form: [name for name in names if name in seconds] for form, names in COMPETITORS.items()}
     dense = [*forms["dense"], BIG_PRODUCTS]
     return {

@@ -36,7 +36,12 @@ class Summary(TypedDict):
 
 
 def interleave(
-    competitors: Mapping[str, Callable[[], Any]], rounds: int, seed: int = 0, warmup: int = 2, rest: float = 0
+    competitors: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    seed: int = 0,
+    warmup: int = 2,
+    rest: float = 0,
+    steps: int = 1,
 ) -> dict[str, NDArray[np.float64]]:
     """Seconds of each competitor in each round; a round runs every one of them once, in random order.
 
@@ -53,21 +58,28 @@ def interleave(
     rest
         Seconds of sleep before each, in which the threads of the one before, which spin for a while after their work,
         leave the cores.
+    steps
+        Calls of a competitor in its turn. Of several, the first is not counted: after a rest, all threads may wake on
+        one core, and it takes the system tens of milliseconds to spread them. In training, a step follows a step.
 
     Returns
     -------
     dict[str, ndarray]
-        By name, (rounds,) seconds; entries of one round belong together.
+        By name, (rounds,) seconds of a call, the mean of those counted; entries of one round belong together.
     """
     rng = np.random.default_rng(seed)
     seconds = {name: np.empty(rounds) for name in competitors}
     for round_ in range(-warmup, rounds):
         for name in rng.permutation(list(competitors)):
             time.sleep(rest)
+            if steps > 1:
+                competitors[name]()
+            counted = max(steps - 1, 1)
             start = time.perf_counter()
-            competitors[name]()
+            for _ in range(counted):
+                competitors[name]()
             if round_ >= 0:
-                seconds[name][round_] = time.perf_counter() - start
+                seconds[name][round_] = (time.perf_counter() - start) / counted
     return seconds
 
 

@@ -16,7 +16,6 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 from rich.progress import track
-from threadpoolctl import threadpool_limits
 
 from bench.interleave import interleave, summary
 from kernels import backend_names, get_backend, simd
@@ -27,7 +26,7 @@ from kernels.sparse_backend import aligned_empty
 from model.data import Dataset
 from model.figures import BOUND_COLOUR, colour, end_labels, figure_file, note, plain_ticks, print_small, short, title
 from model.mlp import MLP
-from model.trainer import CHUNK
+from model.trainer import CHUNK, thread_pool
 
 # What the machine can do -------------------------------------------------------------------------------------------
 
@@ -155,7 +154,7 @@ def measure(dataset: Dataset, quick: bool) -> dict[str, Any]:
         **{level: run for level, (run, _) in readers.items()},
         **{f"{name}, {which}": product.run for (name, which), product in measured.items()},
     }
-    with threadpool_limits(1, user_api="blas"):
+    with thread_pool(1):
         seconds = interleave(competitors, 3 if quick else 15)
     dense_flop = 2 * dataset.train_images.size * 128
     return {

@@ -141,6 +141,14 @@ def test_interleave_takes_turns_and_times_nothing_else(monkeypatch):
         np.testing.assert_allclose(found[name], expected[2:])
 
 
+def test_the_first_of_several_steps_in_a_turn_is_not_counted(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(interleave, "time", clock)
+    taken = itertools.cycle([50, 2, 3, 4])
+    found = interleave.interleave({"a": lambda: clock.sleep(next(taken))}, 2, warmup=1, rest=100, steps=4)
+    np.testing.assert_allclose(found["a"], [3, 3])
+
+
 def test_ratios_are_not_disturbed_by_a_drifting_machine():
     rng = np.random.default_rng(1)
     drift = rng.uniform(1, 4, 40)

@@ -70,10 +70,10 @@ def test_a_part_of_an_epoch_is_scaled_up(monkeypatch):
 
 @pytest.mark.parametrize("name", ["numpy", "sparse"])
 def test_operations_and_bytes_of_the_big_products(digits28, name):
-    images = digits28.train_images[:600]  # a chunk of 512 and one of 88
+    images = digits28.train_images[:1200]  # a chunk of 1,024 and one of 176
     found = roofline.products(get_backend(name), images)
     multiplied = images.size if name == "numpy" else np.count_nonzero(images)
-    weights, results = 4 * 784 * 128, 4 * 600 * 128
+    weights, results = 4 * 784 * 128, 4 * 1200 * 128
     for which, other in (("forward", 4 * 2 * 128), ("backward", 0)):
         assert found[which].flop == 2 * multiplied * 128
         pixels = found[which].flop / found[which].intensity - 2 * weights - results - other
