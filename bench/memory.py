@@ -4,12 +4,13 @@ That is the most that two full-batch steps hold, with what preparing the images 
 before: the interpreter, the packages, the images as bytes, and what an earlier network and its steps have left behind,
 such as compiled code. The system's own high-water mark is read, so only Linux tells.
 
-The process has to be a fresh one: where an allocation has failed, glibc's malloc moves the thread to the arena of
-another, keeps what is freed at its end, and the next arrays lie in memory that is resident already.
+The process is a fresh one, in which all threads get their memory from one arena of glibc's malloc. It can give back all
+that is free only of the first arena; what it keeps of others would be resident before, and be used again uncounted.
 """
 
 import ctypes
 import gc
+import os
 import re
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -17,6 +18,7 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from numpy.typing import NDArray
 
@@ -41,7 +43,8 @@ def measure(dataset: Dataset, quick: bool) -> dict[str, Any]:
 
 def in_fresh_process(function: Callable[..., int], *arguments: Any) -> int:
     """What the function returns in a process of its own, which inherits nothing but the arguments."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    one_arena = mock.patch.dict(os.environ, MALLOC_ARENA_MAX="1")
+    with one_arena, ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
 
