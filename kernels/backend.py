@@ -22,6 +22,8 @@ class Matrix(Protocol):
     @property
     def dtype(self) -> np.dtype: ...
     @property
+    def nbytes(self) -> int: ...
+    @property
     def T(self) -> "Matrix": ...
     def __len__(self) -> int: ...
 
@@ -55,7 +57,7 @@ class Backend(ABC):
         Returns
         -------
         Matrix
-            (n, p): the images / 255, with ``len``, ``shape``, ``dtype`` and ``.T``.
+            (n, p): the images / 255, with ``len``, ``shape``, ``dtype``, ``nbytes`` and ``.T``.
 
         Raises
         ------

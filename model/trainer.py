@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from functools import partial
+from threading import Lock
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,8 +87,116 @@ class Sums(NamedTuple):
     gradient: list[NDArray]
 
 
+class Memory:
+    """How much of its prepared images a process keeps.
+
+    Parameters
+    ----------
+    limit
+        In bytes; None is no limit.
+    """
+
+    def __init__(self, limit: int | None = None) -> None:
+        self.limit = limit
+        self.used = 0
+        self._lock = Lock()
+
+    def take(self, size: int) -> bool:
+        """Whether `size` bytes more fit; if so, they count as used."""
+        with self._lock:
+            fits = self.limit is None or self.used + size <= self.limit
+            self.used += size if fits else 0
+        return fits
+
+    def give_back(self, size: int) -> None:
+        """Count `size` bytes as used no longer."""
+        with self._lock:
+            self.used -= size
+
+
+class Shard:
+    """Images and labels, prepared for a backend in chunks.
+
+    Chunks that fit into `memory` are kept, the others are prepared again whenever they are needed. None makes room for
+    another: every epoch takes all in the same order, so the one that was not used for longest is the next to be used.
+
+    Parameters
+    ----------
+    backend, images, labels, dtype
+        As for `Shards`.
+    memory
+        Shared by all shards of the process.
+    """
+
+    def __init__(self, backend: Backend, images: NDArray, labels: NDArray, dtype: np.dtype, memory: Memory) -> None:
+        self.backend = backend
+        self.images = images
+        self.labels = labels
+        self.dtype = dtype
+        self.memory = memory
+        self.kept: dict[int, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __del__(self) -> None:
+        self.memory.give_back(self.kept_bytes)
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of the prepared chunks that are kept."""
+        return sum(x.nbytes for x in self.kept.values())
+
+    def prepare(self) -> None:
+        """Prepare as many chunks as are kept."""
+        for count, _ in enumerate(self._chunks(), start=1):
+            if len(self.kept) < count:
+                break
+
+    def gradient(self, mlp: MLP) -> Sums:
+        """Sums over all images, chunk by chunk."""
+        with np.errstate(all="ignore"):  # a diverging run ends with one clear error instead of warnings
+            parts = (Sums(*mlp.gradients(self.backend, x, labels)) for x, labels in self._chunks())
+            total = next(parts)
+            for part in parts:
+                total = add(total, part)
+        return total
+
+    def loss(self, mlp: MLP) -> tuple[float, int]:
+        """Loss and correct count, summed over all images."""
+        loss, correct = 0.0, 0
+        with np.errstate(all="ignore"):
+            for x, labels in self._chunks():
+                _, logits = mlp.forward(self.backend, x)
+                chunk_loss, chunk_correct, _ = self.backend.softmax_grad(logits, labels)
+                loss, correct = loss + chunk_loss, correct + chunk_correct
+        return loss, correct
+
+    def _chunks(self) -> Iterator[tuple[Any, NDArray]]:
+        for start in range(0, len(self), CHUNK):
+            x = self.kept.get(start)
+            if x is None:
+                x = self.backend.prepare(self.images[start : start + CHUNK], self.dtype)
+                if self.memory.take(x.nbytes):
+                    self.kept[start] = x
+            yield x, self.labels[start : start + CHUNK]
+
+
+class Batch(Protocol):
+    """What a step of gradient descent needs of its images, wherever they are."""
+
+    count: int
+    """Of the images."""
+
+    def gradient(self, mlp: MLP, on_images: Callable[[int], None]) -> Sums:
+        """Sums over all images; calls `on_images` with numbers of images that are done."""
+
+    def evaluate(self, mlp: MLP) -> tuple[float, float]:
+        """Mean loss and accuracy over all images."""
+
+
 class Shards:
-    """Images and labels, prepared for a backend in shards of chunks.
+    """A `Batch` in the memory of this process, in shards.
 
     Parameters
     ----------
@@ -98,49 +208,38 @@ class Shards:
         uint8 (n, pixels) and integers (n,).
     dtype
         float32 or float64.
+    memory
+        Limits what is kept prepared; None is no limit.
     """
 
-    def __init__(self, run: Callable, backend: Backend, images: NDArray, labels: NDArray, dtype: np.dtype) -> None:
+    def __init__(
+        self,
+        run: Callable,
+        backend: Backend,
+        images: NDArray,
+        labels: NDArray,
+        dtype: np.dtype,
+        memory: Memory | None = None,
+    ) -> None:
         self.run = run
-        self.backend = backend
         self.count = len(images)
-
-        def prepare(shard: list[slice]) -> list[tuple[Any, NDArray]]:
-            return [(backend.prepare(images[chunk], dtype), labels[chunk]) for chunk in shard]
-
-        self.shards = list(run(prepare, shards_of_chunks(self.count)))
+        memory = memory or Memory()
+        self.shards = [Shard(backend, images[part], labels[part], dtype, memory) for part in shard_ranges(self.count)]
+        list(run(Shard.prepare, self.shards))
 
     def gradient(self, mlp: MLP, on_images: Callable[[int], None] = lambda images: None) -> Sums:
         """Sums over all images; calls `on_images` with the size of each finished shard."""
 
         def finished() -> Iterator[Sums]:
-            for shard, sums in zip(self.shards, self.run(lambda shard: self._shard_gradient(mlp, shard), self.shards)):
-                on_images(sum(len(labels) for _, labels in shard))
+            for shard, sums in zip(self.shards, self.run(lambda shard: shard.gradient(mlp), self.shards)):
+                on_images(len(shard))
                 yield sums
 
         return add_in_tree(finished())
 
     def evaluate(self, mlp: MLP) -> tuple[float, float]:
         """Mean loss and accuracy over all images."""
-        sums = list(self.run(lambda shard: self._shard_loss(mlp, shard), self.shards))
-        return sum(loss for loss, _ in sums) / self.count, sum(correct for _, correct in sums) / self.count
-
-    def _shard_gradient(self, mlp: MLP, shard: list[tuple[Any, NDArray]]) -> Sums:
-        with np.errstate(all="ignore"):  # a diverging run ends with one clear error instead of warnings
-            parts = (Sums(*mlp.gradients(self.backend, x, labels)) for x, labels in shard)
-            total = next(parts)
-            for part in parts:
-                total = _add(total, part)
-        return total
-
-    def _shard_loss(self, mlp: MLP, shard: list[tuple[Any, NDArray]]) -> tuple[float, int]:
-        loss, correct = 0.0, 0
-        with np.errstate(all="ignore"):
-            for x, labels in shard:
-                _, logits = mlp.forward(self.backend, x)
-                chunk_loss, chunk_correct, _ = self.backend.softmax_grad(logits, labels)
-                loss, correct = loss + chunk_loss, correct + chunk_correct
-        return loss, correct
+        return mean(self.run(lambda shard: shard.loss(mlp), self.shards), self.count)
 
 
 def train(
@@ -153,6 +252,8 @@ def train(
     batch_size: int | None = None,
     seed: int = 0,
     threads: int | None = None,
+    memory_limit: int | None = None,
+    batches: Callable[[Backend, NDArray, NDArray, np.dtype, Memory], Batch] | None = None,
     eval_every: int = 1,
     state: State | None = None,
     on_images: Callable[[int], None] = lambda images: None,
@@ -174,6 +275,11 @@ def train(
         Seed of the shuffling, unless a `state` is given.
     threads
         Threads that share the shards; None takes one per available core. Changes the time, not one bit of the result.
+    memory_limit
+        Bytes of prepared images that are kept at most; those beyond are prepared again whenever they are needed. None
+        keeps all. Changes the time, not one bit of the result.
+    batches
+        Makes the `Batch` of some images, elsewhere: `model.distributed.Cluster.batch`. None makes `Shards`.
     eval_every
         Measure the test accuracy after every so many epochs, and after the last.
     state
@@ -199,23 +305,30 @@ def train(
     """
     images, labels = dataset.train_images, dataset.train_labels
     _check_options(len(images), epochs, learning_rate, batch_size, threads, eval_every)
+    if batches and batch_size:
+        raise ValueError("mini-batches would travel longer than they train: leave out batch_size, or the workers")
     state = state or State.start(seed)
     _check_state(state, len(images), epochs, batch_size)
     rng = np.random.default_rng()
     rng.bit_generator.state = state.rng
     history = state.history
+    memory = Memory(memory_limit)
     with thread_pool(threads or available_cores()) as run:
+
+        def place(images: NDArray, labels: NDArray) -> Batch:
+            return (batches or partial(Shards, run))(backend, images, labels, mlp.dtype, memory)
+
         start = time.perf_counter()
-        test = Shards(run, backend, dataset.test_images, dataset.test_labels, mlp.dtype)
-        full_batch = [] if batch_size else [Shards(run, backend, images, labels, mlp.dtype)]
+        test = place(dataset.test_images, dataset.test_labels)
+        full_batch = [] if batch_size else [place(images, labels)]
         history.prepare_seconds += time.perf_counter() - start
         on_step(state)
         for epoch in range(len(history.epochs) + 1, epochs + 1):
             start = time.perf_counter()
-            batches: Iterable[Shards] = full_batch[state.steps :]
+            steps: Iterable[Batch] = full_batch[state.steps :]
             if batch_size:
-                batches = _mini_batches(run, backend, images, labels, mlp.dtype, batch_size, rng, state.steps)
-            for batch in batches:
+                steps = _mini_batches(place, images, labels, batch_size, rng, state.steps)
+            for batch in steps:
                 sums = descend(mlp, batch, learning_rate, on_images)
                 state.steps += 1
                 state.loss += sums.loss
@@ -236,7 +349,7 @@ def train(
 
 
 def descend(
-    mlp: MLP, batch: Shards, learning_rate: float, on_images: Callable[[int], None] = lambda images: None
+    mlp: MLP, batch: Batch, learning_rate: float, on_images: Callable[[int], None] = lambda images: None
 ) -> Sums:
     """One step of gradient descent on the mean loss over `batch`; returns its sums from before the step."""
     sums = batch.gradient(mlp, on_images)
@@ -264,29 +377,33 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def shards_of_chunks(count: int) -> list[list[slice]]:
-    """The chunks of `count` images, 512 in all but the last, in at most 32 even shards."""
-    chunks = [slice(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
-    shards = min(SHARDS, len(chunks))
-    bounds = [len(chunks) * shard // shards for shard in range(shards + 1)]
-    return [chunks[start:stop] for start, stop in itertools.pairwise(bounds)]
+def shard_ranges(count: int) -> list[slice]:
+    """Where each shard of `count` images is: at most 32 even ones, of whole chunks in all but the last."""
+    chunks = -(-count // CHUNK)
+    number = min(SHARDS, chunks)
+    bounds = [CHUNK * (chunks * shard // number) for shard in range(number)]
+    return [slice(start, stop) for start, stop in itertools.pairwise([*bounds, count])]
+
+
+def mean(sums: Iterable[tuple[float, int]], count: int) -> tuple[float, float]:
+    """Loss and accuracy of `count` images, from the loss and the correct count of each shard, in order."""
+    losses, corrects = zip(*sums)
+    return sum(losses) / count, sum(corrects) / count
 
 
 def _mini_batches(
-    run: Callable,
-    backend: Backend,
+    place: Callable[[NDArray, NDArray], Batch],
     images: NDArray,
     labels: NDArray,
-    dtype: np.dtype,
     batch_size: int,
     rng: np.random.Generator,
     skipped: int,
-) -> Iterator[Shards]:
+) -> Iterator[Batch]:
     """The images in random order, `batch_size` at a time but for the first batches; the last takes what is left."""
     order = rng.permutation(len(images))
     for start in range(skipped * batch_size, len(images), batch_size):
         batch = order[start : start + batch_size]
-        yield Shards(run, backend, images[batch], labels[batch], dtype)
+        yield place(images[batch], labels[batch])
 
 
 def add_in_tree(parts: Iterable[Sums]) -> Sums:
@@ -298,16 +415,16 @@ def add_in_tree(parts: Iterable[Sums]) -> Sums:
     waiting: list[Sums] = []
     for count, sums in enumerate(parts, start=1):
         while count % 2 == 0:
-            sums = _add(waiting.pop(), sums)
+            sums = add(waiting.pop(), sums)
             count //= 2
         waiting.append(sums)
     total = waiting.pop()
     while waiting:
-        total = _add(waiting.pop(), total)
+        total = add(waiting.pop(), total)
     return total
 
 
-def _add(first: Sums, second: Sums) -> Sums:
+def add(first: Sums, second: Sums) -> Sums:
     """The sum of both, in the buffers of the first."""
     for total, part in zip(first.gradient, second.gradient):
         total += part

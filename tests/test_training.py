@@ -1,5 +1,6 @@
 """The training loop: equal bits on any number of threads, equal trajectories on every backend, clear errors."""
 
+import math
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import pytest
 from kernels import get_backend
 from kernels.numpy_backend import NumpyBackend
 from model.mlp import MLP
-from model.trainer import CHUNK, SHARDS, Shards, TrainingError, shards_of_chunks, thread_pool, train
+from model.trainer import CHUNK, SHARDS, Shards, TrainingError, shard_ranges, thread_pool, train
 
 SMALL = (25, 6, 10)
 
@@ -136,12 +137,12 @@ def test_shuffling_depends_on_the_seed(tiny):
 
 @pytest.mark.parametrize("count", [1, 2, 511, 512, 513, 10_000, 16_384, 16_385, 60_000, 480_001])
 def test_shards_cover_everything_once(count):
-    shards = shards_of_chunks(count)
-    chunks = [chunk for shard in shards for chunk in shard]
-    assert [index for chunk in chunks for index in range(count)[chunk]] == list(range(count))
-    assert {chunk.stop - chunk.start for chunk in chunks[:-1]} <= {CHUNK}
-    assert len(shards) == min(SHARDS, len(chunks))
-    assert max(map(len, shards)) - min(map(len, shards)) <= 1
+    shards = shard_ranges(count)
+    assert [index for shard in shards for index in range(count)[shard]] == list(range(count))
+    assert all(shard.start % CHUNK == 0 for shard in shards)
+    chunks = [math.ceil((shard.stop - shard.start) / CHUNK) for shard in shards]
+    assert len(shards) == min(SHARDS, sum(chunks))
+    assert max(chunks) - min(chunks) <= 1
 
 
 def test_gradient_of_shards_is_the_sum(tiny):
