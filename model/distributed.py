@@ -13,10 +13,12 @@ import functools
 import hashlib
 import importlib.metadata
 import itertools
+import logging
 import os
 import platform
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -264,13 +266,11 @@ class Cluster:
         with self.explained():
             versions: Any = client.get_versions()
             self.threads()
-            found = client.run(surroundings)
+            processor = client.submit(surroundings, pure=False).result()["processor"]
         ours, version = surroundings(), versions["scheduler"]["packages"]["distributed"]
         if version != ours["distributed"]:
             raise ClusterError(f"the scheduler has distributed {version}, not {ours['distributed']}: {ADVICE}")
-        self.expected = ours | {"processor": next(iter(found.values()))["processor"]}
-        for worker, theirs in found.items():
-            check_same(worker, theirs, self.expected)
+        self.expected = ours | {"processor": processor}
 
     def batch(self, backend: Backend, images: NDArray, labels: NDArray, dtype: np.dtype, memory: Memory) -> "Parts":
         """For `train`: images on the workers, each of which has so much memory."""
@@ -287,16 +287,10 @@ class Cluster:
             time.sleep(LOOK / 10)
         return dict(sorted(threads.items()))
 
-    def results(self, futures: Iterable[Future]) -> Iterator[tuple[Future, Any]]:
-        """Each with its result, as it finishes; an error of a task is raised."""
-        pending = set(futures)
-        while pending:
-            try:
-                for future in wait(pending, timeout=LOOK, return_when="FIRST_COMPLETED").done:
-                    yield future, future.result(timeout=self.patience)
-                    pending.remove(future)
-            except NotYet:
-                self.threads()
+    def computes(self, futures: Iterable[Future]) -> bool:
+        """Whether one of these is being computed."""
+        computed = set(itertools.chain(*self.client.processing().values()))
+        return any(future.key in computed for future in futures)
 
     @contextmanager
     def explained(self) -> Iterator[None]:
@@ -324,58 +318,70 @@ class Parts:
         self.images, self.labels = images, labels
         self.ranges = shard_ranges(self.count)
         self.form = backend.name, dtype, memory.limit, cluster.expected
-        self.sources: dict[int, Any] = {}
-        self.parts: dict[tuple[str, int, int], Future] = {}
+        self.sources = [self._source(rows) for rows in self.ranges]
+        self.parts: dict[Node, tuple[str, Future]] = {}
         for _ in self._each(Part.is_prepared):
             pass
 
     def gradient(self, mlp: MLP, on_images: Callable[[int], None] = lambda images: None) -> Sums:
         """Sums over all images; calls `on_images` with the images of each finished worker."""
         sums: dict[Node, Sums] = {}
-        for first, last, found in self._each(Part.gradient, mlp):
+        for (first, last), found in self._each(Part.gradient, mlp):
             on_images(self.ranges[last - 1].stop - self.ranges[first].start)
             sums.update(found)
         return add_subtrees(sums, (0, len(self.ranges)))
 
     def evaluate(self, mlp: MLP) -> tuple[float, float]:
         """Mean loss and accuracy over all images."""
-        found = {first: losses for first, _, losses in self._each(Part.losses, mlp)}
-        return mean(itertools.chain(*(found[first] for first in sorted(found))), self.count)
+        found = dict(self._each(Part.losses, mlp))
+        return mean(itertools.chain(*(found[shards] for shards in sorted(found))), self.count)
 
-    def _each(self, method: Callable, *arguments: Any) -> Iterator[tuple[int, int, Any]]:
-        """First and last shard, exclusive, and what `method` returns, of each part as it finishes."""
+    def _each(self, method: Callable, *arguments: Any) -> Iterator[tuple[Node, Any]]:
+        """What `method` returns of each part, as it finishes, with the numbers of its shards."""
+        submit = functools.partial(self.cluster.client.submit, method, pure=False)
         with self.cluster.explained():
             self._deal()
-            places = {
-                self.cluster.client.submit(method, part, *arguments, pure=False): (first, last)
-                for (_, first, last), part in self.parts.items()
-            }
-            for future, result in self.cluster.results(places):
-                yield *places[future], result
+            pending = {submit(part, *arguments): shards for shards, (_, part) in self.parts.items()}
+            while pending:
+                try:
+                    for future in wait(list(pending), timeout=LOOK, return_when="FIRST_COMPLETED").done:
+                        yield pending[future], future.result(timeout=self.cluster.patience)
+                        del pending[future]
+                except NotYet:
+                    workers = itertools.cycle(self.cluster.threads())
+                    # When the last worker dies, Dask leaves tasks that are for it alone, even when others come.
+                    if not self.cluster.computes([*pending, *self._held()]):
+                        for shards in pending.values():
+                            self._place(next(workers), shards)
+                        pending = {submit(self.parts[shards][1], *arguments): shards for shards in pending.values()}
 
     def _deal(self) -> None:
-        """Give each worker its part; if they are the same as before, they keep what they have."""
+        """Give each worker its shards; if they are the same as before, they keep what they have."""
         threads = self.cluster.threads()
         total = sum(threads.values())
         bounds = [len(self.ranges) * before // total for before in itertools.accumulate(threads.values(), initial=0)]
-        parts = {}
-        for worker, (first, last) in zip(threads, itertools.pairwise(bounds)):
-            if first < last:
-                place = worker, first, last
-                parts[place] = self.parts.get(place) or self._place(*place)
-        self.parts = parts
+        dealt = {shards: worker for worker, shards in zip(threads, itertools.pairwise(bounds)) if shards[0] < shards[1]}
+        for shards in [shards for shards, (worker, _) in self.parts.items() if dealt.get(shards) != worker]:
+            del self.parts[shards]
+        for shards in dealt.keys() - self.parts.keys():
+            self._place(dealt[shards], shards)
 
-    def _place(self, worker: str, first: int, last: int) -> Future:
-        """A part on this worker, or on another if it dies."""
-        submit = functools.partial(self.cluster.client.submit, workers=[worker], allow_other_workers=True, pure=False)
-        for index in set(range(first, last)).difference(self.sources):
-            images, labels = self.images[self.ranges[index]], self.labels[self.ranges[index]]
-            if isinstance(self.images, np.memmap):
-                self.sources[index] = _mapped(self.images, self.ranges[index]), _mapped(self.labels, self.ranges[index])
-            else:
-                self.sources[index] = submit(send, images, labels)
-        sources = [self.sources[index] for index in range(first, last)]
-        return submit(prepare, sources, subtrees(first, last, (0, len(self.ranges))), *self.form)
+    def _place(self, worker: str, shards: Node) -> None:
+        """Have shards prepared by a worker, or by another if it dies."""
+        sources, nodes = self.sources[slice(*shards)], subtrees(*shards, (0, len(self.ranges)))
+        place = {"workers": [worker], "allow_other_workers": True, "pure": False}
+        self.parts[shards] = worker, self.cluster.client.submit(prepare, sources, nodes, *self.form, **place)
+
+    def _source(self, rows: slice) -> Any:
+        """A shard's images and labels, for a worker."""
+        if isinstance(self.images, np.memmap):
+            return _mapped(self.images, rows), _mapped(self.labels, rows)
+        return self.cluster.client.submit(send, self.images[rows], self.labels[rows], pure=False)
+
+    def _held(self) -> Iterator[Future]:
+        """All that the workers hold."""
+        yield from (part for _, part in self.parts.values())
+        yield from (source for source in self.sources if isinstance(source, Future))
 
 
 def _mapped(array: Any, rows: slice) -> Mapped:
@@ -414,10 +420,14 @@ def connect(scheduler: str | None, workers: int | None = None, threads: int = 1)
         If there is no scheduler, or `Cluster` raises it.
     """
     with ExitStack() as stack:
+        logging.disable(logging.CRITICAL)  # Dask logs the tracebacks of what `explained` says in a line
+        stack.callback(logging.disable, logging.NOTSET)
         address: Any = scheduler
         if scheduler is None:
             share = max(1, threads // (workers or 1))
-            address = stack.enter_context(LocalCluster(n_workers=workers, threads_per_worker=share, processes=True))
+            with warnings.catch_warnings():  # the dashboard then takes another port, which its link says
+                warnings.filterwarnings("ignore", "Port .* is already in use")
+                address = stack.enter_context(LocalCluster(n_workers=workers, threads_per_worker=share))
         try:
             client = stack.enter_context(Client(address))
         except (OSError, ValueError) as error:

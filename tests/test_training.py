@@ -9,8 +9,9 @@ import pytest
 
 from kernels import get_backend
 from kernels.numpy_backend import NumpyBackend
+from model.data import limited
 from model.mlp import MLP
-from model.trainer import CHUNK, SHARDS, Shards, TrainingError, shard_ranges, thread_pool, train
+from model.trainer import CHUNK, SHARDS, Memory, Shards, TrainingError, shard_ranges, thread_pool, train
 
 SMALL = (25, 6, 10)
 
@@ -154,6 +155,39 @@ def test_gradient_of_shards_is_the_sum(tiny):
     assert (sums.loss, sums.correct) == (pytest.approx(loss, rel=1e-13), correct)
     for ours, theirs in zip(sums.gradient, gradient):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-12 * np.abs(theirs).max())
+
+
+@pytest.mark.parametrize("batch_size", [None, 700])
+@pytest.mark.parametrize("limit", [0, 100_000])
+def test_same_bits_when_images_are_prepared_again(backend, tiny, limit, batch_size):
+    few = limited(tiny, 1400)
+    ours, history = trained(backend, few, memory_limit=limit, batch_size=batch_size, threads=2)
+    theirs, other_history = trained(backend, few, batch_size=batch_size)
+    for our, their in zip(ours, theirs):
+        np.testing.assert_array_equal(our, their)
+    assert results(history) == results(other_history)
+
+
+def test_no_more_is_kept_than_the_limit(tiny):
+    """Chunks of 512 images of 25 pixels take 51,200 bytes in float32: three fit."""
+    prepared = []
+
+    class Counting(NumpyBackend):
+        def _prepare(self, images, dtype):
+            prepared.append(len(images))
+            return super()._prepare(images, dtype)
+
+    memory, mlp = Memory(160_000), MLP(SMALL)
+    with thread_pool(1) as run:
+        shards = Shards(run, Counting(), tiny.train_images, tiny.train_labels, mlp.dtype, memory)
+        assert memory.used == 3 * 51_200 + 40 * 100  # the last chunk is small enough to fit as well
+        for _ in range(2):
+            prepared.clear()
+            shards.gradient(mlp)
+            assert prepared == [512, 512]
+        assert memory.used == 3 * 51_200 + 40 * 100
+        del shards
+    assert memory.used == 0
 
 
 @pytest.mark.parametrize("options", [{"learning_rate": 1e30}, {"learning_rate": 1e30, "epochs": 1}])
