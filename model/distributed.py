@@ -344,7 +344,9 @@ class Parts:
             pending = {submit(part, *arguments): shards for shards, (_, part) in self.parts.items()}
             while pending:
                 try:
-                    for future in wait(list(pending), timeout=LOOK, return_when="FIRST_COMPLETED").done:
+                    with self.cluster.client.as_current():
+                        done = wait(list(pending), timeout=LOOK, return_when="FIRST_COMPLETED").done
+                    for future in done:
                         yield pending[future], future.result(timeout=self.cluster.patience)
                         del pending[future]
                 except NotYet:
@@ -429,7 +431,7 @@ def connect(scheduler: str | None, workers: int | None = None, threads: int = 1)
                 warnings.filterwarnings("ignore", "Port .* is already in use")
                 address = stack.enter_context(LocalCluster(n_workers=workers, threads_per_worker=share))
         try:
-            client = stack.enter_context(Client(address))
+            client = stack.enter_context(Client(address, set_as_default=False))
         except (OSError, ValueError) as error:
             raise ClusterError(
                 f"no scheduler answers at {scheduler} ({error}): start one, as in: dask scheduler"
