@@ -18,10 +18,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import psutil
 
 from bench.interleave import interleave, summary
-from bench.scaling import LEARNING_RATE, compiled, shifted
+from bench.scaling import LEARNING_RATE, shifted
 from kernels import get_backend
 from model.data import FILES, Dataset, limited, load_idx
 from model.distributed import connect
@@ -33,8 +34,14 @@ WORKERS = (1, 2)
 TIMES = (1, 2, 4, 8)
 """As many images as there are."""
 
+FEW = 1_024
+"""Two shards, which take less time than sending."""
+
 MEMORY_LIMIT = 200_000_000
-EPOCHS = 3
+EPOCHS = 8
+BANDWIDTH = 10e9 / 8
+"""Bytes per second of the network in the calculation: 10 Gbit/s."""
+
 PROGRAM = """
 import atexit
 from pathlib import Path
@@ -54,12 +61,18 @@ def measure(dataset: Dataset, quick: bool) -> dict[str, Any]:
         folder = Path(stack.enter_context(TemporaryDirectory()))
         write(shifted(dataset, counts[-1]), folder)
         images = load_idx(folder)
+        found = {
+            "threads": cores,
+            "parameter_bytes": sum(parameter.nbytes for parameter in network(images).parameters),
+            "hash_bytes_per_second": hash_rate(folder / FILES[0].name),
+            "memory": [memory(folder, limit) for limit in (None, MEMORY_LIMIT)],
+        }
         places: dict[str, Place] = {PROCESS: partial(Shards, stack.enter_context(thread_pool(cores)))}
         for workers in WORKERS:
             places[_name(workers)] = stack.enter_context(connect(None, workers, cores)).batch
-        sizes = {name: counts if name in ("numpy", "sparse") else counts[:1] for name in compiled()}
+        sizes = {"numpy": counts, "numba": counts[:1], "sparse": [FEW, *counts]}
         return {
-            "threads": cores,
+            **found,
             "seconds": [
                 {"backend": name, "images": count, "places": seconds(places, name, limited(images, count), quick)}
                 for name in sizes
@@ -68,9 +81,6 @@ def measure(dataset: Dataset, quick: bool) -> dict[str, Any]:
             "bytes": {
                 _name(workers): bytes_sent(places[_name(workers)], limited(images, counts[0])) for workers in WORKERS
             },
-            "parameter_bytes": sum(parameter.nbytes for parameter in network(images).parameters),
-            "hash_bytes_per_second": hash_rate(folder / FILES[0].name),
-            "memory": [memory(folder, limit) for limit in (None, MEMORY_LIMIT)],
         }
 
 
@@ -120,8 +130,8 @@ def memory(folder: Path, limit: int | None) -> dict[str, Any]:
     command = [sys.executable, "-c", PROGRAM, "train", *map(str, options)]
     status = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     (kilobytes,) = re.findall(r"VmHWM:\s+(\d+) kB", status)
-    history = json.loads((folder / "history.json").read_text())["history"]
-    return {"limit": limit, "peak_bytes": 1024 * int(kilobytes), "seconds": history[-1]["seconds"]}
+    times = [epoch["seconds"] for epoch in json.loads((folder / "history.json").read_text())["history"]]
+    return {"limit": limit, "peak_bytes": 1024 * int(kilobytes), "seconds": summary(np.array(times[1:]))}
 
 
 def write(dataset: Dataset, folder: Path) -> None:
@@ -134,21 +144,28 @@ def write(dataset: Dataset, folder: Path) -> None:
             array.tofile(stream)
 
 
-def calculation(
-    found: dict[str, Any], workers: int, images: float, network_bytes_per_second: float
-) -> dict[str, float]:
-    """What an epoch would take on workers like this machine: computed, not measured.
+def calculation(found: dict[str, Any], workers: int, images: float) -> dict[str, float]:
+    """What training on workers like this machine would take: computed, not measured.
 
-    The images are dealt in 32 shards, so 32 threads in all can have work. Each worker's parameters and sums pass
-    through the scheduler, in and out.
+    The images are dealt in 32 shards, so no more than 32 threads have work. The parameters for each worker and its sums
+    pass through the scheduler, in and out. That and a fixed delay do not depend on how many images there are.
+
+    Returns
+    -------
+    dict[str, float]
+        Seconds of arithmetic in an epoch; seconds of delay and network in it; seconds of hashing, before the first; the
+        number of images with which arithmetic takes nine tenths of an epoch.
     """
-    rows = [row for row in found["seconds"] if row["backend"] == "sparse"]
-    largest = rows[-1]["places"][PROCESS]["median"] / rows[-1]["images"] * found["threads"]  # of one thread
+    few, *_, many = [row for row in found["seconds"] if row["backend"] == "sparse"]
     threads = min(SHARDS, workers * found["threads"])
+    per_image = many["places"][PROCESS]["median"] / many["images"] * found["threads"] / threads
+    delay = few["places"][_name(WORKERS[-1])]["median"] - few["places"][PROCESS]["median"]
+    sending = delay + 4 * workers * found["parameter_bytes"] / BANDWIDTH
     return {
-        "compute": images * largest / threads,
-        "network": 4 * workers * found["parameter_bytes"] / bandwidth,
-        "hash": 2 * images * 784 / found["hash_bytes_per_second"],
+        "arithmetic": images * per_image,
+        "sending": sending,
+        "hashing": 2 * images * 784 / found["hash_bytes_per_second"],  # as a whole, and each shard
+        "worth it": 9 * sending / per_image,
     }
 
 
