@@ -42,8 +42,11 @@ PATIENCE = 60.0
 """Seconds to wait for a first worker, and for another one when all are gone."""
 LOOK = 1.0
 """Seconds between looks at whether there are workers."""
+ALLOWED_FAILURES = 3
+"""How often all workers may die in one step, as in Dask's setting for a single task."""
 
 PACKAGES = ("distributed", "numpy", "numba", "llvmlite")
+DEADLY = "worker after worker dies of the same work, of too little memory perhaps (--memory-limit helps)"
 ADVICE = "scheduler and workers need the client's environment, and the workers one kind of processor"
 
 Node = tuple[int, int]
@@ -191,13 +194,14 @@ def surroundings() -> dict[str, str]:
     root = Path(__file__).parent.parent
     files = sorted(file for folder in ("kernels", "model") for file in (root / folder).glob("*.py"))
     source = hashlib.sha256(b"".join(file.read_bytes() for file in files))
-    blas = sorted({f"{library.get('architecture')}" for library in threadpool_info() if library["user_api"] == "blas"})
+    every_blas = [library for library in threadpool_info() if library["user_api"] == "blas"]
+    blas = [library for library in every_blas if "numpy" in library["filepath"]] or every_blas  # SciPy has its own
     cpu = os.environ.get("NUMBA_CPU_NAME") or binding.get_host_cpu_name()
     return {
         "Python": platform.python_version(),
         **{package: importlib.metadata.version(package) for package in PACKAGES},
         "source of this project": source.hexdigest()[:12],
-        "processor": f"{cpu} (BLAS: {', '.join(blas)})",
+        "processor": f"{cpu}, BLAS for {blas[0].get('architecture') if blas else 'any'}",
     }
 
 
@@ -266,7 +270,10 @@ class Cluster:
         with self.explained():
             versions: Any = client.get_versions()
             self.threads()
-            processor = client.submit(surroundings, pure=False).result()["processor"]
+            try:
+                processor = client.submit(surroundings, pure=False).result(timeout=patience)["processor"]
+            except RuntimeError as error:  # the scheduler says so of what it cannot deserialize
+                raise ClusterError(f"the scheduler does not know this project: {ADVICE}") from error
         ours, version = surroundings(), versions["scheduler"]["packages"]["distributed"]
         if version != ours["distributed"]:
             raise ClusterError(f"the scheduler has distributed {version}, not {ours['distributed']}: {ADVICE}")
@@ -298,9 +305,9 @@ class Cluster:
         try:
             yield
         except KilledWorker as error:
-            raise ClusterError(
-                f"worker after worker dies of the same work, for want of memory perhaps: {error}"
-            ) from error
+            raise ClusterError(f"{DEADLY}: {error}") from error
+        except NotYet as error:
+            raise ClusterError(f"no worker answers for {self.patience:g} seconds: {ADVICE}") from error
         except ModuleNotFoundError as error:
             raise ClusterError(f"the cluster lacks a package ({error}): {ADVICE}") from error
         except (CancelledError, CommClosedError, OSError) as error:
@@ -339,6 +346,7 @@ class Parts:
     def _each(self, method: Callable, *arguments: Any) -> Iterator[tuple[Node, Any]]:
         """What `method` returns of each part, as it finishes, with the numbers of its shards."""
         submit = functools.partial(self.cluster.client.submit, method, pure=False)
+        failures = 0
         with self.cluster.explained():
             self._deal()
             pending = {submit(part, *arguments): shards for shards, (_, part) in self.parts.items()}
@@ -353,6 +361,9 @@ class Parts:
                     workers = itertools.cycle(self.cluster.threads())
                     # When the last worker dies, Dask leaves tasks that are for it alone, even when others come.
                     if not self.cluster.computes([*pending, *self._held()]):
+                        failures += 1
+                        if failures > ALLOWED_FAILURES:
+                            raise ClusterError(f"{DEADLY}: all workers died {failures} times in one step") from None
                         for shards in pending.values():
                             self._place(next(workers), shards)
                         pending = {submit(self.parts[shards][1], *arguments): shards for shards in pending.values()}

@@ -33,11 +33,11 @@ DIGITS = ("--dataset", "digits28", "--limit", 2000, "--hidden", 16)
 class Processes:
     """A scheduler and workers, which can be killed."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, scheduler=None):
         self.file = folder / "scheduler.json"
         self.workers = []
         ports = ("--host", "127.0.0.1", "--port", "0", "--dashboard-address", ":0")
-        self.scheduler = self._start("dask_scheduler", *ports)
+        self.scheduler = self._start("dask_scheduler", *ports, program=scheduler)
         self.client = Client(scheduler_file=str(self.file), timeout=30)
         self.address = self.client.scheduler.address
 
@@ -46,8 +46,8 @@ class Processes:
         line = [sys.executable, *program, "--scheduler-file", str(self.file), *options]
         return subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
-    def start_worker(self, threads=1, program=None):
-        options = ("--no-nanny", "--no-dashboard", "--nthreads", str(threads))
+    def start_worker(self, threads=1, program=None, nanny="--no-nanny"):
+        options = (nanny, "--no-dashboard", "--nthreads", str(threads))
         self.workers.append(self._start("dask_worker", *options, program=program))
 
     def have(self, count):
@@ -248,6 +248,43 @@ def test_workers_gone_in_the_middle_of_a_step(mortal, tiny):
     batches = Cluster(mortal.client, patience=1).batch
     with pytest.raises(ClusterError, match="no worker for 1 seconds"):
         trained(Deadly(), tiny, (25, 6, 10), batches=batches)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nannies", [1, 2])
+def test_work_that_kills_again_and_again(mortal, tiny, nannies):
+    """A nanny starts its worker again, which would go on for ever: the only one's, or each of two."""
+    for _ in range(nannies):
+        mortal.start_worker(nanny="--nanny")
+    mortal.kill_worker(0)
+    while len(mortal.client.nthreads()) < nannies:
+        time.sleep(0.02)
+    with pytest.raises(ClusterError, match="worker after worker dies of the same work, of too little memory perhaps"):
+        trained(Deadly(), tiny, (25, 6, 10), batches=Cluster(mortal.client).batch)
+    for nanny in mortal.workers:
+        nanny.terminate()  # its worker with it
+        nanny.wait()
+
+
+def test_a_scheduler_without_the_project(tmp_path):
+    program = "import sys; sys.modules['model'] = None; from distributed.cli.dask_scheduler import main; main()"
+    processes = Processes(tmp_path, scheduler=["-c", program])
+    try:
+        processes.have(1)
+        with pytest.raises(ClusterError, match="the scheduler does not know this project: scheduler and workers need"):
+            Cluster(processes.client)
+    finally:
+        processes.end()
+
+
+def test_a_worker_without_the_project(mortal):
+    program = "import sys; sys.modules['model'] = None; from distributed.cli.dask_worker import main; main()"
+    mortal.start_worker(program=["-c", program])
+    while len(mortal.client.nthreads()) < 2:
+        time.sleep(0.02)
+    mortal.kill_worker(0)
+    with pytest.raises(ClusterError, match="no worker answers for 2 seconds: scheduler and workers need"):
+        Cluster(mortal.client, patience=2)
 
 
 class Deadly(NumpyBackend):
