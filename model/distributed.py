@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from distributed import CancelledError, Client, Future, KilledWorker, LocalCluster, WorkerPlugin, get_worker, wait
 from distributed import TimeoutError as NotYet
-from distributed.comm import CommClosedError
+from distributed.comm import CommClosedError, get_address_host_port
 from llvmlite import binding
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_info
@@ -442,6 +442,8 @@ def connect(scheduler: str | None, workers: int | None = None, threads: int = 1)
                 warnings.filterwarnings("ignore", "Port .* is already in use")
                 address = stack.enter_context(LocalCluster(n_workers=workers, threads_per_worker=share))
         try:
+            if scheduler is not None:
+                get_address_host_port(scheduler)  # with a wrong one, a client would hang at its end
             client = stack.enter_context(Client(address, set_as_default=False))
         except (OSError, ValueError) as error:
             raise ClusterError(
