@@ -57,7 +57,7 @@ class Backend(ABC):
         Returns
         -------
         Matrix
-            (n, p): the images / 255, with ``len``, ``shape``, ``dtype``, ``nbytes`` and ``.T``.
+            (n, p): the images / 255, with ``len``, ``shape``, ``dtype`` and ``.T``, and ``nbytes`` for a memory limit.
 
         Raises
         ------

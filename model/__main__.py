@@ -63,11 +63,10 @@ DataFolder = Annotated[
 
 def parse_bytes(text: str) -> int:
     """A number of bytes, as in "500 MB"."""
-    match = re.fullmatch(rf"([\d.]+) *({'|'.join(BYTES)})", text)
-    try:
-        return int(float(match[1]) * BYTES[match[2]]) if match else int(text)
-    except ValueError as error:
-        raise typer.BadParameter(f"{text!r} is no number of bytes: give one as in '500 MB' or '2 GiB'") from error
+    match = re.fullmatch(rf"(\d+(?:\.\d+)?) *({'|'.join(BYTES)})?", text)
+    if not match:
+        raise typer.BadParameter(f"{text!r} is no number of bytes: give one as in '500 MB' or '2 GiB'")
+    return int(float(match[1]) * BYTES[match[2] or "B"])
 
 
 @app.command("train")

@@ -153,7 +153,8 @@ class Part:
 
     def __sizeof__(self) -> int:
         """What Dask takes into account before it moves a part or gives a worker more."""
-        return sum(shard.kept_bytes for shard in vars(self).get("shards", ()))
+        prepared = itertools.chain(*(shard.kept.values() for shard in vars(self).get("shards", ())))
+        return sum(getattr(x, "nbytes", 0) for x in prepared)
 
     @functools.cached_property
     def shards(self) -> list[Shard]:

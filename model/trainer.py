@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from threading import Lock
+from threading import RLock
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -99,19 +99,24 @@ class Memory:
     def __init__(self, limit: int | None = None) -> None:
         self.limit = limit
         self.used = 0
-        self._lock = Lock()
+        self._lock = RLock()  # while it is held, garbage collection may give something back
 
-    def take(self, size: int) -> bool:
-        """Whether `size` bytes more fit; if so, they count as used."""
+    def take(self, x: Any) -> bool:
+        """Whether some prepared images fit, and if so, count them as kept."""
+        if self.limit is None:
+            return True
+        if not hasattr(x, "nbytes"):
+            raise ValueError(f"a memory limit needs nbytes of prepared images, which {type(x).__name__} lacks")
         with self._lock:
-            fits = self.limit is None or self.used + size <= self.limit
-            self.used += size if fits else 0
+            fits = self.used + x.nbytes <= self.limit
+            self.used += x.nbytes if fits else 0
         return fits
 
-    def give_back(self, size: int) -> None:
-        """Count `size` bytes as used no longer."""
-        with self._lock:
-            self.used -= size
+    def give_back(self, kept: Iterable[Any]) -> None:
+        """Count these as kept no longer."""
+        if self.limit is not None:
+            with self._lock:
+                self.used -= sum(x.nbytes for x in kept)
 
 
 class Shard:
@@ -140,12 +145,7 @@ class Shard:
         return len(self.labels)
 
     def __del__(self) -> None:
-        self.memory.give_back(self.kept_bytes)
-
-    @property
-    def kept_bytes(self) -> int:
-        """Bytes of the prepared chunks that are kept."""
-        return sum(x.nbytes for x in self.kept.values())
+        self.memory.give_back(self.kept.values())
 
     def prepare(self) -> None:
         """Prepare as many chunks as are kept."""
@@ -177,7 +177,7 @@ class Shard:
             x = self.kept.get(start)
             if x is None:
                 x = self.backend.prepare(self.images[start : start + CHUNK], self.dtype)
-                if self.memory.take(x.nbytes):
+                if self.memory.take(x):
                     self.kept[start] = x
             yield x, self.labels[start : start + CHUNK]
 

@@ -18,6 +18,7 @@ from distributed import Client
 from kernels import get_backend
 from kernels.numpy_backend import NumpyBackend
 from model import distributed
+from model.__main__ import parse_bytes
 from model.checkpoint import load
 from model.data import limited, load_idx
 from model.distributed import Cluster, ClusterError, add_subtrees, subtrees
@@ -409,6 +410,7 @@ def test_interrupt_leaves_the_step_to_the_workers(tmp_path):
         (["--workers", "0"], "Invalid value for '--workers'"),
         (["--memory-limit", "much"], "'much' is no number of bytes: give one as in '500 MB'"),
         (["--memory-limit", "1.2.3 GB"], "'1.2.3 GB' is no number of bytes"),
+        (["--memory-limit", "-5"], "'-5' is no number of bytes"),
     ],
 )
 def test_errors_are_one_line_and_exit_code_2(arguments, message, monkeypatch):
@@ -417,6 +419,13 @@ def test_errors_are_one_line_and_exit_code_2(arguments, message, monkeypatch):
     assert result.returncode == 2
     assert re.fullmatch(r"error: .*\n", result.stderr), result.stderr
     assert message in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("7", 7), ("500 MB", 5 * 10**8), ("1.5kB", 1500), ("2 GiB", 2**31), ("0", 0)]
+)
+def test_numbers_of_bytes(text, size):
+    assert parse_bytes(text) == size
 
 
 def test_without_dask():

@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+from scipy.sparse import csr_array
 
 from kernels import get_backend
 from kernels.numpy_backend import NumpyBackend
@@ -188,6 +189,16 @@ def test_no_more_is_kept_than_the_limit(tiny):
         assert memory.used == 3 * 51_200 + 40 * 100
         del shards
     assert memory.used == 0
+
+
+def test_a_limit_needs_the_size_of_prepared_images(tiny):
+    class Sizeless(NumpyBackend):
+        def _prepare(self, images, dtype):
+            return csr_array(super()._prepare(images, dtype))
+
+    assert trained(Sizeless(), tiny)
+    with pytest.raises(ValueError, match="a memory limit needs nbytes of prepared images, which csr_array lacks"):
+        trained(Sizeless(), tiny, memory_limit=0)
 
 
 @pytest.mark.parametrize("options", [{"learning_rate": 1e30}, {"learning_rate": 1e30, "epochs": 1}])
