@@ -20,11 +20,11 @@ from scipy.sparse import csr_array
 
 from bench.interleave import interleave
 from kernels import get_backend, sparse_backend
-from kernels.backend import Backend
+from kernels.backend import CHUNK, Backend
 from kernels.numba_backend import NumbaBackend
 from kernels.sparse_backend import GROUP, NonZeros
 from model.data import Dataset
-from model.trainer import CHUNK, thread_pool
+from model.trainer import thread_pool
 
 CHUNKS = 20
 UNITS = 128

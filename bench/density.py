@@ -10,9 +10,10 @@ import numpy as np
 from bench.ablation import prepared, products_of
 from bench.interleave import interleave, summary
 from kernels import get_backend
+from kernels.backend import CHUNK
 from model.data import Dataset
 from model.figures import BOUND_COLOUR, colour, figure_file, print_small, short, title
-from model.trainer import CHUNK, thread_pool
+from model.trainer import thread_pool
 
 PERCENT = (1, 2, 3, 5, 7, 10, 15, 20, 30, 40, 50, 60, 70, 80, 90, 100)
 CHUNKS = 4

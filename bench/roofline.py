@@ -26,7 +26,7 @@ from kernels.sparse_backend import aligned_empty
 from model.data import Dataset
 from model.figures import BOUND_COLOUR, colour, end_labels, figure_file, note, plain_ticks, print_small, short, title
 from model.mlp import MLP
-from model.trainer import CHUNK, thread_pool
+from model.trainer import thread_pool
 
 # What the machine can do -------------------------------------------------------------------------------------------
 
@@ -110,8 +110,8 @@ def products(backend: Backend, images: NDArray[np.uint8]) -> dict[str, Product]:
     """The forward product, x W1 + b1, and the backward product, x.T dz, of a backend."""
     rng = np.random.default_rng(0)
     weights, bias = MLP().layers[0]
-    upstream = rng.standard_normal((CHUNK, len(bias)), np.float32)
-    chunks = [backend.prepare(images[start : start + CHUNK]) for start in range(0, len(images), CHUNK)]
+    upstream = rng.standard_normal((backend.chunk, len(bias)), np.float32)
+    chunks = [backend.prepare(images[start : start + backend.chunk]) for start in range(0, len(images), backend.chunk)]
 
     def forward() -> None:
         for x in chunks:

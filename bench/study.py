@@ -33,6 +33,7 @@ STUDIES = (
     "scaling",
     "roofline",
     "break_even",
+    "distributed",
     "reproduction",
 )
 

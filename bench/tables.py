@@ -15,6 +15,7 @@ from rich.table import Table
 
 from bench import RESULTS
 from bench.break_even import break_even
+from bench.distributed import FEW, MEMORY_LIMIT, PROCESS, calculation
 from bench.interleave import verdict
 from bench.plots import Results, load
 from model.figures import ordered, short
@@ -142,7 +143,23 @@ def ablation_table(results: Path) -> str:
     return _markdown(table)
 
 
+def distributed_table(results: Path) -> str:
+    """Seconds per epoch in one process and on Dask workers, on the same cores."""
+    rows = read(results).found["distributed"]["seconds"]
+    places = list(rows[0]["places"])
+    table = Table("backend", "images", *places, "2 workers relative to one process", box=MARKDOWN)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        medians = [row["places"][place]["median"] for place in places]
+        cells = (f"{row['places'][p]['low']:.3f} to {row['places'][p]['high']:.3f}" for p in places)
+        ratio = f"{medians[-1] / medians[0]:.2f}"
+        table.add_row(f"`{row['backend']}`", f"{row['images']:,}", *cells, ratio)
+    return _markdown(table)
+
+
 TABLES = {
+    "distributed": distributed_table,
     "speed": speed_table,
     "competitors": competitor_table,
     "ratios": ratio_table,
@@ -185,6 +202,30 @@ def _command(results: Path, key: str) -> str:
     return short(read(results).found["break_even"]["command"][key])
 
 
+def _delay(results: Path) -> str:
+    few = next(row for row in read(results).found["distributed"]["seconds"] if row["images"] == FEW)["places"]
+    return short(1e3 * (few["2 workers"]["median"] - few[PROCESS]["median"]))
+
+
+def _megabytes_sent(results: Path) -> str:
+    return short(read(results).found["distributed"]["bytes"]["2 workers"] / 2e6)
+
+
+def _peak_megabytes(results: Path, limit: int | None) -> str:
+    (peak,) = (row["peak_bytes"] for row in read(results).found["distributed"]["memory"] if row["limit"] == limit)
+    return f"{peak / 1e6:,.0f}"
+
+
+def _calculated(results: Path, key: str, unit: float) -> str:
+    return short(calculation(read(results).found["distributed"], 16, 1e9)[key] / unit)
+
+
+def _calculated_gigabytes(results: Path) -> str:
+    found = read(results).found
+    per_image = found["memory"]["peak_bytes"]["sparse"] / found["scaling"]["images"]
+    return short(per_image * 1e9 / 16 / 1e9)
+
+
 # Numbers within sentences.
 NUMBERS: dict[str, Callable[[Path], str]] = {
     "nanoseconds": _nanoseconds,
@@ -199,6 +240,15 @@ NUMBERS: dict[str, Callable[[Path], str]] = {
     "compiled-naive-accuracy": _compiled_naive_accuracy,
     "break-even": lambda results: _break_even(results, "sparse"),
     "break-even-first-run": lambda results: _break_even(results, "sparse, first run"),
+    "distributed-delay": _delay,
+    "distributed-megabytes": _megabytes_sent,
+    "distributed-peak": lambda results: _peak_megabytes(results, None),
+    "distributed-peak-limited": lambda results: _peak_megabytes(results, MEMORY_LIMIT),
+    "calculated-arithmetic": lambda results: _calculated(results, "arithmetic", 1),
+    "calculated-gigabytes": _calculated_gigabytes,
+    "calculated-sending": lambda results: _calculated(results, "sending", 1e-3),
+    "calculated-hashing": lambda results: _calculated(results, "hashing", 60),
+    "calculated-worth": lambda results: _calculated(results, "worth it", 1e6),
     "command-ratio": lambda results: _command(results, "ratio"),
     "command-seconds": lambda results: _command(results, "seconds"),
 }

@@ -8,8 +8,8 @@ import pytest
 from numpy.typing import NDArray
 
 from kernels import get_backend
+from kernels.backend import CHUNK
 from model.mlp import MLP
-from model.trainer import CHUNK
 
 NAIVE_CHUNK = 4  # images; pure Python takes milliseconds for each
 

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+CHUNK = 1024
+
 FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 
 
@@ -22,12 +24,23 @@ class Matrix(Protocol):
     @property
     def dtype(self) -> np.dtype: ...
     @property
+    def nbytes(self) -> int: ...
+    @property
     def T(self) -> "Matrix": ...
     def __len__(self) -> int: ...
 
 
 class Backend(ABC):
-    """The four kernels of the network, and how it likes its images prepared."""
+    """The four kernels of the network, and how it likes its images prepared.
+
+    Attributes
+    ----------
+    chunk : int
+        How many images at most are prepared together and pass through the network: so many that their activations stay
+        in a core's cache.
+    """
+
+    chunk = CHUNK
 
     @property
     def name(self) -> str:
@@ -55,7 +68,7 @@ class Backend(ABC):
         Returns
         -------
         Matrix
-            (n, p): the images / 255, with ``len``, ``shape``, ``dtype`` and ``.T``.
+            (n, p): the images / 255, with ``len``, ``shape``, ``dtype`` and ``.T``, and ``nbytes`` for a memory limit.
 
         Raises
         ------

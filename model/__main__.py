@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -30,7 +31,7 @@ from model.picture import PictureError, read_picture
 from model.report import comparison_table, environment, history_table, probability_bars, run_report, write_json
 from model.reproduction import FITTED, MINI_BATCH, full_batch_histories, history, reproduce
 from model.signals import Stopped, stop, stoppable, stoppable_between_steps
-from model.trainer import State, TrainingError, available_cores, train
+from model.trainer import Batch, State, TrainingError, available_cores, train
 
 app = typer.Typer(
     help="Train a small neural network on MNIST, with its kernels written in different ways.",
@@ -42,6 +43,7 @@ out = Console()
 err = Console(stderr=True)
 
 SAVE_SECONDS = 60
+BYTES = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 Threads = Annotated[
     int | None,
@@ -49,11 +51,22 @@ Threads = Annotated[
 ]
 DatasetName = Annotated[
     str,
-    typer.Option(help="mnist, digits28 (a stand-in that needs no network), or auto: MNIST if it can be had."),
+    typer.Option(
+        help="mnist, digits28 (a stand-in that needs no network), auto: MNIST if it can be had, or idx: other files in "
+        "MNIST's format, with any number of images, mapped into memory."
+    ),
 ]
 DataFolder = Annotated[
-    Path | None, typer.Option(help="Folder with the MNIST files. [default: $MNIST_DIR, else downloaded once]")
+    Path | None, typer.Option(help="Folder with the files. [default: $MNIST_DIR, else MNIST is downloaded once]")
 ]
+
+
+def parse_bytes(text: str) -> int:
+    """A number of bytes, as in "500 MB"."""
+    match = re.fullmatch(rf"(\d+(?:\.\d+)?) *({'|'.join(BYTES)})?", text)
+    if not match:
+        raise typer.BadParameter(f"{text!r} is no number of bytes: give one as in '500 MB' or '2 GiB'")
+    return int(float(match[1]) * BYTES[match[2] or "B"])
 
 
 @app.command("train")
@@ -70,6 +83,20 @@ def train_command(
     hidden: Annotated[int, typer.Option(help="Units in the hidden layer.")] = 128,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the random start and of the shuffling.")] = 0,
     threads: Threads = None,
+    memory_limit: Annotated[
+        int | None,
+        typer.Option(
+            parser=parse_bytes,
+            metavar="BYTES",
+            help="Keep no more prepared images than this in a process, as in '500 MB'; prepare the others each epoch.",
+        ),
+    ] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(help="Train on the workers of a Dask cluster: the address, as in tcp://HOST:8786.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Train on so many Dask workers, started on this machine, to try it.")
+    ] = None,
     eval_every: Annotated[int, typer.Option(help="Measure the test accuracy after every so many epochs.")] = 1,
     dataset: DatasetName = "auto",
     data: DataFolder = None,
@@ -120,16 +147,40 @@ def train_command(
     protocol = {name: options[name] for name in ("epochs", "learning_rate", "batch_size", "seed", "eval_every")}
     protocol |= {"threads": threads}
     title = f"{config.backend} on {images.name}"
-    with training(title, config.epochs * count, passed) as (received, on_images):
+    with (
+        batches_on(scheduler, workers, threads) as batches,
+        training(title, config.epochs * count, passed) as (received, on_images),
+    ):
         on_step = between_steps(file, checkpoint_every, mlp, config, received)
-        history = train(mlp, kernels, images, **protocol, state=state, on_images=on_images, on_step=on_step)
-    out.print(history_table(history, f"{title}, {threads} threads"))
+        hooks: dict[str, Any] = {"batches": batches, "on_images": on_images, "on_step": on_step}
+        history = train(mlp, kernels, images, **protocol, memory_limit=memory_limit, state=state, **hooks)
+    out.print(history_table(history, f"{title}, {scheduler or f'{threads} threads'}"))
     if file:
         out.print(f"checkpoint written to {file}", soft_wrap=True)
     if json_file:
         settings = {"dataset": images.name, **{name: options[name] for name in ("backend", "limit", "hidden")}}
         write_json(json_file, run_report(history, kernels, {**settings, **protocol}))
         out.print(f"history written to {json_file}")
+
+
+@contextmanager
+def batches_on(scheduler: str | None, workers: int | None, threads: int) -> Iterator[Callable[..., Batch] | None]:
+    """For `train`: what makes batches on the workers of a cluster, or None for those in this process."""
+    if scheduler is None and workers is None:
+        yield None
+        return
+    if scheduler and workers:
+        raise ValueError("--workers starts a cluster of its own: leave it out, or --scheduler")
+    try:
+        from model.distributed import connect  # Dask is needed for nothing else
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{error}: training on workers needs Dask, install it by: pip install -e '.[distributed]'"
+        ) from error
+    with connect(scheduler, workers, threads) as cluster:
+        if workers:
+            say(f"dashboard: {cluster.client.dashboard_link}")
+        yield cluster.batch
 
 
 def settings_not_given(context: typer.Context, config: Config) -> dict[str, Any]:

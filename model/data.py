@@ -1,4 +1,4 @@
-"""The data: MNIST, found or fetched and verified, and digits28, a stand-in that needs no network.
+"""The data: MNIST, found or fetched and verified; digits28, a stand-in that needs no network; IDX files of any size.
 
 MNIST's files come from outside, so nothing in them is taken on trust: sizes are bounded before they are read,
 their structure is checked first, because that gives the more helpful error, and their SHA-256 last.
@@ -27,13 +27,15 @@ from model.files import write_whole
 
 Bytes: TypeAlias = NDArray[np.uint8]
 
-DATASETS = ("auto", "mnist", "digits28")
+DATASETS = ("auto", "mnist", "digits28", "idx")
 MIRRORS = (
     "https://ossci-datasets.s3.amazonaws.com/mnist/",
     "https://storage.googleapis.com/cvdf-datasets/mnist/",
 )
 TIMEOUT = (5.0, 30.0)  # seconds to connect, and to wait for the next bytes
 ADVICE = f"Replace it with the original from {MIRRORS[0]}"
+IDX_ADVICE = "Write it again, in the format of MNIST's files"
+HASHED_ROWS = 2**16
 
 
 class File(NamedTuple):
@@ -86,11 +88,13 @@ class Dataset(NamedTuple):
     Attributes
     ----------
     name : str
-        ``"MNIST"`` or ``"digits28"``.
+        ``"MNIST"``, ``"digits28"`` or ``"idx"``.
     train_images, test_images : uint8 arrays of shape (60000, 784) and (10000, 784)
         One image of 28 x 28 pixels per row; 0 is background, 255 is ink.
     train_labels, test_labels : uint8 arrays of shape (60000,) and (10000,)
         The digits, 0 to 9.
+
+    Those of ``"idx"`` are memory maps, of any number of images.
     """
 
     name: str
@@ -115,9 +119,9 @@ def load_dataset(
     Parameters
     ----------
     name : str
-        ``"mnist"``, ``"digits28"``, or ``"auto"``: MNIST if it can be had, else digits28 with a notice.
+        ``"mnist"``, ``"digits28"``, ``"idx"``, or ``"auto"``: MNIST if it can be had, else digits28 with a notice.
     directory : path, optional
-        Where MNIST's files are, see `load_mnist`.
+        Where the files are, see `load_mnist` and `load_idx`.
     notify : callable
         Receives the notice, one line of text.
 
@@ -128,13 +132,15 @@ def load_dataset(
     Raises
     ------
     DataError
-        If the name is unknown or MNIST cannot be loaded. Under ``"auto"`` the latter is an error only if
+        If the name is unknown or the data cannot be loaded. Under ``"auto"`` the latter is an error only if
         `directory` or the environment variable ``MNIST_DIR`` is given: whoever points at MNIST wants MNIST.
     """
     if name not in DATASETS:
         raise DataError(f"Unknown dataset {name!r}: choose one of {', '.join(DATASETS)}")
     if name == "digits28":
         return load_digits28()
+    if name == "idx":
+        return load_idx(directory)
     try:
         return load_mnist(directory)
     except DataError as error:
@@ -170,6 +176,36 @@ def load_mnist(directory: str | os.PathLike[str] | None = None) -> Dataset:
     return Dataset("MNIST", *_read_pair(source, *FILES[:2]), *_read_pair(source, *FILES[2:]))
 
 
+def load_idx(directory: str | os.PathLike[str] | None = None) -> Dataset:
+    """Open images and labels in the format of MNIST's files, of any number, as memory maps: nothing is read yet.
+
+    Parameters
+    ----------
+    directory : path, optional
+        Where the four files are, not compressed, named as MNIST's are, see `load_mnist`. Defaults to the environment
+        variable ``MNIST_DIR``.
+
+    Returns
+    -------
+    Dataset
+
+    Raises
+    ------
+    DataError
+        If no directory is given, or a file is missing, compressed, or not what it should be.
+    """
+    source = _given_directory(directory)
+    if source is None:
+        raise DataError("The folder with the IDX files is not given: name it by --data or MNIST_DIR")
+    arrays = []
+    for images_file, labels_file in (FILES[:2], FILES[2:]):
+        images_path, images = _map(source, images_file)
+        labels_path, labels = _map(source, labels_file)
+        _check_pair(images_path, images, labels_path, labels, IDX_ADVICE)
+        arrays += [images.reshape(len(images), -1), labels]
+    return Dataset("idx", *arrays)
+
+
 def limited(dataset: Dataset, count: int | None) -> Dataset:
     """Keep only the first `count` training images and their labels; None keeps all.
 
@@ -202,7 +238,8 @@ def sha256(dataset: Dataset) -> str:
     digest = hashlib.sha256()
     for array in dataset[1:]:
         digest.update(str(array.shape).encode())
-        digest.update(np.ascontiguousarray(array).data)
+        for start in range(0, len(array), HASHED_ROWS):  # an array may be larger than memory
+            digest.update(np.ascontiguousarray(array[start : start + HASHED_ROWS]).data)
     return digest.hexdigest()
 
 
@@ -258,13 +295,7 @@ def _read_pair(directory: Path, images_file: File, labels_file: File) -> tuple[B
     labels_path, labels_payload = _read(directory, labels_file)
     images = parse_idx(images_payload, 3, str(images_path))
     labels = parse_idx(labels_payload, 1, str(labels_path))
-    if images.shape[1:] != (28, 28):
-        size = " x ".join(map(str, images.shape[1:]))
-        raise DataError(f"{images_path}: images of {size} pixels, not 28 x 28. {ADVICE}")
-    if len(images) != len(labels):
-        raise DataError(f"{labels_path}: {len(labels)} labels for {len(images)} images. {ADVICE}")
-    if labels.max() > 9:
-        raise DataError(f"{labels_path}: label {labels.max()} is outside 0-9. {ADVICE}")
+    _check_pair(images_path, images, labels_path, labels, ADVICE)
     for file, path, payload in (
         (images_file, images_path, images_payload),
         (labels_file, labels_path, labels_payload),
@@ -274,11 +305,46 @@ def _read_pair(directory: Path, images_file: File, labels_file: File) -> tuple[B
     return images.reshape(len(images), -1), labels
 
 
+def _check_pair(images_path: Path, images: Bytes, labels_path: Path, labels: Bytes, advice: str) -> None:
+    """Raise a DataError unless these are pictures of 28 x 28 pixels and a digit for each."""
+    if images.shape[1:] != (28, 28):
+        size = " x ".join(map(str, images.shape[1:]))
+        raise DataError(f"{images_path}: images of {size} pixels, not 28 x 28. {advice}")
+    if len(images) != len(labels):
+        raise DataError(f"{labels_path}: {len(labels)} labels for {len(images)} images. {advice}")
+    if labels.max() > 9:
+        raise DataError(f"{labels_path}: label {labels.max()} is outside 0-9. {advice}")
+
+
+def _find(directory: Path, file: File, suffixes: tuple[str, ...]) -> Path | None:
+    """The file under any of its usual names."""
+    stems = file.name, file.name.replace("-idx", ".idx")
+    paths = [directory / (stem + suffix) for stem in stems for suffix in suffixes]
+    return next((path for path in paths if os.path.isfile(path)), None)  # Path's own may raise OSError
+
+
+def _map(directory: Path, file: File) -> tuple[Path, Bytes]:
+    """Find a file; return its path and a memory map of its elements."""
+    path = _find(directory, file, ("",))
+    if path is None:
+        if compressed := _find(directory, file, (".gz",)):
+            raise DataError(
+                f"{compressed}: a compressed file cannot be mapped into memory. Unpack it: gunzip {compressed}"
+            )
+        raise DataError(f"{directory}: {file.name} is missing or inaccessible. Put it there")
+    ndim = len(file.shape)
+    try:
+        with path.open("rb") as stream:
+            header = stream.read(4 + 4 * ndim)
+        shape = _idx_shape(header, path.stat().st_size, ndim, str(path), IDX_ADVICE)
+        return path, np.memmap(path, np.uint8, "r", offset=len(header), shape=shape)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error}). {IDX_ADVICE}") from error
+
+
 def _read(directory: Path, file: File) -> tuple[Path, bytes]:
     """Find a file under any of its usual names; return its path and its decompressed content."""
-    stems = file.name, file.name.replace("-idx", ".idx")
-    paths = [directory / (stem + suffix) for stem in stems for suffix in ("", ".gz")]
-    path = next((path for path in paths if os.path.isfile(path)), None)  # Path's own may raise OSError
+    path = _find(directory, file, ("", ".gz"))
     if path is None:
         raise DataError(
             f"{directory}: {file.name} is missing or inaccessible, plain or as .gz."
@@ -293,7 +359,7 @@ def _read(directory: Path, file: File) -> tuple[Path, bytes]:
     except (OSError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read ({error}). {ADVICE}") from error
     if len(payload) > size:
-        raise DataError(f"{path}: longer than MNIST's {size} bytes. {ADVICE}")
+        raise DataError(f"{path}: longer than MNIST's {size} bytes. {ADVICE}, or train on it as it is: --dataset idx")
     return path, payload
 
 
@@ -320,19 +386,25 @@ def parse_idx(payload: bytes, ndim: int, source: str) -> Bytes:
     DataError
         If the magic number is wrong or the length is not what the dimensions ask for.
     """
-    magic, header = bytes((0, 0, 8, ndim)), 4 + 4 * ndim
-    if payload[:4] != magic:
-        raise DataError(f"{source}: magic number {payload[:4].hex()} where {magic.hex()} belongs. {ADVICE}")
-    if len(payload) < header:
-        raise DataError(f"{source}: truncated inside its header of {header} bytes. {ADVICE}")
-    shape = struct.unpack_from(f">{ndim}I", payload, 4)
-    expected = header + math.prod(shape)  # Python's integers, so hostile dimensions cannot overflow
-    if expected == header:
-        raise DataError(f"{source}: no data, its dimensions are {shape}. {ADVICE}")
-    if len(payload) != expected:
-        kind = "truncated" if len(payload) < expected else "too long"
-        raise DataError(f"{source}: {kind}, {len(payload)} bytes where {expected} belong. {ADVICE}")
-    return np.frombuffer(payload, np.uint8, offset=header).reshape(shape)
+    shape = _idx_shape(payload[: 4 + 4 * ndim], len(payload), ndim, source, ADVICE)
+    return np.frombuffer(payload, np.uint8, offset=4 + 4 * ndim).reshape(shape)
+
+
+def _idx_shape(header: bytes, length: int, ndim: int, source: str, advice: str) -> tuple[int, ...]:
+    """The dimensions of an IDX file of `length` bytes, from its first bytes."""
+    magic, size = bytes((0, 0, 8, ndim)), 4 + 4 * ndim
+    if header[:4] != magic:
+        raise DataError(f"{source}: magic number {header[:4].hex()} where {magic.hex()} belongs. {advice}")
+    if len(header) < size:
+        raise DataError(f"{source}: truncated inside its header of {size} bytes. {advice}")
+    shape = struct.unpack_from(f">{ndim}I", header, 4)
+    expected = size + math.prod(shape)  # Python's integers, so hostile dimensions cannot overflow
+    if expected == size:
+        raise DataError(f"{source}: no data, its dimensions are {shape}. {advice}")
+    if length != expected:
+        kind = "truncated" if length < expected else "too long"
+        raise DataError(f"{source}: {kind}, {length} bytes where {expected} belong. {advice}")
+    return shape
 
 
 def load_digits28() -> Dataset:

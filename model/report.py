@@ -21,7 +21,7 @@ from model.files import write_whole
 from model.reproduction import PUBLISHED
 from model.trainer import History, available_cores
 
-PACKAGES = ("numpy", "scipy", "numba", "llvmlite", "scikit-learn", "torch", "jax")
+PACKAGES = ("numpy", "scipy", "numba", "llvmlite", "scikit-learn", "torch", "jax", "distributed")
 VARIABLES = ("OPENBLAS_", "MKL_", "OMP_", "GOMP_", "NUMBA_", "XLA_", "TORCH")
 TABLE_ROWS = 10
 

@@ -5,6 +5,8 @@ at most 1,024 images, whose activations stay in a core's cache. A shard adds the
 the shards are added in a fixed binary tree, so threads change who computes a sum, never the order of its additions.
 """
 
+import contextlib
+import ctypes
 import itertools
 import math
 import os
@@ -13,17 +15,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from functools import partial
+from threading import RLock
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from kernels.backend import Backend
+from kernels.backend import CHUNK, Backend
 from model.data import Dataset
 from model.mlp import MLP
 
-CHUNK = 1024
 SHARDS = 32
 
 
@@ -84,8 +87,116 @@ class Sums(NamedTuple):
     gradient: list[NDArray]
 
 
+class Memory:
+    """How much of its prepared images a process keeps.
+
+    Parameters
+    ----------
+    limit
+        In bytes; None is no limit.
+    """
+
+    def __init__(self, limit: int | None = None) -> None:
+        self.limit = limit
+        self.used = 0
+        self._lock = RLock()  # while it is held, garbage collection may give something back
+
+    def take(self, x: Any) -> bool:
+        """Whether some prepared images fit, and if so, count them as kept."""
+        if self.limit is None:
+            return True
+        if not hasattr(x, "nbytes"):
+            raise ValueError(f"a memory limit needs nbytes of prepared images, which {type(x).__name__} lacks")
+        with self._lock:
+            fits = self.used + x.nbytes <= self.limit
+            self.used += x.nbytes if fits else 0
+        return fits
+
+    def give_back(self, kept: Iterable[Any]) -> None:
+        """Count these as kept no longer."""
+        if self.limit is not None:
+            with self._lock:
+                self.used -= sum(x.nbytes for x in kept)
+
+
+class Shard:
+    """Images and labels, prepared for a backend in chunks.
+
+    Chunks that fit into `memory` are kept, the others are prepared again whenever they are needed. None makes room for
+    another: every epoch takes all in the same order, so the one that was not used for longest is the next to be used.
+
+    Parameters
+    ----------
+    backend, images, labels, dtype
+        As for `Shards`.
+    memory
+        Shared by all shards of the process.
+    """
+
+    def __init__(self, backend: Backend, images: NDArray, labels: NDArray, dtype: np.dtype, memory: Memory) -> None:
+        self.backend = backend
+        self.images = images
+        self.labels = labels
+        self.dtype = dtype
+        self.memory = memory
+        self.kept: dict[int, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __del__(self) -> None:
+        self.memory.give_back(self.kept.values())
+
+    def prepare(self) -> None:
+        """Prepare as many chunks as are kept."""
+        for count, _ in enumerate(self._chunks(), start=1):
+            if len(self.kept) < count:
+                break
+
+    def gradient(self, mlp: MLP) -> Sums:
+        """Sums over all images, chunk by chunk."""
+        with np.errstate(all="ignore"):  # a diverging run ends with one clear error instead of warnings
+            parts = (Sums(*mlp.gradients(self.backend, x, labels)) for x, labels in self._chunks())
+            total = next(parts)
+            for part in parts:
+                total = add(total, part)
+        return total
+
+    def loss(self, mlp: MLP) -> tuple[float, int]:
+        """Loss and correct count, summed over all images."""
+        loss, correct = 0.0, 0
+        with np.errstate(all="ignore"):
+            for x, labels in self._chunks():
+                _, logits = mlp.forward(self.backend, x)
+                chunk_loss, chunk_correct, _ = self.backend.softmax_grad(logits, labels)
+                loss, correct = loss + chunk_loss, correct + chunk_correct
+        return loss, correct
+
+    def _chunks(self) -> Iterator[tuple[Any, NDArray]]:
+        for chunk in even_parts(len(self), math.ceil(len(self) / self.backend.chunk)):
+            x = self.kept.get(chunk.start)
+            if x is None:
+                x = self.backend.prepare(self.images[chunk], self.dtype)
+                if self.memory.take(x):
+                    self.kept[chunk.start] = x
+            yield x, self.labels[chunk]
+
+
+class Batch(Protocol):
+    """What a step of gradient descent needs of its images, wherever they are."""
+
+    count: int
+    """Of the images."""
+
+    def gradient(self, mlp: MLP, on_images: Callable[[int], None]) -> Sums:
+        """Sums over all images; calls `on_images` with numbers of images that are done."""
+
+    def evaluate(self, mlp: MLP) -> tuple[float, float]:
+        """Mean loss and accuracy over all images."""
+
+
 class Shards:
-    """Images and labels, prepared for a backend in shards of chunks.
+    """A `Batch` in the memory of this process, in shards.
 
     Parameters
     ----------
@@ -97,49 +208,38 @@ class Shards:
         uint8 (n, pixels) and integers (n,).
     dtype
         float32 or float64.
+    memory
+        Limits what is kept prepared; None is no limit.
     """
 
-    def __init__(self, run: Callable, backend: Backend, images: NDArray, labels: NDArray, dtype: np.dtype) -> None:
+    def __init__(
+        self,
+        run: Callable,
+        backend: Backend,
+        images: NDArray,
+        labels: NDArray,
+        dtype: np.dtype,
+        memory: Memory | None = None,
+    ) -> None:
         self.run = run
-        self.backend = backend
         self.count = len(images)
-
-        def prepare(shard: list[slice]) -> list[tuple[Any, NDArray]]:
-            return [(backend.prepare(images[chunk], dtype), labels[chunk]) for chunk in shard]
-
-        self.shards = list(run(prepare, shards_of_chunks(self.count)))
+        memory = memory or Memory()
+        self.shards = [Shard(backend, images[part], labels[part], dtype, memory) for part in shard_ranges(self.count)]
+        list(run(Shard.prepare, self.shards))
 
     def gradient(self, mlp: MLP, on_images: Callable[[int], None] = lambda images: None) -> Sums:
         """Sums over all images; calls `on_images` with the size of each finished shard."""
 
         def finished() -> Iterator[Sums]:
-            for shard, sums in zip(self.shards, self.run(lambda shard: self._shard_gradient(mlp, shard), self.shards)):
-                on_images(sum(len(labels) for _, labels in shard))
+            for shard, sums in zip(self.shards, self.run(lambda shard: shard.gradient(mlp), self.shards)):
+                on_images(len(shard))
                 yield sums
 
         return add_in_tree(finished())
 
     def evaluate(self, mlp: MLP) -> tuple[float, float]:
         """Mean loss and accuracy over all images."""
-        sums = list(self.run(lambda shard: self._shard_loss(mlp, shard), self.shards))
-        return sum(loss for loss, _ in sums) / self.count, sum(correct for _, correct in sums) / self.count
-
-    def _shard_gradient(self, mlp: MLP, shard: list[tuple[Any, NDArray]]) -> Sums:
-        with np.errstate(all="ignore"):  # a diverging run ends with one clear error instead of warnings
-            parts = (Sums(*mlp.gradients(self.backend, x, labels)) for x, labels in shard)
-            total = next(parts)
-            for part in parts:
-                total = _add(total, part)
-        return total
-
-    def _shard_loss(self, mlp: MLP, shard: list[tuple[Any, NDArray]]) -> tuple[float, int]:
-        loss, correct = 0.0, 0
-        with np.errstate(all="ignore"):
-            for x, labels in shard:
-                _, logits = mlp.forward(self.backend, x)
-                chunk_loss, chunk_correct, _ = self.backend.softmax_grad(logits, labels)
-                loss, correct = loss + chunk_loss, correct + chunk_correct
-        return loss, correct
+        return mean(self.run(lambda shard: shard.loss(mlp), self.shards), self.count)
 
 
 def train(
@@ -152,6 +252,8 @@ def train(
     batch_size: int | None = None,
     seed: int = 0,
     threads: int | None = None,
+    memory_limit: int | None = None,
+    batches: Callable[[Backend, NDArray, NDArray, np.dtype, Memory], Batch] | None = None,
     eval_every: int = 1,
     state: State | None = None,
     on_images: Callable[[int], None] = lambda images: None,
@@ -173,6 +275,11 @@ def train(
         Seed of the shuffling, unless a `state` is given.
     threads
         Threads that share the shards; None takes one per available core. Changes the time, not one bit of the result.
+    memory_limit
+        Bytes of prepared images that are kept at most; those beyond are prepared again whenever they are needed. None
+        keeps all. Changes the time, not one bit of the result.
+    batches
+        Makes the `Batch` of some images, elsewhere: `model.distributed.Cluster.batch`. None makes `Shards`.
     eval_every
         Measure the test accuracy after every so many epochs, and after the last.
     state
@@ -198,15 +305,22 @@ def train(
     """
     images, labels = dataset.train_images, dataset.train_labels
     _check_options(len(images), epochs, learning_rate, batch_size, threads, eval_every)
+    if batches and batch_size:
+        raise ValueError("mini-batches would travel longer than they train: leave out batch_size, or the workers")
     state = state or State.start(seed)
     _check_state(state, len(images), epochs, batch_size)
     rng = np.random.default_rng()
     rng.bit_generator.state = state.rng
     history = state.history
+    memory = Memory(memory_limit)
     with thread_pool(threads or available_cores()) as run:
+
+        def place(images: NDArray, labels: NDArray) -> Batch:
+            return (batches or partial(Shards, run))(backend, images, labels, mlp.dtype, memory)
+
         start = time.perf_counter()
-        test = Shards(run, backend, dataset.test_images, dataset.test_labels, mlp.dtype)
-        full_batch = [] if batch_size else [Shards(run, backend, images, labels, mlp.dtype)]
+        test = place(dataset.test_images, dataset.test_labels)
+        full_batch = [] if batch_size else [place(images, labels)]
         history.prepare_seconds += time.perf_counter() - start
 
         def evaluated(epoch: Epoch) -> Epoch:
@@ -224,10 +338,10 @@ def train(
         on_step(state)
         for epoch in range(len(history.epochs) + 1, epochs + 1):
             start = time.perf_counter()
-            batches: Iterable[Shards] = full_batch[state.steps :]
+            steps: Iterable[Batch] = full_batch[state.steps :]
             if batch_size:
-                batches = _mini_batches(run, backend, images, labels, mlp.dtype, batch_size, rng, state.steps)
-            for batch in batches:
+                steps = _mini_batches(place, images, labels, batch_size, rng, state.steps)
+            for batch in steps:
                 sums = descend(mlp, batch, learning_rate, on_images)
                 state.steps += 1
                 state.loss += sums.loss
@@ -244,7 +358,7 @@ def train(
 
 
 def descend(
-    mlp: MLP, batch: Shards, learning_rate: float, on_images: Callable[[int], None] = lambda images: None
+    mlp: MLP, batch: Batch, learning_rate: float, on_images: Callable[[int], None] = lambda images: None
 ) -> Sums:
     """One step of gradient descent on the mean loss over `batch`; returns its sums from before the step."""
     sums = batch.gradient(mlp, on_images)
@@ -269,13 +383,16 @@ def thread_pool(threads: int) -> Iterator[Callable]:
 
 
 def _keep_freed_memory() -> None:
-    """Have the C library keep what kernels free for the results of the next ones.
+    """Have glibc, where it is, keep what kernels free for the results of the next ones.
 
-    Linux's gives memory back to the system when more of it is free at the end of the heap than twice the largest block
-    that was freed so far, and each page that it then gets again costs a page fault: a tenth of an epoch of the fastest
-    backend. The freed block here, just small enough to count, is never touched (mallopt(3), M_TRIM_THRESHOLD).
+    Left to itself, it gives memory back to the system whenever a little is free at the end of the heap, and each page
+    costs a page fault when it is taken again: a tenth of an epoch of the fastest backend, and half of it in a worker of
+    Dask, which sets MALLOC_TRIM_THRESHOLD_. These are the highest values that glibc would find by itself (mallopt(3)).
     """
-    np.empty(2**25 - 2**16, np.uint8)
+    mmap_threshold, trim_threshold = -3, -1
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
+        ctypes.CDLL(None).mallopt(mmap_threshold, 32 << 20)
+        ctypes.CDLL(None).mallopt(trim_threshold, 64 << 20)
 
 
 def available_cores() -> int:
@@ -283,32 +400,36 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def shards_of_chunks(count: int) -> list[list[slice]]:
-    """The chunks of `count` images, at most 1,024 in each, in at most 32 shards; all as even as can be."""
-    shards = _even_parts(0, count, min(SHARDS, math.ceil(count / CHUNK)))
-    return [_even_parts(shard.start, shard.stop, math.ceil((shard.stop - shard.start) / CHUNK)) for shard in shards]
+def shard_ranges(count: int) -> list[slice]:
+    """Where each shard of `count` images is: at most 32, and as even as can be."""
+    return even_parts(count, min(SHARDS, math.ceil(count / CHUNK)))
 
 
-def _even_parts(start: int, stop: int, parts: int) -> list[slice]:
-    bounds = [start + (stop - start) * part // parts for part in range(parts + 1)]
+def even_parts(count: int, parts: int) -> list[slice]:
+    """Where each of so many parts of `count` things is."""
+    bounds = [count * part // parts for part in range(parts + 1)]
     return [slice(*pair) for pair in itertools.pairwise(bounds)]
 
 
+def mean(sums: Iterable[tuple[float, int]], count: int) -> tuple[float, float]:
+    """Loss and accuracy of `count` images, from the loss and the correct count of each shard, in order."""
+    losses, corrects = zip(*sums)
+    return sum(losses) / count, sum(corrects) / count
+
+
 def _mini_batches(
-    run: Callable,
-    backend: Backend,
+    place: Callable[[NDArray, NDArray], Batch],
     images: NDArray,
     labels: NDArray,
-    dtype: np.dtype,
     batch_size: int,
     rng: np.random.Generator,
     skipped: int,
-) -> Iterator[Shards]:
+) -> Iterator[Batch]:
     """The images in random order, `batch_size` at a time but for the first batches; the last takes what is left."""
     order = rng.permutation(len(images))
     for start in range(skipped * batch_size, len(images), batch_size):
         batch = order[start : start + batch_size]
-        yield Shards(run, backend, images[batch], labels[batch], dtype)
+        yield place(images[batch], labels[batch])
 
 
 def add_in_tree(parts: Iterable[Sums]) -> Sums:
@@ -320,16 +441,16 @@ def add_in_tree(parts: Iterable[Sums]) -> Sums:
     waiting: list[Sums] = []
     for count, sums in enumerate(parts, start=1):
         while count % 2 == 0:
-            sums = _add(waiting.pop(), sums)
+            sums = add(waiting.pop(), sums)
             count //= 2
         waiting.append(sums)
     total = waiting.pop()
     while waiting:
-        total = _add(waiting.pop(), total)
+        total = add(waiting.pop(), total)
     return total
 
 
-def _add(first: Sums, second: Sums) -> Sums:
+def add(first: Sums, second: Sums) -> Sums:
     """The sum of both, in the buffers of the first."""
     for total, part in zip(first.gradient, second.gradient):
         total += part

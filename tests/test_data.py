@@ -18,13 +18,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model import data
-from model.data import DataError, Dataset, limited, load_dataset, load_digits28, load_mnist, parse_idx
+from model.data import DataError, Dataset, limited, load_dataset, load_digits28, load_idx, load_mnist, parse_idx
 
 TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS = (file.name for file in data.FILES)
 
 
 def idx(array):
     return bytes((0, 0, 8, array.ndim)) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+
+
+def write_idx(folder, dataset):
+    """Write images and labels as four plain files."""
+    for name, array in zip((TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS), dataset[1:], strict=True):
+        (folder / name).write_bytes(idx(array.reshape(-1, 28, 28) if array.ndim == 2 else array))
 
 
 def sha256(content):
@@ -165,7 +171,7 @@ def test_gzip_bomb_is_refused_before_it_fills_the_memory(folder):
     write(folder, {f"{TRAIN_IMAGES}.gz": gzip.compress(bytes(50_000_000), 1)})
     tracemalloc.start()
     try:
-        with pytest.raises(DataError, match="longer than MNIST's"):
+        with pytest.raises(DataError, match=r"longer than MNIST's"):
             load_mnist(folder)
         assert tracemalloc.get_traced_memory()[1] < 2_000_000
     finally:
@@ -521,3 +527,76 @@ def test_limited_keeps_the_first_training_images():
     for count in (-1, 0, 6):
         with pytest.raises(DataError, match=f"limited to {count} training images: choose 1 to 5"):
             limited(TINY, count)
+
+
+# IDX files of any size
+
+
+def test_idx_files_are_mapped(monkeypatch, tmp_path):
+    write(tmp_path, PLAIN)
+    for directory in (tmp_path, None):
+        dataset = load_dataset("idx", directory)
+        assert dataset.name == "idx"
+        for actual, expected in zip(dataset[1:], TINY[1:], strict=True):
+            assert isinstance(actual, np.memmap)
+            assert not actual.flags.writeable
+            np.testing.assert_array_equal(actual, expected)
+        assert data.sha256(dataset) == data.sha256(TINY)
+        monkeypatch.setenv("MNIST_DIR", str(tmp_path))
+
+
+@pytest.mark.parametrize("count", [1, 7, 100])
+def test_idx_files_may_hold_any_number_of_images(tmp_path, count):
+    images, labels = rng.integers(0, 256, (count, 784), np.uint8), rng.integers(0, 10, count, np.uint8)
+    write_idx(tmp_path, TINY._replace(train_images=images, train_labels=labels))
+    dataset = load_idx(tmp_path)
+    np.testing.assert_array_equal(dataset.train_images, images)
+    np.testing.assert_array_equal(dataset.train_labels, labels)
+
+
+def test_hash_in_pieces_is_that_of_the_whole(monkeypatch):
+    whole = data.sha256(TINY)
+    monkeypatch.setattr(data, "HASHED_ROWS", 2)
+    assert data.sha256(TINY) == whole
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        (TRAIN_IMAGES, None, "train-images-idx3-ubyte is missing or inaccessible. Put it there"),
+        (TRAIN_IMAGES, PLAIN[TRAIN_IMAGES][:-1], "truncated, 3935 bytes where 3936 belong"),
+        (TRAIN_IMAGES, PLAIN[TRAIN_IMAGES] + b"x", "too long"),
+        (TRAIN_IMAGES, PLAIN[TRAIN_LABELS], "magic number 00000801 where 00000803 belongs"),
+        (TRAIN_IMAGES, idx(np.zeros((5, 20, 20), np.uint8)), "images of 20 x 20 pixels, not 28 x 28"),
+        (TEST_LABELS, b"", "magic number"),
+        (TEST_LABELS, PLAIN[TEST_LABELS][:6], "truncated inside its header of 8 bytes"),
+        (TEST_LABELS, idx(np.array([], np.uint8)), "no data"),
+        (TEST_LABELS, idx(np.array([1, 2], np.uint8)), "2 labels for 3 images"),
+        (TEST_LABELS, idx(np.array([1, 2, 10], np.uint8)), "label 10 is outside 0-9"),
+    ],
+)
+def test_broken_idx_file_is_named_with_what_is_wrong(tmp_path, name, content, problem):
+    write(tmp_path, {other: payload for other, payload in PLAIN.items() if other != name})
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError) as error:
+        load_idx(tmp_path)
+    assert problem in str(error.value)
+    assert name in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_compressed_idx_files_are_not_mapped(folder):
+    with pytest.raises(DataError, match=rf"cannot be mapped into memory. Unpack it: gunzip \S+{TRAIN_IMAGES}.gz"):
+        load_idx(folder)
+
+
+def test_idx_needs_a_folder():
+    with pytest.raises(DataError, match="name it by --data or MNIST_DIR"):
+        load_dataset("idx")
+
+
+def test_files_larger_than_mnists_lead_to_idx(folder):
+    write(folder, {TRAIN_IMAGES: idx(np.zeros((6, 28, 28), np.uint8))})
+    with pytest.raises(DataError, match=r"longer than MNIST's .* or train on it as it is: --dataset idx"):
+        load_mnist(folder)

@@ -11,14 +11,14 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 
-from bench import break_even, roofline, scaling
+from bench import break_even, distributed, roofline, scaling
 from bench.plots import draw_benchmarks
 from bench.study import STUDIES, draw, study
 from bench.tables import PUBLISHED_RESULTS
 from bench.test_training import FLOP_OF_PRODUCTS
 from kernels import get_backend
 from model import figures, reproduction
-from model.data import limited
+from model.data import limited, load_idx
 from model.mlp import MLP
 from model.trainer import thread_pool, train
 
@@ -70,10 +70,11 @@ def test_a_part_of_an_epoch_is_scaled_up(monkeypatch):
 
 @pytest.mark.parametrize("name", ["numpy", "sparse"])
 def test_operations_and_bytes_of_the_big_products(digits28, name):
-    images = digits28.train_images[:1200]  # a chunk of 1,024 and one of 176
-    found = roofline.products(get_backend(name), images)
+    backend = get_backend(name)
+    images = digits28.train_images[: backend.chunk + 100]  # a whole chunk and a smaller one
+    found = roofline.products(backend, images)
     multiplied = images.size if name == "numpy" else np.count_nonzero(images)
-    weights, results = 4 * 784 * 128, 4 * 1200 * 128
+    weights, results = 4 * 784 * 128, 4 * len(images) * 128
     for which, other in (("forward", 4 * 2 * 128), ("backward", 0)):
         assert found[which].flop == 2 * multiplied * 128
         pixels = found[which].flop / found[which].intensity - 2 * weights - results - other
@@ -103,6 +104,34 @@ def test_a_process_reports_its_epochs(tmp_path):
     seconds = break_even.train_in_process("--epochs", 3, "--backend", "numpy", *data, cache=tmp_path / "cache")
     assert len(seconds) == 3
     assert min(seconds) > 0
+
+
+def test_images_for_workers_are_those_of_the_data_set(digits28, tmp_path):
+    few = limited(digits28, 40)
+    distributed.write(few, tmp_path)
+    for written, expected in zip(load_idx(tmp_path)[1:], few[1:], strict=True):
+        np.testing.assert_array_equal(written, expected)
+
+
+@pytest.mark.parametrize(("workers", "threads"), [(1, 2), (4, 8), (16, 32), (100, 32)])
+def test_what_more_workers_would_take(workers, threads):
+    """On two threads a million images take a second, so one thread takes 2 µs for each."""
+
+    def row(images, alone, two):
+        return {"backend": "sparse", "images": images, "places": {"one process": {"median": alone}, "2 workers": two}}
+
+    found = {
+        "threads": 2,
+        "seconds": [row(1_024, 0.001, {"median": 0.011}), row(10**6, 1.0, {"median": 1.0})],
+        "parameter_bytes": 400_000,
+        "hash_bytes_per_second": 1e9,
+    }
+    calculated = distributed.calculation(found, workers, 3e6)
+    sending = 0.01 + workers * 1.6e6 / 1.25e9
+    assert calculated["arithmetic"] == pytest.approx(3e6 * 2e-6 / threads)
+    assert calculated["sending"] == pytest.approx(sending)
+    assert calculated["hashing"] == pytest.approx(2 * 3e6 * 784 / 1e9)
+    assert calculated["worth it"] * 2e-6 / threads == pytest.approx(9 * sending)
 
 
 def test_reproduction(digits28, monkeypatch):

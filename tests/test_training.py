@@ -5,11 +5,14 @@ import sys
 
 import numpy as np
 import pytest
+from scipy.sparse import csr_array
 
 from kernels import get_backend
+from kernels.backend import CHUNK
 from kernels.numpy_backend import NumpyBackend
+from model.data import limited
 from model.mlp import MLP
-from model.trainer import CHUNK, SHARDS, Shards, TrainingError, shards_of_chunks, thread_pool, train
+from model.trainer import SHARDS, Memory, Shard, Shards, TrainingError, shard_ranges, thread_pool, train
 
 SMALL = (25, 6, 10)
 
@@ -136,14 +139,23 @@ def test_shuffling_depends_on_the_seed(tiny):
 
 @pytest.mark.parametrize("count", [1, 2, 1023, 1024, 1025, 10_000, 32_768, 32_769, 60_000, 480_001])
 def test_shards_cover_everything_once_and_evenly(count):
-    shards = shards_of_chunks(count)
-    chunks = [chunk for shard in shards for chunk in shard]
-    assert [index for chunk in chunks for index in range(count)[chunk]] == list(range(count))
-    sizes = [chunk.stop - chunk.start for chunk in chunks]
-    assert max(sizes) <= CHUNK
+    shards = shard_ranges(count)
+    assert [index for shard in shards for index in range(count)[shard]] == list(range(count))
     assert len(shards) == min(SHARDS, -(-count // CHUNK))
-    shard_sizes = [shard[-1].stop - shard[0].start for shard in shards]
-    assert max(shard_sizes) - min(shard_sizes) <= 1
+    sizes = [shard.stop - shard.start for shard in shards]
+    assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize(("count", "sizes"), [(7, [7]), (8, [8]), (9, [4, 5]), (25, [6, 6, 6, 7])])
+def test_chunks_of_a_shard_are_even_and_none_too_large(tiny, count, sizes):
+    class Frugal(NumpyBackend):
+        chunk = 8
+
+    images, labels = tiny.train_images[:count], tiny.train_labels[:count]
+    shard = Shard(Frugal(), images, labels, np.dtype(np.float32), Memory())
+    shard.prepare()
+    assert [len(x) for x in shard.kept.values()] == sizes
+    np.testing.assert_array_equal(np.concatenate(list(shard.kept.values())), NumpyBackend().prepare(images))
 
 
 def test_gradient_of_shards_is_the_sum(tiny):
@@ -155,6 +167,49 @@ def test_gradient_of_shards_is_the_sum(tiny):
     assert (sums.loss, sums.correct) == (pytest.approx(loss, rel=1e-13), correct)
     for ours, theirs in zip(sums.gradient, gradient):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-12 * np.abs(theirs).max())
+
+
+@pytest.mark.parametrize("batch_size", [None, 700])
+@pytest.mark.parametrize("limit", [0, 100_000])
+def test_same_bits_when_images_are_prepared_again(backend, tiny, limit, batch_size):
+    few = limited(tiny, 1400)
+    ours, history = trained(backend, few, memory_limit=limit, batch_size=batch_size, threads=2)
+    theirs, other_history = trained(backend, few, batch_size=batch_size)
+    for our, their in zip(ours, theirs):
+        np.testing.assert_array_equal(our, their)
+    assert results(history) == results(other_history)
+
+
+def test_no_more_is_kept_than_the_limit(tiny):
+    """Shards of 866 or 867 images of 25 pixels, a chunk each, take 100 bytes for each image in float32: three fit."""
+    prepared = []
+
+    class Counting(NumpyBackend):
+        def _prepare(self, images, dtype):
+            prepared.append(len(images))
+            return super()._prepare(images, dtype)
+
+    memory, mlp = Memory(270_000), MLP(SMALL)
+    with thread_pool(1) as run:
+        shards = Shards(run, Counting(), tiny.train_images, tiny.train_labels, mlp.dtype, memory)
+        assert memory.used == 260_000
+        for _ in range(2):
+            prepared.clear()
+            shards.gradient(mlp)
+            assert prepared == [866, 867, 867]
+        assert memory.used == 260_000
+        del shards
+    assert memory.used == 0
+
+
+def test_a_limit_needs_the_size_of_prepared_images(tiny):
+    class Sizeless(NumpyBackend):
+        def _prepare(self, images, dtype):
+            return csr_array(super()._prepare(images, dtype))
+
+    assert trained(Sizeless(), tiny)
+    with pytest.raises(ValueError, match="a memory limit needs nbytes of prepared images, which csr_array lacks"):
+        trained(Sizeless(), tiny, memory_limit=0)
 
 
 @pytest.mark.parametrize("options", [{"learning_rate": 1e30}, {"learning_rate": 1e30, "epochs": 1}])
