@@ -45,6 +45,9 @@ TILE_VECTORS, EDGE_VECTORS = {16: (2, 2), 32: (2, 2), 64: (4, 1)}[REGISTER_BYTES
 TILE_BYTES = TILE_VECTORS * REGISTER_BYTES
 EDGE_BYTES = EDGE_VECTORS * REGISTER_BYTES
 
+# Rows of the narrower tile: as many sums at least as multiply-adds can be under way.
+EDGE_MR = 12 // EDGE_VECTORS
+
 # Largest block of B: KC rows of NC_BYTES are 400 KB and stay in an L2 cache of 512 KB.
 KC = 800
 NC_BYTES = 512
@@ -63,7 +66,7 @@ def tile(typing_context, a, i, rows, panels, p, bias, out, j, first):
     Parameters
     ----------
     a
-        (m, k) array, of which `rows` rows from `i` on count, 1 to MR of them.
+        (m, k) array, of which `rows` rows from `i` on count, 1 to MR of them (EDGE_MR in `edge_tile`).
     panels
         (panels, k, columns) array, each row of a panel contiguous and TILE_VECTORS vectors long.
     bias
@@ -72,18 +75,18 @@ def tile(typing_context, a, i, rows, panels, p, bias, out, j, first):
         (m, n) row-major array, whose element (i, j) is the tile's upper left.
     """
     signature = types.void(a, i, rows, panels, p, bias, out, j, first)
-    return signature, functools.partial(_emit_tile, width=TILE_VECTORS, ragged=False)
+    return signature, functools.partial(_emit_tile, most=MR, width=TILE_VECTORS, ragged=False)
 
 
 @intrinsic
 def edge_tile(typing_context, a, i, rows, panels, p, bias, out, j, first):
     """Do what `tile` does, for panels of EDGE_VECTORS vectors whose last columns may lie outside of `out`."""
     signature = types.void(a, i, rows, panels, p, bias, out, j, first)
-    return signature, functools.partial(_emit_tile, width=EDGE_VECTORS, ragged=True)
+    return signature, functools.partial(_emit_tile, most=EDGE_MR, width=EDGE_VECTORS, ragged=True)
 
 
-def _emit_tile(context, builder, signature, arguments, width, ragged):
-    """Write a micro-kernel for each number of rows from 1 to MR, and the choice between them."""
+def _emit_tile(context, builder, signature, arguments, most, width, ragged):
+    """Write a micro-kernel for each number of rows from 1 to `most`, and the choice between them."""
     _, i, rows, _, p, _, _, j, first = arguments
     a, panels, bias, out = (View.of(context, builder, signature.args[n], arguments[n]) for n in (0, 3, 5, 6))
     vectors = Vectors(context, builder, signature.args[0].dtype)
@@ -98,7 +101,7 @@ def _emit_tile(context, builder, signature, arguments, width, ragged):
         [builder.select(first, j.type(0), out.strides[0])],
     )
     a, panel, out = a.part(i), panels.part(p, drop=1), out.part(i, j)
-    for count in range(1, MR + 1):
+    for count in range(1, most + 1):
         with builder.if_then(builder.icmp_signed("==", rows, j.type(count))):
             _emit_micro_kernel(builder, vectors, a, panel, start, out, count, masks)
 
@@ -174,6 +177,8 @@ def add_block(a, b, bias, out, first):
         rows = min(MR, m - i)
         for p in range(len(panels)):
             tile(a, i, rows, panels, p, bias, out, p * width, first)
+    for i in range(0, m, EDGE_MR):
+        rows = min(EDGE_MR, m - i)
         for p in range(len(edge_panels)):
             edge_tile(a, i, rows, edge_panels, p, bias, out, edge + p * edge_width, first)
 
