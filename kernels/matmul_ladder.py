@@ -9,6 +9,7 @@ instruction that rounds once, and nothing else. And an index that may be negativ
 Numba checks for that, unless the index is unsigned or starts at 0.
 """
 
+import itertools
 import re
 import statistics
 import sys
@@ -243,10 +244,13 @@ STEPS: dict[str, Any] = {
 
 
 def in_threads(step: Callable, a: Any, b: Any, out: Any, count: int) -> None:
-    """Run a step in `count` threads of Python, each on its own rows of the result."""
+    """Run a step in `count` threads of Python, this one among them, each on its own rows of the result."""
     bounds = [len(out) * thread // count for thread in range(count + 1)]
+    mine, *others = [slice(*pair) for pair in itertools.pairwise(bounds)]
     with ThreadPoolExecutor(count) as pool:
-        list(pool.map(lambda start, stop: step(a[start:stop], b, out[start:stop]), bounds[:-1], bounds[1:]))
+        results = pool.map(lambda rows: step(a[rows], b, out[rows]), others)
+        step(a[mine], b, out[mine])
+        list(results)
 
 
 # Measuring ---------------------------------------------------------------------------------------------------------
