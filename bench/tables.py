@@ -16,6 +16,7 @@ from rich.table import Table
 from bench import RESULTS
 from bench.break_even import break_even
 from bench.distributed import FEW, MEMORY_LIMIT, PROCESS, calculation
+from bench.head_to_head import BIG_PRODUCTS, against_fastest_framework
 from bench.interleave import verdict
 from bench.plots import Results, load
 from model.figures import ordered, short
@@ -202,6 +203,18 @@ def _command(results: Path, key: str) -> str:
     return short(read(results).found["break_even"]["command"][key])
 
 
+def _against_bound(results: Path) -> str:
+    rows = read(results).found["head_to_head"]["ratios"]
+    (ratio,) = (row["ratio"] for row in rows if (row["competitor"], row["base"]) == ("sparse", BIG_PRODUCTS))
+    return short(ratio)
+
+
+def _against_framework(results: Path, key: str) -> str:
+    found = against_fastest_framework(read(results).found["head_to_head"])
+    assert found, "the published results have frameworks in them"
+    return found["base"] if key == "base" else short(found["ratio"])
+
+
 def _delay(results: Path) -> str:
     few = next(row for row in read(results).found["distributed"]["seconds"] if row["images"] == FEW)["places"]
     return short(1e3 * (few["2 workers"]["median"] - few[PROCESS]["median"]))
@@ -249,6 +262,9 @@ NUMBERS: dict[str, Callable[[Path], str]] = {
     "calculated-sending": lambda results: _calculated(results, "sending", 1e-3),
     "calculated-hashing": lambda results: _calculated(results, "hashing", 60),
     "calculated-worth": lambda results: _calculated(results, "worth it", 1e6),
+    "sparse-bound": _against_bound,
+    "sparse-framework": lambda results: _against_framework(results, "ratio"),
+    "fastest-framework": lambda results: _against_framework(results, "base"),
     "command-ratio": lambda results: _command(results, "ratio"),
     "command-seconds": lambda results: _command(results, "seconds"),
 }
