@@ -8,3 +8,6 @@ os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
 
 RESULTS = "results.json"
 """What the benchmarks and studies write their results to, in the folder of their ``--output``."""
+
+REPEATS = "repeats.json"
+"""Beside it: the ratios of further runs."""

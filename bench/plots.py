@@ -1,12 +1,13 @@
 """What the benchmarks measured: read, and drawn."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from bench.interleave import summary
+from bench.interleave import Ratio, summary
 from model.figures import (
     OTHER_COLOURS,
     bound,
@@ -87,6 +88,12 @@ class Results(NamedTuple):
     dataset: str
     threads: int
     small_print: str
+
+    @property
+    def ratios(self) -> list[Ratio]:
+        """All that are published: of steps, of times to an accuracy, and of products."""
+        studies = (self.found[name]["ratios"] for name in ("head_to_head", "time_to_accuracy"))
+        return [*itertools.chain(*studies), *self.found["products"]]
 
     @property
     def dense_floor(self) -> float:

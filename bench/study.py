@@ -16,8 +16,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from bench import RESULTS
-from bench.plots import draw_benchmarks
+from bench import REPEATS, RESULTS
+from bench.plots import draw_benchmarks, load
 from model.data import limited, load_dataset
 from model.figures import small_print
 from model.report import environment, write_json
@@ -74,6 +74,16 @@ def run(
         content.setdefault("studies", {})[name] = section
         write_json(file, content)
         draw(file, output, name)
+
+
+@app.command()
+def repeats(
+    files: Annotated[list[Path], typer.Argument(help="The results.json of further runs of all studies.")],
+    output: Output = Path("bench/output"),
+) -> None:
+    """Keep the ratios of further runs, to see how far the published ones repeat."""
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / REPEATS, [load(file).ratios for file in files])
 
 
 @app.command()

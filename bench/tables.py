@@ -2,10 +2,10 @@
 
 import functools
 import io
-import itertools
 import json
 import math
 import re
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,11 +13,11 @@ from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 
-from bench import RESULTS
+from bench import REPEATS, RESULTS
 from bench.break_even import break_even
 from bench.distributed import FEW, MEMORY_LIMIT, PROCESS, calculation
 from bench.head_to_head import BIG_PRODUCTS, against_fastest_framework
-from bench.interleave import verdict
+from bench.interleave import Ratio, verdict
 from bench.plots import Results, load
 from model.figures import ordered, short
 from model.report import comparison_table
@@ -120,14 +120,28 @@ def competitor_table(results: Path) -> str:
 
 
 def ratio_table(results: Path) -> str:
-    """Ratios of times, competitors interleaved."""
-    found = read(results).found
-    table = Table("what", "time of", "relative to", "ratio", "95 % interval", "", box=MARKDOWN)
-    ratios = [found[name]["ratios"] for name in ("head_to_head", "time_to_accuracy")]
-    for row in itertools.chain(*ratios, found["products"]):
+    """Ratios of times, competitors interleaved, and how they repeat."""
+    table = Table("what", "time of", "relative to", "ratio", "95 % interval", "", "all runs", box=MARKDOWN)
+    for row, repeated in zip(read(results).ratios, _repeated(results)):
         interval = f"{row['low']:.2f} to {row['high']:.2f}"
-        table.add_row(row["what"], row["competitor"], row["base"], f"{row['ratio']:.2f}", interval, verdict(row))
+        runs = ", ".join(f"{ratio:.2f}" for ratio in repeated)
+        table.add_row(row["what"], row["competitor"], row["base"], f"{row['ratio']:.2f}", interval, verdict(row), runs)
     return _markdown(table)
+
+
+def _repeated(results: Path) -> list[list[float]]:
+    """Each published ratio in every run of the studies."""
+
+    def key(row: Ratio) -> tuple[str, str, str]:
+        return row["what"], row["competitor"], row["base"]
+
+    runs = [{key(row): row["ratio"] for row in run} for run in json.loads((results / REPEATS).read_text())]
+    return [[row["ratio"], *(run[key(row)] for run in runs)] for row in read(results).ratios]
+
+
+def _spreads(results: Path) -> list[float]:
+    """By how many percent the largest of a ratio's values is above the smallest, for each ratio, in order of size."""
+    return sorted(100 * (max(values) / min(values) - 1) for values in _repeated(results))
 
 
 def ablation_table(results: Path) -> str:
@@ -262,6 +276,9 @@ NUMBERS: dict[str, Callable[[Path], str]] = {
     "calculated-sending": lambda results: _calculated(results, "sending", 1e-3),
     "calculated-hashing": lambda results: _calculated(results, "hashing", 60),
     "calculated-worth": lambda results: _calculated(results, "worth it", 1e6),
+    "runs": lambda results: f"{len(_repeated(results)[0])}",
+    "spread-median": lambda results: f"{statistics.median(_spreads(results)):.0f}",
+    "spread-largest": lambda results: f"{max(_spreads(results)):.0f}",
     "sparse-bound": _against_bound,
     "sparse-framework": lambda results: _against_framework(results, "ratio"),
     "fastest-framework": lambda results: _against_framework(results, "base"),

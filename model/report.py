@@ -103,7 +103,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-def write_json(file: Path, content: dict[str, Any]) -> None:
+def write_json(file: Path, content: Any) -> None:
     """Write `content` to `file`, whole or not at all."""
     write_whole(file, json.dumps(content, indent=1).encode() + b"\n")
 

@@ -1,9 +1,13 @@
 """What the README says works and is what was measured."""
 
+import json
 import re
+import shutil
 
 import pytest
 
+from bench import REPEATS, RESULTS
+from bench.study import repeats
 from bench.tables import DOCUMENTS, NUMBERS, PUBLISHED_RESULTS, ROOT, TABLES, refresh
 
 README = ROOT / "README.md"
@@ -34,6 +38,19 @@ def test_numbers_within_a_sentence_are_renewed():
     assert refresh(text, PUBLISHED_RESULTS) == text.replace(">7<", f">{number}<")
     with pytest.raises(KeyError, match="no-such-number"):
         refresh("<!-- no-such-number -->7<!-- /no-such-number -->", PUBLISHED_RESULTS)
+
+
+def test_spread_of_ratios_over_runs(tmp_path):
+    copy = shutil.copy(PUBLISHED_RESULTS / RESULTS, tmp_path)
+    repeats([copy, copy], tmp_path)
+    assert NUMBERS["runs"](tmp_path) == "3"
+    assert NUMBERS["spread-largest"](tmp_path) == "0"
+    runs = json.loads((tmp_path / REPEATS).read_text())
+    runs[0][2]["ratio"] *= 1.2
+    runs[1][2]["ratio"] /= 1.5
+    (tmp_path / REPEATS).write_text(json.dumps(runs))
+    assert NUMBERS["spread-largest"](tmp_path) == "80"
+    assert NUMBERS["spread-median"](tmp_path) == "0"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
