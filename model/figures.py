@@ -67,15 +67,25 @@ def title(figure: Figure, text: str) -> None:
     figure.suptitle(text, x=0.01, ha="left", fontsize=10, fontweight="bold")
 
 
-def label(axes: Axes, text: str, x: float, y: float, fontsize: float = 9, side: int = 1) -> None:
+def label(
+    axes: Axes,
+    text: str,
+    x: float,
+    y: float,
+    fontsize: float = 9,
+    side: int = 1,
+    above: float = 0,
+    shade: str = "black",
+) -> None:
     """`text` right of a bar's end, or left of it if `side` is -1, readable over the line of a bound."""
     axes.annotate(
         text,
         (x, y),
-        xytext=(5 * side, 0),
+        xytext=(5 * side, above),
         textcoords="offset points",
         ha="left" if side == 1 else "right",
         va="center",
+        color=shade,
         fontsize=fontsize,
         bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
         zorder=5,
@@ -131,17 +141,7 @@ def end_labels(axes: Axes, ends: list[tuple[str, float, float, str]], fontsize: 
     for text, x, y, shade in sorted(ends, key=lambda end: end[2]):
         height = axes.transData.transform((x, y))[1] * to_points
         lowest = max(height, lowest + 1.2 * fontsize)
-        axes.annotate(
-            text,
-            (x, y),
-            xytext=(5 * side, lowest - height),
-            textcoords="offset points",
-            ha="left" if side == 1 else "right",
-            va="center",
-            color=shade,
-            fontsize=fontsize,
-            zorder=5,
-        )
+        label(axes, text, x, y, fontsize, side, lowest - height, shade)
 
 
 def ordered(names: Any) -> list[str]:
