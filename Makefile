@@ -32,6 +32,11 @@ test-oldest test-newest:
 results: .venv/peers  ## Measure and draw everything in bench/results/ and the README again (needs MNIST; half an hour)
 	$(BIN)/python -m pytest bench/ --benchmark-only --dataset mnist --output bench/results
 	$(BIN)/python -m bench.study run --dataset mnist --output bench/results
+	for run in 2 3; do \
+	    $(BIN)/python -m bench.study run head_to_head time_to_accuracy products --dataset mnist --output bench/output/$$run \
+	        || exit 1; \
+	done
+	$(BIN)/python -m bench.study repeats bench/output/[23]/results.json --output bench/results
 	$(BIN)/python -m bench.study draw bench/results/results.json --output bench/results
 	$(BIN)/python -m bench.tables
 

@@ -1,6 +1,5 @@
 """What the benchmarks measured: read, and drawn."""
 
-import itertools
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bench.head_to_head import FRAMEWORKS
-from bench.interleave import Ratio, summary
+from bench.interleave import summary
 from model.figures import (
     OTHER_COLOURS,
     bound,
@@ -90,12 +89,6 @@ class Results(NamedTuple):
     dataset: str
     threads: int
     small_print: str
-
-    @property
-    def ratios(self) -> list[Ratio]:
-        """All that are published: of steps, of times to an accuracy, and of products."""
-        studies = (self.found[name]["ratios"] for name in ("head_to_head", "time_to_accuracy"))
-        return [*itertools.chain(*studies), *self.found["products"]]
 
     @property
     def dense_floor(self) -> float:

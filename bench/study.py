@@ -11,13 +11,14 @@ import json
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from bench import REPEATS, RESULTS
-from bench.plots import draw_benchmarks, load
+from bench.interleave import Ratio
+from bench.plots import draw_benchmarks
 from model.data import limited, load_dataset
 from model.figures import small_print
 from model.report import environment, write_json
@@ -78,12 +79,18 @@ def run(
 
 @app.command()
 def repeats(
-    files: Annotated[list[Path], typer.Argument(help="The results.json of further runs of all studies.")],
+    files: Annotated[list[Path], typer.Argument(help="The results.json of further runs.")],
     output: Output = Path("bench/output"),
 ) -> None:
     """Keep the ratios of further runs, to see how far the published ones repeat."""
     output.mkdir(parents=True, exist_ok=True)
-    write_json(output / REPEATS, [load(file).ratios for file in files])
+    studies = [json.loads(file.read_text())["studies"] for file in files]
+    write_json(output / REPEATS, [published_ratios({name: run[name]["found"] for name in run}) for run in studies])
+
+
+def published_ratios(found: dict[str, Any]) -> list[Ratio]:
+    """Ratios of steps, of times to an accuracy, and of products, from what the studies found."""
+    return [*found["head_to_head"]["ratios"], *found["time_to_accuracy"]["ratios"], *found["products"]]
 
 
 @app.command()

@@ -19,6 +19,7 @@ from bench.distributed import FEW, MEMORY_LIMIT, PROCESS, calculation
 from bench.head_to_head import BIG_PRODUCTS, against_fastest_framework
 from bench.interleave import Ratio, verdict
 from bench.plots import Results, load
+from bench.study import published_ratios
 from model.figures import ordered, short
 from model.report import comparison_table
 from model.reproduction import full_batch_histories, history
@@ -122,7 +123,7 @@ def competitor_table(results: Path) -> str:
 def ratio_table(results: Path) -> str:
     """Ratios of times, competitors interleaved, and how they repeat."""
     table = Table("what", "time of", "relative to", "ratio", "95 % interval", "", "all runs", box=MARKDOWN)
-    for row, repeated in zip(read(results).ratios, _repeated(results)):
+    for row, repeated in zip(published_ratios(read(results).found), _repeated(results)):
         interval = f"{row['low']:.2f} to {row['high']:.2f}"
         runs = ", ".join(f"{ratio:.2f}" for ratio in repeated)
         table.add_row(row["what"], row["competitor"], row["base"], f"{row['ratio']:.2f}", interval, verdict(row), runs)
@@ -136,7 +137,7 @@ def _repeated(results: Path) -> list[list[float]]:
         return row["what"], row["competitor"], row["base"]
 
     runs = [{key(row): row["ratio"] for row in run} for run in json.loads((results / REPEATS).read_text())]
-    return [[row["ratio"], *(run[key(row)] for run in runs)] for row in read(results).ratios]
+    return [[row["ratio"], *(run[key(row)] for run in runs)] for row in published_ratios(read(results).found)]
 
 
 def _spreads(results: Path) -> list[float]:
