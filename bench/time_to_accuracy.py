@@ -30,7 +30,8 @@ GIVE_UP_AFTER = 60_000
 BATCH_SIZES = (16, 32, 64, 128)
 LEARNING_RATES = (0.2, 0.3, 0.5, 0.7, 1.0)
 NAMES = ("numpy", "numba", "sparse", "PyTorch", "torch.compile")
-TRIALS = 3
+TRIALS = 7
+DRAWN = 15
 NAIVE_IMAGES = 16
 
 
@@ -63,7 +64,7 @@ class Trial(NamedTuple):
 
 def measure(dataset: Dataset, quick: bool) -> dict[str, Any]:
     """By backend: the recipes tried and chosen, seconds to the target and curves; ratios; who was skipped and why."""
-    rounds = 2 if quick else 15
+    rounds = 2 if quick else 40
     trials: dict[str, list[Trial]] = {}
     recipes: dict[str, Recipe] = {}
     skipped: dict[str, str] = {}
@@ -93,7 +94,7 @@ def measure(dataset: Dataset, quick: bool) -> dict[str, Any]:
         "trials": trials,
         "recipes": recipes,
         "seconds": {name: list(summary(times).values()) for name, times in seconds.items()},
-        "curves": {name: drawn[-rounds:] for name, drawn in curves.items()},
+        "curves": {name: drawn[-min(rounds, DRAWN) :] for name, drawn in curves.items()},
         "ratios": ratios(f"time to {TARGET:.2%}", timed, "numpy") if "numpy" in timed else [],
         "skipped": skipped,
     }
@@ -141,7 +142,7 @@ def recipes_of(name: str, quick: bool) -> list[Recipe]:
 
 
 def try_recipes(name: str, dataset: Dataset, run: Callable, recipes: list[Recipe]) -> list[Trial]:
-    """Every recipe from three random starts, in turn."""
+    """Every recipe from `TRIALS` random starts, in turn."""
     reach(name, dataset, recipes[0], 0, run)  # compiles
     curves: dict[Recipe, list[Curve]] = {recipe: [] for recipe in recipes}
     for seed in range(TRIALS):
@@ -198,7 +199,7 @@ def naive_curves(dataset: Dataset, recipe: Recipe, run: Callable) -> list[Curve]
 
 
 def draw(found: dict[str, Any], small_print: str, file: Path) -> None:
-    """Accuracy against seconds, the run of median length and every run's end; below, the seconds to the target."""
+    """Accuracy against seconds, the median one of some runs and the ends of all these; below, seconds to the target."""
     names = sorted(found["seconds"], key=lambda name: -found["seconds"][name][0])
     target = 100 * found["target"]
     with figure_file(file, figsize=(8, 5.5)) as figure:
