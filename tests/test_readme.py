@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -41,7 +42,7 @@ def test_numbers_within_a_sentence_are_renewed():
 
 
 def test_spread_of_ratios_over_runs(tmp_path):
-    copy = shutil.copy(PUBLISHED_RESULTS / RESULTS, tmp_path)
+    copy = Path(shutil.copy(PUBLISHED_RESULTS / RESULTS, tmp_path))
     repeats([copy, copy], tmp_path)
     assert NUMBERS["runs"](tmp_path) == "3"
     assert NUMBERS["spread-largest"](tmp_path) == "0"
