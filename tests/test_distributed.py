@@ -193,10 +193,13 @@ def test_killed_workers_change_no_bit(processes, digits28):
     processes.have(3)
     dataset, rng = limited(digits28, 20_000), random.Random(0)
     spent = threading.Event()
+    epochs = 0
 
     def kill():
-        for _ in range(10):
+        for kills in range(10):
             time.sleep(rng.uniform(0, 1))
+            while epochs < kills + 2:  # a busy machine may not get as far in a second
+                time.sleep(0.02)
             processes.kill_worker(rng.randrange(len(processes.workers)))
             processes.start_worker()
         spent.set()
@@ -204,11 +207,13 @@ def test_killed_workers_change_no_bit(processes, digits28):
     mlp, reached = MLP((784, 64, 10)), []
 
     def on_step(state):
+        nonlocal epochs
+        epochs = len(state.history.epochs)
         if spent.is_set() and state.steps == 0:
             reached.append(len(state.history.epochs))
             raise InterruptedError
 
-    killer = threading.Thread(target=kill)
+    killer = threading.Thread(target=kill, daemon=True)
     killer.start()
     batches = Cluster(processes.client, patience=5).batch
     with pytest.raises(InterruptedError):
