@@ -69,12 +69,12 @@ def interleave(
     """
     rng = np.random.default_rng(seed)
     seconds = {name: np.empty(rounds) for name in competitors}
+    counted = max(steps - 1, 1)
     for round_ in range(-warmup, rounds):
         for name in rng.permutation(list(competitors)):
             time.sleep(rest)
             if steps > 1:
                 competitors[name]()
-            counted = max(steps - 1, 1)
             start = time.perf_counter()
             for _ in range(counted):
                 competitors[name]()

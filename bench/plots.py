@@ -1,7 +1,6 @@
 """What the benchmarks measured: read, and drawn."""
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -287,16 +286,10 @@ def _equal(results: Results) -> str:
 
 
 def _overview_title(epochs: dict[str, Timing]) -> str:
-    def fastest(names: Iterable[str]) -> list[str]:
-        return sorted(names, key=lambda name: epochs[name].seconds)[:1]
-
-    (first,) = fastest(epochs)
-    others = ["numpy", *fastest(epochs.keys() & FRAMEWORKS), "naive"]
-    speeds = [
-        f"{short(epochs[name].seconds / epochs[first].seconds)} × as fast as {name}"
-        for name in others
-        if name in epochs and name != first
-    ]
+    first, *slower = sorted(epochs, key=lambda name: epochs[name].seconds)
+    framework = [name for name in slower if name in FRAMEWORKS][:1]
+    others = [name for name in ("numpy", *framework, "naive") if name in slower]
+    speeds = [f"{short(epochs[name].seconds / epochs[first].seconds)} × as fast as {name}" for name in others]
     return f"{first} trains " + (", ".join(speeds) if speeds else f"an epoch in {in_seconds(epochs[first].seconds)}")
 
 

@@ -59,7 +59,8 @@ def run(
     """Make studies, add what they found to results.json, and draw it."""
     if unknown := set(names or ()).difference(STUDIES):
         raise typer.BadParameter(f"no study is named {', '.join(sorted(unknown))}; there are {', '.join(STUDIES)}")
-    if len(chosen := names or STUDIES) > 1:  # each in a process of its own, without the threads of another's packages
+    chosen = list(names or STUDIES)
+    if len(chosen) > 1:  # each in a process of its own, without the threads of another's packages
         options = ["--dataset", dataset, "--output", str(output), *["--quick"] * quick]
         for name in chosen:
             if code := subprocess.run([sys.executable, "-m", "bench.study", "run", name, *options]).returncode:

@@ -291,8 +291,9 @@ def compile_seconds() -> float:
 _config: Any = numba.config  # its attributes are made at run time
 _COMPILING = threading.Lock()
 if hasattr(os, "register_at_fork"):  # the child of a fork has no other thread, which could be compiling
-    release = _COMPILING.release
-    os.register_at_fork(before=_COMPILING.acquire, after_in_parent=release, after_in_child=release)
+    os.register_at_fork(
+        before=_COMPILING.acquire, after_in_parent=_COMPILING.release, after_in_child=_COMPILING.release
+    )
 _SECONDS: list[float] = []
 
 # Read now, while they are what is being imported, and not when a kernel is compiled.

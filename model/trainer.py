@@ -1,8 +1,9 @@
 """Gradient descent on shards of the data: the same bits on any number of threads.
 
 A batch is cut into at most 32 **shards**, contiguous ranges that depend on its size alone, and these into **chunks** of
-at most 1,024 images, whose activations stay in a core's cache. A shard adds the gradients of its chunks in order, and
-the shards are added in a fixed binary tree, so threads change who computes a sum, never the order of its additions.
+as many images as the backend says, whose activations stay in a core's cache. A shard adds the gradients of its chunks
+in order, and the shards are added in a fixed binary tree, so threads change who computes a sum, never the order of its
+additions.
 """
 
 import contextlib
