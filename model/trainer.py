@@ -12,7 +12,8 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -370,17 +371,47 @@ def descend(
 
 @contextmanager
 def thread_pool(threads: int) -> Iterator[Callable]:
-    """A function that maps another over a list on plain threads, in order, each with its BLAS held to one thread.
+    """A function that maps another over a list on so many threads, in order, each with its BLAS held to one thread.
 
-    When an exception, such as Ctrl-C, leaves the block, the work not yet begun is dropped.
+    The calling thread is one of them: if it only waited for the others, they would have to make room for it whenever
+    there is a result. When an exception, such as Ctrl-C, leaves a thread, the work not yet begun is dropped.
     """
     _keep_freed_memory()
     with threadpool_limits(1, user_api="blas"):
         pool = ThreadPoolExecutor(threads)
         try:
-            yield (lambda function, items: pool.map(function, items) if len(items) > 1 else map(function, items))
+            yield partial(_map, pool.submit, threads)
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(wait=False)
+
+
+def _map(submit: Callable, threads: int, function: Callable, items: Sequence) -> Iterator:
+    """Results in the order of the items, each as soon as this thread is free and those before it are there."""
+    numbered = enumerate(items)  # each thread takes the next, which is a single step of the interpreter
+    finished: dict[int, Any] = {}
+
+    def work() -> Iterator[None]:
+        try:
+            for number, item in numbered:
+                finished[number] = function(item)
+                yield
+        finally:
+            exhaust(numbered)
+
+    others = [submit(exhaust, work()) for _ in range(min(threads, len(items)) - 1)]
+    expected = 0
+    for _ in work():
+        while expected in finished:
+            yield finished.pop(expected)
+            expected += 1
+    for other in others:
+        other.result()
+    yield from map(finished.pop, sorted(finished))
+
+
+def exhaust(iterator: Iterator) -> None:
+    """Run it to its end."""
+    deque(iterator, maxlen=0)
 
 
 def _keep_freed_memory() -> None:

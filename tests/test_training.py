@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -156,6 +158,41 @@ def test_chunks_of_a_shard_are_even_and_none_too_large(tiny, count, sizes):
     shard.prepare()
     assert [len(x) for x in shard.kept.values()] == sizes
     np.testing.assert_array_equal(np.concatenate(list(shard.kept.values())), NumpyBackend().prepare(images))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("items", [0, 1, 2, 30])
+def test_threads_share_the_work_and_results_come_in_order(threads, items):
+    workers = set()
+    meeting = threading.Barrier(min(threads, max(items, 1)))
+
+    def work(item):
+        if item < threads:
+            meeting.wait(60)  # each thread has one of the first items
+        workers.add(threading.get_ident())
+        time.sleep(0.001 * (item % 3))
+        return -item
+
+    with thread_pool(threads) as run:
+        assert list(run(work, range(items))) == [-item for item in range(items)]
+    assert len(workers) == min(threads, items)
+    assert not workers or threading.get_ident() in workers
+
+
+@pytest.mark.parametrize("in_caller", [True, False], ids=["in the calling thread", "in another"])
+def test_an_error_in_a_thread_drops_what_is_not_begun(in_caller):
+    meeting, begun = threading.Barrier(2), []
+
+    def work(item):
+        begun.append(item)
+        meeting.wait(60)
+        if (threading.current_thread() is threading.main_thread()) == in_caller:
+            raise ZeroDivisionError
+        time.sleep(0.2)  # the other has failed by then
+
+    with thread_pool(2) as run, pytest.raises(ZeroDivisionError):
+        list(run(work, range(1000)))
+    assert sorted(begun) == [0, 1]
 
 
 def test_gradient_of_shards_is_the_sum(tiny):
