@@ -13,6 +13,7 @@ and x.T are served alike by the same code.
 
 import functools
 import math
+from contextlib import contextmanager
 
 import numpy as np
 from numba import njit, types
@@ -32,6 +33,8 @@ from kernels.simd import (
     kernel,
     matrix_in,
     matrix_out,
+    opaque,
+    row_major_in,
 )
 
 # Rows of a tile. Not 8: the rows of A are read side by side, and if their distance is a power of two they
@@ -110,9 +113,11 @@ def _emit_micro_kernel(builder, vectors, a, panel, start, out, rows, masks):
     """Write the loop along k for a tile of `rows` rows and a vector for each of `masks`."""
     grid = [(r, c) for r in range(rows) for c in range(len(masks))]
     totals = {(r, c): vectors.variable(vectors.load(start.at(r), masks[c], column=c)) for r, c in grid}
+    # LLVM would find each row of A from the one before, in a chain of additions longer than those of the sums.
+    fourths = [opaque(builder, a.part(r)) for r in range(0, rows, 4)]
     with cgutils.for_range(builder, panel.shape[0]) as loop:
         b = [vectors.load(panel.at(loop.index), column=c) for c in range(len(masks))]
-        x = [vectors.broadcast(a.at(r, loop.index)) for r in range(rows)]
+        x = [vectors.broadcast(fourths[r // 4].at(r % 4, loop.index)) for r in range(rows)]
         for r, c in grid:
             builder.store(vectors.fma(x[r], b[c], builder.load(totals[r, c])), totals[r, c])
     for r, c in grid:
@@ -120,17 +125,28 @@ def _emit_micro_kernel(builder, vectors, a, panel, start, out, rows, masks):
 
 
 @intrinsic
-def pack_row(typing_context, b, k, j, panels, p):
-    """Copy TILE_VECTORS vectors from (k, j) on in `b`, whose rows are contiguous, to row `k` of panel `p`."""
+def copy_vectors(typing_context, b, j, panel, column):
+    """Copy a vector of each row of `b`, which are contiguous, from column `j` to `column` of a panel.
+
+    Zeros stand in for columns that `b` does not have.
+    """
 
     def emit(context, builder, signature, arguments):
-        _, k, j, _, p = arguments
-        b, panels = (View.of(context, builder, signature.args[n], arguments[n]) for n in (0, 3))
+        _, j, _, column = arguments
+        b, panel = (View.of(context, builder, signature.args[n], arguments[n]) for n in (0, 2))
         vectors = Vectors(context, builder, signature.args[0].dtype)
-        for c in range(TILE_VECTORS):
-            vectors.store(vectors.load(b.at(k, j), column=c), panels.at(p, k), column=c)
+        mask = vectors.first(builder.sub(b.shape[1], j))
+        with cgutils.for_range(builder, b.shape[0]) as loop:
+            vectors.store(vectors.load(b.at(loop.index, j), mask), panel.at(loop.index, column))
 
-    return types.void(b, k, j, panels, p), emit
+    return types.void(b, j, panel, column), emit
+
+
+@njit
+def pack(b, j, panel):
+    """Fill a panel from column `j` of `b` on, whose rows are contiguous."""
+    for column in range(0, panel.shape[1], REGISTER_BYTES // b.itemsize):
+        copy_vectors(b, j + column, panel, column)
 
 
 # The product around them ------------------------------------------------------------------------------------
@@ -171,8 +187,8 @@ def add_block(a, b, bias, out, first):
     width = TILE_BYTES // b.itemsize
     edge_width = EDGE_BYTES // b.itemsize
     edge = n - n % width
-    panels = full_panels(b[:, :edge], m)
-    edge_panels = copied_panels(b[:, edge:], edge_width)
+    panels = panels_of(b[:, :edge], width, m)
+    edge_panels = panels_of(b[:, edge:], edge_width, m)
     for i in range(0, m, MR):
         rows = min(MR, m - i)
         for p in range(len(panels)):
@@ -184,29 +200,20 @@ def add_block(a, b, bias, out, first):
 
 
 @njit
-def full_panels(b, m):
-    """Panels of a tile's width, (panel, k, column), for `m` rows of A: in place or packed."""
+def panels_of(b, width, m):
+    """Panels of so many columns for `m` rows of A, (panel, k, column): in place, or packed and filled up with zeros."""
     k, n = b.shape
-    width = TILE_BYTES // b.itemsize
-    if b.strides[1] != b.itemsize:
-        return copied_panels(b, width)
-    if m < PACK_ROWS:
-        return as_strided(b, (n // width, k, width), (TILE_BYTES, b.strides[0], b.itemsize))
-    panels = np.empty((n // width, k, width), b.dtype)
-    for p in range(len(panels)):
-        for row in range(k):
-            pack_row(b, row, p * width, panels, p)
-    return panels
-
-
-@njit
-def copied_panels(b, width):
-    """Panels of `width` columns, copied from a matrix with any strides, the last one filled up with zeros."""
-    k, n = b.shape
+    contiguous = b.strides[1] == b.itemsize
+    if contiguous and m < PACK_ROWS and n % width == 0:
+        return as_strided(b, (n // width, k, width), (width * b.itemsize, b.strides[0], b.itemsize))
     panels = np.zeros((-(-n // width), k, width), b.dtype)
-    for j in range(n):
-        for row in range(k):
-            panels[j // width, row, j % width] = b[row, j]
+    for p in range(len(panels)):
+        if contiguous:
+            pack(b, p * width, panels[p])
+        else:
+            for j in range(p * width, min(n, (p + 1) * width)):
+                for row in range(k):
+                    panels[p, row, j - p * width] = b[row, j]
     return panels
 
 
@@ -227,38 +234,16 @@ def relu_grad(upstream, activations, out):
         out[i] = upstream[i] if activations[i] > 0 else 0
 
 
-@kernel(matrix_in, integers_in, matrix_out, returns=types.Tuple((types.float64, types.int64)))
+@kernel(row_major_in, integers_in, matrix_out, returns=types.Tuple((types.float64, types.int64)))
 def softmax_grad(logits, labels, out):
     """out = softmax(logits) - onehot(labels); returns the summed cross-entropy and the number correct."""
-    rows, classes = logits.shape
     loss = 0.0
     correct = 0
-    # Conditions instead of branches, as nobody can foresee which logit is the largest.
-    for i in range(rows):
-        top = logits[i, 0]
-        for j in range(1, classes):
-            x = logits[i, j]
-            top = x if (x > top) | (x != x) else top  # NaN stays
-        is_first = True
-        for j in range(classes):
-            x = logits[i, j]
-            out[i, j] = x - top
-            is_top = (x == top) | (x != x)
-            is_first &= is_top if j == labels[i] else (not is_top) | (j > labels[i])
-        loss -= out[i, labels[i]]
-        correct += is_first
-    # All rows at once: a row of 10 would not fill a vector.
-    flat = out.reshape(-1)
-    for i in range(0, len(flat), REGISTER_BYTES // out.itemsize):
-        exp_vector(flat, i)
     product = 1.0
-    for i in range(rows):
-        total = out[i, 0]
-        for j in range(1, classes):
-            total += out[i, j]
-        for j in range(classes):
-            out[i, j] /= total
-        out[i, labels[i]] -= 1
+    for i in range(len(logits)):
+        below_top, is_first, total = softmax_grad_row(logits, i, labels[i], out)
+        loss += below_top
+        correct += is_first
         # One logarithm for many rows: theirs is the sum of the logarithms.
         product *= total
         if not product < 1e200:
@@ -268,17 +253,63 @@ def softmax_grad(logits, labels, out):
 
 
 @intrinsic
-def exp_vector(typing_context, x, i):
-    """Replace the vector from `i` on in the flat array `x`, or what there is of it, by its exponential."""
+def softmax_grad_row(typing_context, logits, i, label, out):
+    """Set row `i` of `out` as above, vector by vector; the last is filled up with what changes nothing.
+
+    Returns
+    -------
+    tuple[float, bool, float]
+        How far the label's logit is below the largest; whether it is the first of the largest, which NaN is if there is
+        one; the sum of the exponentials.
+    """
+    dtype = logits.dtype
 
     def emit(context, builder, signature, arguments):
-        x = View.of(context, builder, signature.args[0], arguments[0])
-        vectors = Vectors(context, builder, signature.args[0].dtype)
-        mask = vectors.first(builder.sub(x.shape[0], arguments[1]))
-        pointer = x.at(arguments[1])
-        vectors.store(vectors.exp(vectors.load(pointer, mask)), pointer, mask)
+        _, i, label, _ = arguments
+        logits, out = (View.of(context, builder, signature.args[n], arguments[n]) for n in (0, 3))
+        vectors = Vectors(context, builder, dtype)
+        classes = logits.shape[1]
+        logits, out = logits.part(i, drop=1), out.part(i, drop=1)
+        lowest, zeros, ones = (vectors.constant(value) for value in (-math.inf, 0, 1))
 
-    return types.void(x, i), emit
+        @contextmanager
+        def each_vector():
+            with cgutils.for_range_slice(builder, i.type(0), classes, i.type(vectors.lanes), i.type) as (j, _):
+                yield j, vectors.first(builder.sub(classes, j))
+
+        largest = vectors.variable(lowest)
+        with each_vector() as (j, mask):
+            x = builder.select(mask, vectors.load(logits.at(j), mask), lowest)
+            builder.store(vectors.maximum(x, builder.load(largest)), largest)
+        largest = vectors.across(vectors.maximum, builder.load(largest))
+
+        total = vectors.variable(zeros)
+        first_nan, first_largest = (cgutils.alloca_once_value(builder, classes) for _ in range(2))
+        with each_vector() as (j, mask):
+            x = vectors.load(logits.at(j), mask)
+            exponentials = builder.select(mask, vectors.exp(builder.fsub(x, largest)), zeros)
+            vectors.store(exponentials, out.at(j), mask)
+            builder.store(builder.fadd(builder.load(total), exponentials), total)
+            is_nan, is_largest = builder.fcmp_unordered("uno", x, x), builder.fcmp_ordered("==", x, largest)
+            for is_such, first in (is_nan, first_nan), (is_largest, first_largest):
+                found = builder.add(j, vectors.first_on(builder.and_(is_such, mask), classes))
+                before = builder.load(first)
+                builder.store(builder.select(builder.icmp_signed("<", found, before), found, before), first)
+        total = vectors.across(builder.fadd, builder.load(total))
+
+        with each_vector() as (j, mask):
+            softmax = builder.fdiv(vectors.load(out.at(j), mask), total)
+            onehot = builder.select(vectors.only(builder.sub(label, j)), ones, zeros)
+            vectors.store(builder.fsub(softmax, onehot), out.at(j), mask)
+
+        first_nan, first_largest = builder.load(first_nan), builder.load(first_largest)
+        first = builder.select(builder.icmp_signed("<", first_nan, classes), first_nan, first_largest)
+        below = builder.fsub(largest, vectors.broadcast(logits.at(label)))
+        below, total = (builder.extract_element(vector, i.type(0)) for vector in (below, total))
+        results = below, builder.icmp_signed("==", first, label), total
+        return context.make_tuple(builder, signature.return_type, results)
+
+    return types.Tuple((dtype, types.boolean, dtype))(logits, i, label, out), emit
 
 
 class NumbaBackend(Backend):
@@ -306,5 +337,5 @@ class NumbaBackend(Backend):
 
     def _softmax_grad(self, logits, labels):
         out = np.empty(logits.shape, logits.dtype)
-        loss, correct = softmax_grad(logits, labels.astype(np.int64, copy=False), out)
+        loss, correct = softmax_grad(np.ascontiguousarray(logits), labels.astype(np.int64, copy=False), out)
         return loss, correct, out

@@ -82,6 +82,13 @@ class View:
         return View(self._builder, self.at(*index), self.shape[drop:], self.strides[drop:])
 
 
+def opaque(builder: ir.IRBuilder, view: View) -> View:
+    """The same array, but LLVM does not know where it came from: an instruction without effect may have changed it."""
+    pointer = view.at()
+    kept = builder.asm(ir.FunctionType(pointer.type, [pointer.type]), "", "=r,0", [pointer], side_effect=False)
+    return View(builder, kept, view.shape, view.strides)
+
+
 class _FloatFormat(NamedTuple):
     """What the exponential function needs to know of a float type."""
 
@@ -162,8 +169,31 @@ class Vectors:
 
     def first(self, count: ir.Value) -> ir.Value:
         """Mask of the first `count` lanes, or of all if there are not as many."""
-        numbers = ir.Constant(ir.VectorType(count.type, self.lanes), list(range(self.lanes)))
-        return self._builder.icmp_signed("<", numbers, self._splat(count))
+        return self._builder.icmp_signed("<", self._numbers(count.type), self._splat(count))
+
+    def only(self, lane: ir.Value) -> ir.Value:
+        """Mask of one lane, or of none if there is no such lane."""
+        return self._builder.icmp_signed("==", self._numbers(lane.type), self._splat(lane))
+
+    def first_on(self, mask: ir.Value, otherwise: ir.Value) -> ir.Value:
+        """Number of the first lane that is on in `mask`, or `otherwise` if none is."""
+        bits = self._builder.bitcast(mask, ir.IntType(self.lanes))
+        is_none = self._builder.icmp_unsigned("==", bits, bits.type(0))
+        number = self._builder.cttz(self._builder.zext(bits, otherwise.type), ir.IntType(1)(0))
+        return self._builder.select(is_none, otherwise, number)
+
+    def maximum(self, a: ir.Value, b: ir.Value) -> ir.Value:
+        """The larger of each two lanes, or that of `b` if one is NaN."""
+        return self._builder.select(self._builder.fcmp_ordered(">", a, b), a, b)
+
+    def across(self, operation: Callable[[ir.Value, ir.Value], ir.Value], vector: ir.Value) -> ir.Value:
+        """All lanes combined by a commutative operation, in every lane of the result."""
+        distance = self.lanes // 2
+        while distance:
+            partners = ir.VectorType(_INT32, self.lanes)([lane ^ distance for lane in range(self.lanes)])
+            vector = operation(vector, self._builder.shuffle_vector(vector, vector, partners))
+            distance //= 2
+        return vector
 
     def exp(self, x: ir.Value) -> ir.Value:
         """e^x for x <= 0 or NaN, within 2 units in the last place.
@@ -193,6 +223,9 @@ class Vectors:
             result = builder.fmul(result, builder.bitcast(factor, self.type))
         return result
 
+    def _numbers(self, integer: ir.IntType) -> ir.Constant:
+        return ir.Constant(ir.VectorType(integer, self.lanes), list(range(self.lanes)))
+
     def _vector_pointer(self, pointer: ir.Value, column: int) -> ir.Value:
         return self._builder.gep(self._builder.bitcast(pointer, self.type.as_pointer()), [_INT32(column)])
 
@@ -219,6 +252,11 @@ class Vectors:
 def matrix_in(dtype: types.Float) -> types.Array:
     """(n, m) array to read, with any strides."""
     return types.Array(dtype, 2, "A", readonly=True, aligned=False)
+
+
+def row_major_in(dtype: types.Float) -> types.Array:
+    """(n, m) array to read, row-major."""
+    return types.Array(dtype, 2, "C", readonly=True, aligned=False)
 
 
 def matrix_out(dtype: types.Float) -> types.Array:

@@ -35,8 +35,8 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from kernels.backend import CHUNK
-from kernels.numba_backend import NumbaBackend
-from kernels.simd import REGISTER_BYTES, Vectors, View, flat_in, kernel, matrix_out
+from kernels.numba_backend import NumbaBackend, pack
+from kernels.simd import REGISTER_BYTES, Vectors, View, flat_in, kernel, matrix_out, row_major_in
 
 # Vectors in a row of a panel, and of the narrower panels for the last columns. Two rows of the result and their grey
 # values fit the 16 registers of SSE and AVX2, or the 32 of AVX-512.
@@ -176,22 +176,6 @@ class SparseMatrix:
 
 
 @intrinsic
-def pack_row(typing_context, b, k, j, panel, row):
-    """Copy row `k` of B, from column `j`, to a row of the panel; zeros stand in for columns that B does not have."""
-
-    def emit(context, builder, signature, arguments):
-        _, k, j, _, row = arguments
-        b, panel = (View.of(context, builder, signature.args[n], arguments[n]) for n in (0, 3))
-        vectors = Vectors(context, builder, signature.args[0].dtype)
-        columns = builder.sub(b.shape[1], j)
-        for c in range(PANEL_VECTORS):
-            mask = vectors.first(builder.sub(columns, j.type(c * vectors.lanes)))
-            vectors.store(vectors.load(b.at(k, j), mask, column=c), panel.at(row), column=c)
-
-    return types.void(b, k, j, panel, row), emit
-
-
-@intrinsic
 def add_block(typing_context, groups, rows, masks, values, start, end, panel, out, j, width):
     """Add the products of a block of A with a panel of B to `width` vectors of the rows of the result.
 
@@ -292,11 +276,6 @@ def _keep_rolled(builder):
     builder.call(nothing, [], attrs=("convergent",))
 
 
-def row_major_in(dtype: types.Float) -> types.Array:
-    """(n, m) array to read, row-major."""
-    return types.Array(dtype, 2, "C", readonly=True, aligned=False)
-
-
 def aligned_empty(n, m, like):
     """(n, m) array from a cache line's start, as vectors that lie in two lines take two accesses."""
     memory = np.empty(n * m + CACHE_LINE // like.itemsize, like.dtype)
@@ -314,7 +293,7 @@ def product(b, bias, groups, rows, masks, values, out):
     `out` has a row more than A, which is left in any state. The terms of a sum are added block by block, each from left
     to right.
     """
-    k, m = b.shape
+    m = b.shape[1]
     panel = empty_panel(BLOCK + 1, PANEL_BYTES // b.itemsize, b)
     panel[BLOCK] = 0
     for i in range(len(out)):
@@ -326,8 +305,7 @@ def product(b, bias, groups, rows, masks, values, out):
         while j + columns <= m or (width == 1 and j < m):
             start = end = 0
             for block in range(len(groups)):
-                for row in range(min(BLOCK, k - block * BLOCK)):
-                    pack_row(b, block * BLOCK + row, j, panel, row)
+                pack(b[block * BLOCK : (block + 1) * BLOCK], j, panel)
                 end = add_block(groups[block], rows, masks, values, start, end, panel, out, j, width)
                 start += groups[block] * GROUP
             j += columns
