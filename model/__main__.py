@@ -1,5 +1,6 @@
 """The command line: ``python -m model train``, ``reproduce`` and ``predict``."""
 
+import gc
 import math
 import os
 import re
@@ -27,7 +28,6 @@ from model.checkpoint import CheckpointError, Config, check_same, load, save
 from model.data import DataError, limited, load_dataset, sha256
 from model.files import check_writable
 from model.mlp import MLP
-from model.picture import PictureError, read_picture
 from model.report import comparison_table, environment, history_table, probability_bars, run_report, write_json
 from model.reproduction import FITTED, MINI_BATCH, full_batch_histories, history, reproduce
 from model.signals import Stopped, stop, stoppable, stoppable_between_steps
@@ -136,7 +136,8 @@ def train_command(
     kernels = get_backend(options["backend"])
     whole = load_dataset(options["dataset"], data)
     images = limited(whole, options["limit"])
-    config = Config(**{**options, "backend": kernels.name, "dataset": whole.name.lower()}, data_sha256=sha256(whole))
+    names = {"backend": kernels.name, "dataset": whole.name.lower()}
+    config = Config(**{**options, **names}, data_sha256=sha256(whole) if file else "")
     if saved:
         check_same(saved.config, config)
     mlp, state, _ = saved or (MLP((images.train_images.shape[1], hidden, 10), seed), State.start(seed), config)
@@ -266,6 +267,8 @@ def predict_command(
     checkpoint: Annotated[Path, typer.Option(help="The trained network, as saved by train --checkpoint.")],
 ) -> None:
     """Say which digit a picture shows."""
+    from model.picture import read_picture  # SciPy takes an eighth of a second to import
+
     mlp = load(checkpoint).mlp
     if (mlp.layers[0][0].shape[0], len(mlp.layers[-1][1])) != (784, 10):
         raise ValueError(
@@ -294,17 +297,21 @@ def training(title: str, images: int, passed: int = 0) -> Iterator[tuple[list[in
 
 def main() -> None:
     """Run the command line; every foreseeable error is one line on stderr and exit code 2."""
+    # Numba makes half a million objects that stay; looking for garbage among them takes a fifth of a second.
+    gc.set_threshold(100_000)
     usage_error: Any = typer.BadParameter.__base__  # the class of all wrong options; its module has changed name
     with stoppable():
         try:
             sys.exit(app(standalone_mode=False))
         except usage_error as error:
             fail(error.format_message())
-        except (CheckpointError, DataError, PictureError, TrainingError, ValueError, OSError) as error:
+        except (CheckpointError, DataError, TrainingError, ValueError, OSError) as error:
             fail(str(error))
         except Stopped as stopped:
             say(f"interrupted{stopped.note}")
             os._exit(128 + stopped.signal)  # worker threads would finish their shard, which takes pure Python minutes
+        finally:
+            gc.freeze()  # or Python would look for garbage in all of them once more before it ends
 
 
 def fail(message: str) -> None:

@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
-import pooch
-import requests
 from numpy.typing import NDArray
 
 from model.files import write_whole
@@ -245,7 +243,9 @@ def sha256(dataset: Dataset) -> str:
 
 def cache_directory() -> Path:
     """Return the directory, by the platform's convention, that keeps this user's downloads and digits28."""
-    return Path(pooch.os_cache("vectorization-study"))
+    from pooch import os_cache
+
+    return Path(os_cache("vectorization-study"))
 
 
 def _given_directory(directory: str | os.PathLike[str] | None) -> Path | None:
@@ -255,6 +255,9 @@ def _given_directory(directory: str | os.PathLike[str] | None) -> Path | None:
 
 def _download(cache: Path) -> None:
     """Fetch the files that `cache` lacks or holds damaged; pooch stores only what passes its checksum."""
+    import pooch  # these take a fifteenth of a second to import, and are needed once
+    import requests
+
     global _download_failure
     if _download_failure:
         raise DataError(_download_failure)

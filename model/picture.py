@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from scipy import ndimage
 
+from model.data import DataError
+
 MAX_BYTES = 100_000_000
 MAX_PIXELS = 50_000_000  # no more than 500 MB while they are decoded and converted
 WORKING_SIZE = 2000  # longer sides are reduced to this before anything is measured
@@ -24,7 +26,7 @@ FAINT = 0.25  # of the strongest ink: shadows, the texture of paper and what JPE
 SIDE, BOX, CENTRE = 28, 20, 14  # pixels of an image, of the box that holds the digit, and where its mass is centred
 
 
-class PictureError(Exception):
+class PictureError(DataError):
     """The picture cannot be used; the message says in one line what is wrong and what to do about it."""
 
 
