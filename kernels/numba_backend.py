@@ -113,11 +113,11 @@ def _emit_micro_kernel(builder, vectors, a, panel, start, out, rows, masks):
     """Write the loop along k for a tile of `rows` rows and a vector for each of `masks`."""
     grid = [(r, c) for r in range(rows) for c in range(len(masks))]
     totals = {(r, c): vectors.variable(vectors.load(start.at(r), masks[c], column=c)) for r, c in grid}
-    # LLVM would find each row of A from the one before, in a chain of additions longer than those of the sums.
-    fourths = [opaque(builder, a.part(r)) for r in range(0, rows, 4)]
+    # LLVM finds each row of A from the one before. Twelve such additions would take longer than twelve multiply-adds.
+    parts = [a if r == 0 else opaque(builder, a.part(r)) for r in range(0, rows, MR)]
     with cgutils.for_range(builder, panel.shape[0]) as loop:
         b = [vectors.load(panel.at(loop.index), column=c) for c in range(len(masks))]
-        x = [vectors.broadcast(fourths[r // 4].at(r % 4, loop.index)) for r in range(rows)]
+        x = [vectors.broadcast(parts[r // MR].at(r % MR, loop.index)) for r in range(rows)]
         for r, c in grid:
             builder.store(vectors.fma(x[r], b[c], builder.load(totals[r, c])), totals[r, c])
     for r, c in grid:
@@ -125,28 +125,27 @@ def _emit_micro_kernel(builder, vectors, a, panel, start, out, rows, masks):
 
 
 @intrinsic
-def copy_vectors(typing_context, b, j, panel, column):
-    """Copy a vector of each row of `b`, which are contiguous, from column `j` to `column` of a panel.
-
-    Zeros stand in for columns that `b` does not have.
-    """
-
-    def emit(context, builder, signature, arguments):
-        _, j, _, column = arguments
-        b, panel = (View.of(context, builder, signature.args[n], arguments[n]) for n in (0, 2))
-        vectors = Vectors(context, builder, signature.args[0].dtype)
-        mask = vectors.first(builder.sub(b.shape[1], j))
-        with cgutils.for_range(builder, b.shape[0]) as loop:
-            vectors.store(vectors.load(b.at(loop.index, j), mask), panel.at(loop.index, column))
-
-    return types.void(b, j, panel, column), emit
+def pack(typing_context, b, j, panel):
+    """Fill a panel from column `j` of `b` on, whose rows are contiguous; columns that it does not have become zeros."""
+    return types.void(b, j, panel), functools.partial(emit_packing, width=TILE_VECTORS)
 
 
-@njit
-def pack(b, j, panel):
-    """Fill a panel from column `j` of `b` on, whose rows are contiguous."""
-    for column in range(0, panel.shape[1], REGISTER_BYTES // b.itemsize):
-        copy_vectors(b, j + column, panel, column)
+@intrinsic
+def pack_edge(typing_context, b, j, panel):
+    """Do what `pack` does, for a panel of EDGE_VECTORS vectors."""
+    return types.void(b, j, panel), functools.partial(emit_packing, width=EDGE_VECTORS)
+
+
+def emit_packing(context, builder, signature, arguments, width):
+    """Write the loop over the rows of B, each `width` vectors in the panel."""
+    b, panel = (View.of(context, builder, signature.args[n], arguments[n]) for n in (0, 2))
+    j = arguments[1]
+    vectors = Vectors(context, builder, signature.args[0].dtype)
+    columns = builder.sub(b.shape[1], j)
+    masks = [vectors.first(builder.sub(columns, j.type(c * vectors.lanes))) for c in range(width)]
+    with cgutils.for_range(builder, b.shape[0]) as loop:
+        for c, mask in enumerate(masks):
+            vectors.store(vectors.load(b.at(loop.index, j), mask, column=c), panel.at(loop.index), column=c)
 
 
 # The product around them ------------------------------------------------------------------------------------
@@ -208,8 +207,10 @@ def panels_of(b, width, m):
         return as_strided(b, (n // width, k, width), (width * b.itemsize, b.strides[0], b.itemsize))
     panels = np.zeros((-(-n // width), k, width), b.dtype)
     for p in range(len(panels)):
-        if contiguous:
+        if contiguous and width == TILE_BYTES // b.itemsize:
             pack(b, p * width, panels[p])
+        elif contiguous:
+            pack_edge(b, p * width, panels[p])
         else:
             for j in range(p * width, min(n, (p + 1) * width)):
                 for row in range(k):

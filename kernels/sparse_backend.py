@@ -22,6 +22,7 @@ x and x.T are both stored in that form, so the same code computes both products.
 A pixel of zero adds nothing to a sum, whatever it is multiplied with: zero times infinity or NaN is skipped here too.
 """
 
+import functools
 import threading
 import warnings
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from kernels.backend import CHUNK
-from kernels.numba_backend import NumbaBackend, pack
+from kernels.numba_backend import NumbaBackend, emit_packing
 from kernels.simd import REGISTER_BYTES, Vectors, View, flat_in, kernel, matrix_out, row_major_in
 
 # Vectors in a row of a panel, and of the narrower panels for the last columns. Two rows of the result and their grey
@@ -176,6 +177,12 @@ class SparseMatrix:
 
 
 @intrinsic
+def pack_panel(typing_context, b, j, panel):
+    """Copy B's columns from `j` on to the panel, with zeros for columns that B does not have."""
+    return types.void(b, j, panel), functools.partial(emit_packing, width=PANEL_VECTORS)
+
+
+@intrinsic
 def add_block(typing_context, groups, rows, masks, values, start, end, panel, out, j, width):
     """Add the products of a block of A with a panel of B to `width` vectors of the rows of the result.
 
@@ -305,7 +312,7 @@ def product(b, bias, groups, rows, masks, values, out):
         while j + columns <= m or (width == 1 and j < m):
             start = end = 0
             for block in range(len(groups)):
-                pack(b[block * BLOCK : (block + 1) * BLOCK], j, panel)
+                pack_panel(b[block * BLOCK : (block + 1) * BLOCK], j, panel)
                 end = add_block(groups[block], rows, masks, values, start, end, panel, out, j, width)
                 start += groups[block] * GROUP
             j += columns

@@ -297,8 +297,6 @@ def training(title: str, images: int, passed: int = 0) -> Iterator[tuple[list[in
 
 def main() -> None:
     """Run the command line; every foreseeable error is one line on stderr and exit code 2."""
-    # Numba makes half a million objects that stay; looking for garbage among them takes a fifth of a second.
-    gc.set_threshold(100_000)
     usage_error: Any = typer.BadParameter.__base__  # the class of all wrong options; its module has changed name
     with stoppable():
         try:
@@ -310,8 +308,6 @@ def main() -> None:
         except Stopped as stopped:
             say(f"interrupted{stopped.note}")
             os._exit(128 + stopped.signal)  # worker threads would finish their shard, which takes pure Python minutes
-        finally:
-            gc.freeze()  # or Python would look for garbage in all of them once more before it ends
 
 
 def fail(message: str) -> None:
@@ -326,4 +322,10 @@ def say(line: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    # Numba makes a hundred thousand objects that stay. Looking for garbage among them takes a fifth of a second, most
+    # of it when the process ends.
+    gc.set_threshold(100_000)
+    try:
+        main()
+    finally:
+        gc.freeze()
