@@ -287,6 +287,11 @@ def _title(found: dict[str, Any]) -> str:
     more = rows["numpy"][-1]["at"] / rows["numpy"][whole]["at"]
     gains = [row[0]["median"] / row[-1]["median"] for row in found["axes"]["threads"].values()]
     return (
-        f"{more:g} × the images take {min(times):.1f} to {max(times):.1f} × the time; "
-        f"{found['threads']} threads are {min(gains):.1f} to {max(gains):.1f} × as fast as one"
+        f"{more:g} × the images take {_range(times)} × the time; "
+        f"{found['threads']} threads are {_range(gains)} × as fast as one"
     )
+
+
+def _range(values: list[float]) -> str:
+    low, high = f"{min(values):.1f}", f"{max(values):.1f}"
+    return low if low == high else f"{low} to {high}"
