@@ -205,13 +205,14 @@ def panels_of(b, width, m):
     contiguous = b.strides[1] == b.itemsize
     if contiguous and m < PACK_ROWS and n % width == 0:
         return as_strided(b, (n // width, k, width), (width * b.itemsize, b.strides[0], b.itemsize))
-    panels = np.zeros((-(-n // width), k, width), b.dtype)
+    panels = np.empty((-(-n // width), k, width), b.dtype)
     for p in range(len(panels)):
         if contiguous and width == TILE_BYTES // b.itemsize:
             pack(b, p * width, panels[p])
         elif contiguous:
             pack_edge(b, p * width, panels[p])
         else:
+            panels[p] = 0
             for j in range(p * width, min(n, (p + 1) * width)):
                 for row in range(k):
                     panels[p, row, j - p * width] = b[row, j]
