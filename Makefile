@@ -12,14 +12,14 @@ help:  ## Show this help
 bench: $(READY)  ## Measure every backend and draw the plots into bench/output/ (under five minutes)
 	$(BIN)/python -m pytest bench/ --benchmark-only $(ARGS)
 
-bench-peers: .venv/peers  ## The same with PyTorch, JAX and scikit-learn beside ours: installs them, CPU builds
-	$(BIN)/python -m pytest bench/ --benchmark-only --peers -rs $(ARGS)
+bench-peers: .venv/peers  ## Measure PyTorch, JAX and scikit-learn beside ours: installs them, CPU builds
+	$(BIN)/python -m bench run head_to_head $(ARGS)
 
 test: $(READY)  ## Run all tests (set MNIST_DIR to include those on MNIST)
 	$(BIN)/python -m pytest tests/ $(ARGS)
 
 plots: $(READY)  ## Draw the plots of a results file (make plots RESULTS=file.json) into bench/output/
-	$(BIN)/python -m bench.study draw $(RESULTS)
+	$(BIN)/python -m bench draw $(RESULTS)
 
 test-oldest: RESOLUTION := lowest-direct  ## Run the quick tests with the oldest dependencies that pyproject.toml allows
 test-newest: RESOLUTION := highest  ## Run the quick tests with the newest dependencies
@@ -31,13 +31,13 @@ test-oldest test-newest:
 
 results: .venv/peers  ## Measure and draw everything in bench/results/ and the README again (needs MNIST; half an hour)
 	$(BIN)/python -m pytest bench/ --benchmark-only --dataset mnist --output bench/results
-	$(BIN)/python -m bench.study run --dataset mnist --output bench/results
+	$(BIN)/python -m bench run --dataset mnist --output bench/results
 	for run in 2 3; do \
-	    $(BIN)/python -m bench.study run head_to_head time_to_accuracy products --dataset mnist --output bench/output/$$run \
+	    $(BIN)/python -m bench run head_to_head time_to_accuracy products --dataset mnist --output bench/output/$$run \
 	        || exit 1; \
 	done
-	$(BIN)/python -m bench.study repeats bench/output/[23]/results.json --output bench/results
-	$(BIN)/python -m bench.study draw bench/results/results.json --output bench/results
+	$(BIN)/python -m bench repeats bench/output/[23]/results.json --output bench/results
+	$(BIN)/python -m bench draw bench/results/results.json --output bench/results
 	$(BIN)/python -m bench.tables
 
 lint: $(READY)  ## Check style and types

@@ -28,8 +28,8 @@ def pytest_generate_tests(metafunc):
     if "backend" in metafunc.fixturenames:
         metafunc.parametrize("backend", names, indirect=True, scope="session")
     if "full_batch_backend" in metafunc.fixturenames:
-        compiled = [name for name in names if name != "naive"]
-        metafunc.parametrize("full_batch_backend", compiled, indirect=True, scope="session")
+        fast = [name for name in names if not get_backend(name).too_slow_for_full_batches]
+        metafunc.parametrize("full_batch_backend", fast, indirect=True, scope="session")
 
 
 @pytest.fixture(scope="session")

@@ -8,21 +8,16 @@ import pytest
 
 from bench import RESULTS
 from model.data import DataError, limited, load_dataset
-from model.report import environment
-from model.trainer import available_cores, thread_pool
+from model.extras.environment import environment
+from model.threads import available_cores, thread_pool
 
 
 def pytest_addoption(parser):
     parser.addoption("--quick", action="store_true", help="fewer images and rounds: a minute in all, only to try it")
-    parser.addoption("--peers", action="store_true", help="measure other packages too: make bench-peers installs them")
     parser.addoption("--dataset", default="auto", help="mnist, digits28 or auto, as in python -m model train")
     parser.addoption(
         "--output", type=Path, default=Path(__file__).parent / "output", help="folder for results and plots"
     )
-
-
-def pytest_ignore_collect(collection_path, config):
-    return True if collection_path.name == "test_peers.py" and not config.option.peers else None
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -51,7 +46,7 @@ def pytest_benchmark_update_json(config, output_json):
 def pytest_terminal_summary(terminalreporter, config):
     file = config.option.benchmark_json
     if file and config._benchmarksession.benchmarks:
-        from bench.plots import draw_benchmarks  # matplotlib takes a second to import
+        from bench.publish.figures import draw_benchmarks  # matplotlib takes a second to import
 
         figures = draw_benchmarks(Path(file), Path(file).parent)
         names = ", ".join(figure.name for figure in figures)

@@ -38,9 +38,12 @@ class Backend(ABC):
     chunk : int
         How many images at most are prepared together and pass through the network: so many that their activations stay
         in a core's cache.
+    too_slow_for_full_batches : bool
+        Whether an epoch over all images would take a quarter of an hour, as in pure Python.
     """
 
     chunk = CHUNK
+    too_slow_for_full_batches = False
 
     @property
     def name(self) -> str:

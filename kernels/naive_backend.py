@@ -61,6 +61,8 @@ def softmax_grad(logits, labels, out):
 class NaiveBackend(Backend):
     """The loops above on lists of Python floats, which hold 64 bits: results are rounded to the dtype at the end."""
 
+    too_slow_for_full_batches = True
+
     def _prepare(self, images, dtype):
         return np.array([[pixel / 255 for pixel in image] for image in images.tolist()], dtype).reshape(images.shape)
 

@@ -21,7 +21,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from model.files import write_whole
+from model.extras.files import write_whole
 
 Bytes: TypeAlias = NDArray[np.uint8]
 

@@ -7,10 +7,6 @@ import pytest
 
 from model.data import Dataset, load_digits28, load_mnist
 
-DATASETS = ["digits28"]
-if os.environ.get("MNIST_DIR") or os.environ.get("REQUIRE_MNIST"):
-    DATASETS.append("mnist")
-
 
 @pytest.fixture(scope="session")
 def mnist():

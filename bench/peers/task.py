@@ -1,0 +1,66 @@
+"""What every competitor does, and how it is called."""
+
+import importlib
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from types import ModuleType
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model.mlp import MLP
+
+
+class UnavailableError(Exception):
+    """A peer cannot run here; the message says why."""
+
+
+class Task(NamedTuple):
+    """What every competitor does: gradient descent from the weights of `mlp`, which it copies."""
+
+    mlp: MLP
+    images: NDArray[np.uint8]
+    labels: NDArray[np.integer]
+    learning_rate: float
+    threads: int
+    run: Callable
+    """What `model.threads.thread_pool` yields."""
+
+
+class Competitor(ABC):
+    """A network, and images to train it on."""
+
+    compiles = False
+    """Whether the first step compiles."""
+
+    @abstractmethod
+    def step(self) -> float:
+        """One step over all images; returns the mean loss from before it."""
+
+    @abstractmethod
+    def parameters(self) -> list[NDArray]:
+        """Weights (inputs, outputs) and biases, in the order of `MLP.parameters`."""
+
+
+class Learner(Competitor):
+    """A competitor that also takes steps over other images than its own, as in mini-batches."""
+
+    @abstractmethod
+    def learn(self, images: NDArray[np.uint8], labels: NDArray[np.integer]) -> float:
+        """Prepare the images and make one step over them; returns the mean loss from before it."""
+
+    @abstractmethod
+    def accuracy(self) -> float:
+        """Share of its own images that are classified correctly."""
+
+
+def package(name: str) -> ModuleType:
+    # torch warns of its own deprecated parts, and that its sparse tensors are new.
+    warnings.filterwarnings("ignore", module="torch")
+    warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UnavailableError(f"{name} is not installed: make bench-peers installs it") from error

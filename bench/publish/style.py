@@ -1,0 +1,109 @@
+"""Labels, bounds, ticks and numbers that the figures share."""
+
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from kernels import backend_names
+from model.extras.figure import BOUND_COLOUR
+
+
+def label(
+    axes: Axes,
+    text: str,
+    x: float,
+    y: float,
+    fontsize: float = 9,
+    side: int = 1,
+    above: float = 0,
+    shade: str = "black",
+) -> None:
+    """`text` right of a bar's end, or left of it if `side` is -1, readable over the line of a bound."""
+    axes.annotate(
+        text,
+        (x, y),
+        xytext=(5 * side, above),
+        textcoords="offset points",
+        ha="left" if side == 1 else "right",
+        va="center",
+        color=shade,
+        fontsize=fontsize,
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+        zorder=5,
+    )
+
+
+def note(axes: Axes, text: str, place: tuple[float, float], above: float, **look: Any) -> None:
+    """Small `text`, so many points above a place on a line."""
+    look = {"fontsize": 8, "color": BOUND_COLOUR, **look}
+    axes.annotate(text, place, (0, above), textcoords="offset points", annotation_clip=True, **look)
+
+
+def bound(axes: Axes, x: float, text: str, y: float) -> None:
+    """A vertical line that no dense code passes by much, with its name."""
+    axes.axvline(x, color=BOUND_COLOUR, linestyle="--", linewidth=1)
+    axes.annotate(
+        text, (x, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=7.5, color=BOUND_COLOUR
+    )
+
+
+def short(value: float) -> str:
+    """At least two digits, at most three, and no more than matter."""
+    if value >= 1000:
+        return f"{float(f'{value:.3g}'):,.0f}"
+    return f"{value:.0f}" if value >= 20 else f"{value:.1f}" if value >= 1 else f"{value:#.2g}"
+
+
+def plain_ticks(*axis: Axis) -> None:
+    """Numbers like 0.01 and 1,000 on log axes, in place of powers of ten."""
+    for each in axis:
+        low, high = each.get_view_interval()
+        each.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,), numticks=6))
+        each.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}"))
+        each.set_minor_formatter(NullFormatter())
+
+
+def end_labels(axes: Axes, ends: list[tuple[str, float, float, str]], fontsize: float = 8, side: int = 1) -> None:
+    """Names right of points, or left of them if `side` is -1, moved apart where they would overlap.
+
+    Parameters
+    ----------
+    axes
+        With its limits and scales set.
+    ends
+        Text, x, y and colour of each.
+    fontsize
+        In points.
+    side
+        1 or -1.
+    """
+    to_points = 72 / axes.figure.dpi
+    lowest = -np.inf
+    for text, x, y, shade in sorted(ends, key=lambda end: end[2]):
+        height = axes.transData.transform((x, y))[1] * to_points
+        lowest = max(height, lowest + 1.2 * fontsize)
+        label(axes, text, x, y, fontsize, side, lowest - height, shade)
+
+
+def ordered(names: Any) -> list[str]:
+    """Backends in the order of the study, foreign ones last."""
+    known = backend_names()
+    return sorted(names, key=lambda name: (known.index(name) if name in known else len(known), name))
+
+
+def in_seconds(seconds: float) -> str:
+    return f"{short(seconds)} s"
+
+
+def small_print(environment: dict[str, Any], date: str, dataset: str, quick: bool) -> str:
+    """Where results come from, in two lines: what `model.extras.environment` found, day, images."""
+    packages = environment["packages"]
+    versions = ", ".join(f"{name} {packages[name]}" for name in ("numpy", "numba", "llvmlite") if name in packages)
+    return (
+        f"{'QUICK RUN, not for quoting. ' if quick else ''}{f'{dataset}; ' if dataset else ''}"
+        f"{environment['cpu']}, {environment['cores']} threads; float32; medians with 95 % intervals\n"
+        f"Python {environment['python']}, {versions}, {', '.join(environment['blas'])}; {date[:10]}"
+    )

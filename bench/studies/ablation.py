@@ -1,0 +1,160 @@
+"""Study: what each idea of the sparse backend brings, both products on one thread with and without it."""
+
+import importlib.util
+import itertools
+import re
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+from rich.progress import track
+from scipy.sparse import csr_array
+
+from bench.measure.interleave import interleave
+from kernels import get_backend, sparse_backend
+from kernels.backend import CHUNK, Backend
+from kernels.numba_backend import NumbaBackend
+from kernels.sparse_backend import GROUP, NonZeros
+from model.data import Dataset
+from model.threads import thread_pool
+
+CHUNKS = 20
+UNITS = 128
+
+
+def measure(dataset: Dataset, quick: bool) -> list[dict[str, Any]]:
+    """Milliseconds of both products over the data set, by variant, and megabytes of its images in both forms."""
+    images = dataset.train_images[: CHUNKS * CHUNK]
+    chunks = np.array_split(images, -(-len(images) // CHUNK))
+    without_zeros = [np.maximum(chunk, 1) for chunk in chunks]
+    with ExitStack() as stack:
+        stack.enter_context(thread_pool(1))
+        sparse = get_backend("sparse")
+        single = stack.enter_context(variant(GROUP="1"))
+        floats = stack.enter_context(variant(GREY="types.uint32"))
+        variants: dict[str, tuple[Backend, list[Any]]] = {
+            "dense, OpenBLAS": prepared(get_backend("numpy"), chunks),
+            "dense, `numba`": prepared(get_backend("numba"), chunks),
+            "zeros skipped by plain loops, no blocks": prepared(PlainLoops(), chunks),
+            "**`sparse`: blocks, masks, order, pairs, bytes**": prepared(sparse, chunks),
+            "without skipping: images without zeros": prepared(sparse, without_zeros),
+            "without order: groups as they come": shuffled(*prepared(sparse, chunks)),
+            "without pairs: one row at a time": prepared(single, chunks),
+            "without bytes: four for each value": prepared(floats, chunks),
+        }
+        products = {
+            (name, way): products_of(backend, xs, transposed)
+            for name, (backend, xs) in variants.items()
+            for way, transposed in (("forward", False), ("backward", True))
+        }
+        check_equal({key: product for key, product in products.items() if "without skipping" not in key[0]})
+        seconds = interleave({" · ".join(key): product for key, product in products.items()}, 3 if quick else 25)
+    scale = len(dataset.train_images) / len(images)
+    found = []
+    for name, (_, xs) in track(variants.items(), "memory", transient=True):
+        forward, backward = (scale * float(np.median(seconds[f"{name} · {way}"])) for way in ("forward", "backward"))
+        megabytes = scale * sum(nbytes(x) for x in xs) / 1e6
+        found.append({"variant": name, "forward": forward, "backward": backward, "megabytes": megabytes})
+    return found
+
+
+def prepared(backend: Backend, chunks: list[NDArray]) -> tuple[Backend, list[Any]]:
+    """A backend and its form of the images."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # dense images are slower than on another backend, which is the point
+        return backend, [backend.prepare(chunk) for chunk in chunks]
+
+
+def products_of(backend: Backend, xs: list[Any], transposed: bool) -> Callable[[], list[NDArray]]:
+    """A function that computes the forward product of every chunk, or the backward one."""
+    lefts = [(x.T.tocsr() if isinstance(x, csr_array) else x.T) if transposed else x for x in xs]
+    b = np.random.default_rng(0).standard_normal((max(left.shape[1] for left in lefts), UNITS), np.float32)
+    return lambda: [backend.matmul(left, b[: left.shape[1]]) for left in lefts]
+
+
+def nbytes(x: Any) -> int:
+    """Bytes of the images in both forms; compressed rows of one form, twice."""
+    return x.nbytes if hasattr(x, "nbytes") else 2 * (x.data.nbytes + x.indices.nbytes + x.indptr.nbytes)
+
+
+def check_equal(products: dict[tuple[str, str], Callable[[], list[NDArray]]]) -> None:
+    """Raise an AssertionError if variants differ by more than the rounding of sums over at most 784 products."""
+    for _, same in itertools.groupby(sorted(products, key=lambda key: key[1]), key=lambda key: key[1]):
+        first, *others = [products[key]() for key in same]
+        for other in others:
+            for ours, theirs in zip(other, first):
+                np.testing.assert_allclose(ours, theirs, rtol=0, atol=784 * float(np.finfo(np.float32).eps) * 10)
+
+
+@contextmanager
+def variant(**constants: str) -> Iterator[Backend]:
+    """The sparse backend with other constants, compiled from a changed copy of its source."""
+    source = Path(sparse_backend.__file__).read_text()
+    for name, value in constants.items():
+        source, count = re.subn(rf"^({name}\b.*) = .*$", rf"\1 = {value}", source, flags=re.MULTILINE)
+        if count != 1:
+            raise ValueError(f"the sparse backend has {count} constants {name}, not one")
+    chosen = numba.config.CACHE_DIR  # type: ignore[attr-defined]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "sparse_variant.py"
+        file.write_text(source)
+        spec: Any = importlib.util.spec_from_file_location(file.stem, file)
+        module = importlib.util.module_from_spec(spec)
+        numba.config.CACHE_DIR = folder  # type: ignore[attr-defined]
+        try:
+            spec.loader.exec_module(module)
+            backend = module.SparseBackend()
+            x = backend.prepare(np.ones((2, 2), np.uint8))
+            backend.matmul(x, np.ones((2, 2), np.float32))
+        finally:
+            numba.config.CACHE_DIR = chosen  # type: ignore[attr-defined]
+        yield backend
+
+
+def shuffled(backend: Backend, xs: list[Any]) -> tuple[Backend, list[Any]]:
+    """The same images, the groups of each block in random order, so that nothing foretells how long the next one is."""
+
+    def reordered(form: NonZeros) -> NonZeros:
+        rng = np.random.default_rng(0)
+        rows, masks = (array.reshape(-1, GROUP) for array in (form.rows, form.masks))
+        ends = np.cumsum([GROUP * int(mask).bit_count() for mask in masks[:, 0]])
+        values = np.split(form.values, ends)
+        bounds = np.cumsum(form.groups)
+        order = np.concatenate([rng.permutation(np.arange(b - n, b)) for b, n in zip(bounds, form.groups)])
+        new_values = [values[group] for group in order]
+        return form._replace(
+            rows=rows[order].ravel(), masks=masks[order].ravel(), values=np.concatenate([*new_values, values[-1]])
+        )
+
+    return backend, [replace(x, nonzeros=reordered(x.nonzeros), transposed=reordered(x.transposed)) for x in xs]
+
+
+class PlainLoops(NumbaBackend):
+    """Compressed sparse rows and the loops that anyone would write, compiled: LLVM finds vectors in the innermost."""
+
+    def _prepare(self, images, dtype):
+        return csr_array(super()._prepare(images, dtype))
+
+    def _matmul(self, a, b, bias):
+        out = np.zeros((a.shape[0], b.shape[1]), b.dtype)
+        multiply_rows(a.indptr, a.indices, a.data, b, out)
+        return out
+
+
+@njit(nogil=True)
+def multiply_rows(starts, columns, values, b, out):
+    """out += A B for a matrix A in compressed sparse rows."""
+    for i in range(len(out)):
+        row = out[i]
+        for n in range(starts[i], starts[i + 1]):
+            value, b_row = values[n], b[columns[n]]
+            for j in range(len(row)):
+                row[j] += value * b_row[j]

@@ -1,0 +1,111 @@
+"""Study: after how many epochs what a backend costs at the start is earned back, in processes of their own."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory, mkdtemp
+from typing import Any
+
+import numpy as np
+
+from bench.measure.interleave import Ratio, interleave, ratios, summary
+from bench.publish.style import end_labels
+from model.data import Dataset
+from model.extras.figure import colour, figure_file, print_small, title
+
+EPOCHS = 5
+LONG = ("--epochs", 250, "--eval-every", 25)
+FIRST_RUN = ", first run"  # nothing is in the cache of compiled kernels
+STARTS = ("numpy", f"numba{FIRST_RUN}", "numba", f"sparse{FIRST_RUN}", "sparse")
+
+
+def measure(dataset: Dataset, quick: bool) -> dict[str, Any]:
+    """Seconds that a short run takes before and after its epochs, and for each; and the whole 250 epochs.
+
+    From the start of the process to its end: loading, preparing, compiling if nothing is cached, evaluating the test
+    images once in a short run and ten times in the long one.
+    """
+    seconds: dict[str, list[float]] = {start: [] for start in STARTS}
+    data = ["--dataset", dataset.name.lower(), *(["--limit", len(dataset.train_images)] if quick else [])]
+    with TemporaryDirectory() as folder:
+
+        def train(start: str, *options: Any) -> None:
+            cache = Path(mkdtemp(dir=folder)) if start.endswith(FIRST_RUN) else Path(folder, "warm")
+            backend = start.removesuffix(FIRST_RUN)
+            seconds[backend] += train_in_process("--backend", backend, *data, *options, cache=cache)
+
+        for start in ("numba", "sparse"):
+            train(start, "--epochs", 1)  # fills the cache
+        short = {start: partial(train, start, "--epochs", EPOCHS, "--eval-every", EPOCHS) for start in STARTS}
+        totals = interleave(short, 2 if quick else 5, warmup=0)
+        long = {start: partial(train, start, *LONG) for start in ("numpy", "sparse")}
+        long_totals = interleave(long, 2 if quick else 3, warmup=0)
+    starts = {}
+    for start in STARTS:
+        total, epoch = summary(totals[start]), float(np.median(seconds[start.removesuffix(FIRST_RUN)]))
+        starts[start] = {"fixed": total["median"] - EPOCHS * epoch, "epoch": epoch, "total": total}
+    return {
+        "epochs": EPOCHS,
+        "starts": starts,
+        "command": ratios("250 epochs, from the start of the process", long_totals, "numpy")[0],
+    }
+
+
+def train_in_process(*options: Any, cache: Path) -> list[float]:
+    """The seconds of each epoch of ``python -m model train``, with its compiled kernels in the folder `cache`."""
+    cache.mkdir(exist_ok=True)
+    history = cache / "history.json"
+    command = [sys.executable, "-m", "model", "train", *map(str, options), "--json", str(history)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "NUMBA_CACHE_DIR": str(cache)})
+    return [epoch["seconds"] for epoch in json.loads(history.read_text())["history"]]
+
+
+def break_even(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
+    """The number of epochs after which both took as long; infinite if ours never catches up."""
+    late, gain = ours["fixed"] - theirs["fixed"], theirs["epoch"] - ours["epoch"]
+    return max(0.0, late / gain) if gain > 0 else 0.0 if late <= 0 else math.inf
+
+
+def draw(found: dict[str, Any], small_print: str, file: Path) -> None:
+    """Total seconds against epochs, and where the lines cross NumPy's."""
+    starts = found["starts"]
+    points = {start: break_even(starts[start], starts["numpy"]) for start in starts if start != "numpy"}
+    most = 1.3 * max([10.0, *(point for point in points.values() if point < 250)])
+    with figure_file(file, figsize=(8, 4.2)) as figure:
+        axes = figure.subplots()
+        longest = max(line["fixed"] + most * line["epoch"] for line in starts.values())
+        axes.set(xlim=(0, 1.5 * most), ylim=(0, 1.02 * longest))
+        axes.set(xlabel="epochs", ylabel="seconds since the start of the process")
+        ends = []
+        for order, (start, line) in enumerate(starts.items()):
+            end = line["fixed"] + most * line["epoch"]
+            shade, style = colour(start.removesuffix(FIRST_RUN)), "--" if start.endswith(FIRST_RUN) else "-"
+            axes.plot([0, most], [line["fixed"], end], style, color=shade, linewidth=1.8)
+            beside = found["epochs"] + 0.006 * most * order  # where intervals do not hide each other
+            axes.plot([beside] * 2, [line["total"]["low"], line["total"]["high"]], color=shade, linewidth=1.2)
+            epochs = points.get(start, math.inf)
+            if 0 < epochs < most:
+                total = line["fixed"] + epochs * line["epoch"]
+                axes.plot(epochs, total, "o", color="black", markersize=5, markerfacecolor="white", zorder=6)
+            ends.append((start if start == "numpy" else f"{start}: {_ahead(epochs)}", most, end, shade))
+        end_labels(axes, ends)
+        title(figure, _title(points, found["command"]))
+        print_small(figure, small_print)
+
+
+def _ahead(epochs: float) -> str:
+    if epochs in (0, math.inf):
+        return "never ahead" if epochs else "always ahead"
+    return f"ahead after {math.ceil(epochs)}"
+
+
+def _title(points: dict[str, float], command: Ratio) -> str:
+    first_run = points[f"sparse{FIRST_RUN}"]
+    return (
+        f"sparse is ahead of numpy after {math.ceil(points['sparse'])} epochs, the first time after "
+        f"{math.ceil(first_run)}; 250 take it {command['ratio']:.2f} × the time"
+    )

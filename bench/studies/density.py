@@ -1,0 +1,128 @@
+"""Study: from which share of non-zero pixels on dense products are faster, both products on one thread."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.measure.interleave import interleave, summary
+from bench.publish.style import short
+from bench.studies.ablation import prepared, products_of
+from kernels import get_backend
+from kernels.backend import CHUNK
+from model.data import Dataset
+from model.extras.figure import BOUND_COLOUR, colour, figure_file, print_small, title
+from model.threads import thread_pool
+
+PERCENT = (1, 2, 3, 5, 7, 10, 15, 20, 30, 40, 50, 60, 70, 80, 90, 100)
+CHUNKS = 4
+
+
+def measure(dataset: Dataset, quick: bool) -> dict[str, Any]:
+    """Seconds per image of both products, by backend; of sparse by percent of non-zero pixels."""
+    rng = np.random.default_rng(0)
+    pixels = dataset.train_images.shape[1]
+
+    def random_chunks(percent: float) -> list[np.ndarray]:
+        values = rng.integers(1, 256, (CHUNKS, CHUNK, pixels), np.uint8)
+        return list(values * (rng.random(values.shape) < percent / 100))
+
+    forms = {f"sparse {percent}": prepared(get_backend("sparse"), random_chunks(percent)) for percent in PERCENT}
+    forms |= {name: prepared(get_backend(name), random_chunks(50)) for name in ("numpy", "numba")}
+    images = dataset.train_images[: CHUNKS * CHUNK]
+    forms["images"] = prepared(get_backend("sparse"), np.array_split(images, CHUNKS))
+    ways = {name: [products_of(*form, transposed) for transposed in (False, True)] for name, form in forms.items()}
+    with thread_pool(1):
+        seconds = interleave(
+            {name: partial(in_turn, both) for name, both in ways.items()},
+            5 if quick else 40,
+        )
+    timings = {name: list(summary(times / (CHUNKS * CHUNK)).values()) for name, times in seconds.items()}
+    return {
+        "percent": PERCENT,
+        "sparse": [timings[f"sparse {percent}"] for percent in PERCENT],
+        "dense": {name: timings[name] for name in ("numpy", "numba")},
+        "images": {
+            "name": dataset.name,
+            "percent": 100 * float(np.count_nonzero(images) / images.size),
+            "timing": timings["images"],
+        },
+    }
+
+
+def in_turn(functions: list[Callable[[], Any]]) -> None:
+    """Call each of them."""
+    for function in functions:
+        function()
+
+
+def break_even(found: dict[str, Any], backend: str) -> float:
+    """Percent of non-zero pixels at which sparse takes as long as `backend`, between measured points; 100 if never."""
+    difference = np.array([timing[0] for timing in found["sparse"]]) - found["dense"][backend][0]
+    if not (difference > 0).any():
+        return 100.0
+    after = int(np.argmax(difference > 0))
+    return float(np.interp(0, difference[after - 1 : after + 1], found["percent"][after - 1 : after + 1]))
+
+
+def draw(found: dict[str, Any], small_print: str, file: Path) -> None:
+    """Microseconds per image against the share of non-zero pixels."""
+    percent = np.array(found["percent"])
+    median, low, high = 1e6 * np.array(found["sparse"]).T
+    with figure_file(file, figsize=(8, 4)) as figure:
+        axes = figure.subplots()
+        axes.fill_between(percent, low, high, color=colour("sparse"), alpha=0.3, linewidth=0)
+        axes.plot(percent, median, "o-", color=colour("sparse"), markersize=3)
+        axes.text(percent[4], 1.5 * median[4], "sparse, random images  ", color=colour("sparse"), ha="right")
+        ranked = sorted(found["dense"].items(), key=lambda item: item[1][0])
+        for (name, (seconds, *interval)), place in zip(ranked, ("top", "bottom")):  # below the lower, above the upper
+            axes.axhspan(*1e6 * np.array(interval), color=colour(name), alpha=0.3, linewidth=0)
+            axes.axhline(1e6 * seconds, color=colour(name))
+            axes.annotate(
+                f"{name}, whatever the images",
+                (percent[0], 1e6 * seconds),
+                xytext=(0, 3 if place == "bottom" else -3),
+                textcoords="offset points",
+                color=colour(name),
+                va=place,
+            )
+            crossing = break_even(found, name)
+            if crossing < 100:
+                axes.plot(crossing, 1e6 * seconds, "o", color="black", fillstyle="none", markersize=8)
+                axes.annotate(
+                    f"{crossing:.0f} %",
+                    (crossing, 1e6 * seconds),
+                    xytext=(2, -7),
+                    textcoords="offset points",
+                    va="top",
+                )
+        images = found["images"]
+        axes.plot(images["percent"], 1e6 * images["timing"][0], "D", color=colour("sparse"), markersize=7)
+        axes.annotate(
+            f"{images['name']}, {images['percent']:.0f} %",
+            (images["percent"], 1e6 * images["timing"][0]),
+            xytext=(9, -5),
+            textcoords="offset points",
+            color=BOUND_COLOUR,
+        )
+        axes.set(xscale="log", yscale="log", xlabel="pixels that are not zero (%)")
+        axes.set(ylabel="µs per image, both products, one thread")
+        ticks = [1, 2, 5, 10, 20, 50, 100]
+        axes.set_xticks(ticks, map(str, ticks), minor=False)
+        axes.set_xticks([], minor=True)
+        heights = [height for height in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50) if low.min() / 2 < height < 2 * high.max()]
+        axes.set_yticks(heights, map(str, heights))
+        axes.set_yticks([], minor=True)
+        axes.margins(y=0.1)
+        title(figure, _title(found))
+        print_small(figure, small_print)
+
+
+def _title(found: dict[str, Any]) -> str:
+    ratio = found["dense"]["numba"][0] / found["images"]["timing"][0]
+    return (
+        f"Skipping zeros pays below {break_even(found, 'numba'):.0f} % of non-zero pixels; "
+        f"on {found['images']['name']} it is {short(ratio)} × as fast as dense numba"
+    )

@@ -1,0 +1,87 @@
+"""Study: the memory that training takes, each competitor in a process of its own.
+
+That is the most that two full-batch steps hold, with what preparing the images for them takes, above what is resident
+before: the interpreter, the packages, the images as bytes, and what an earlier network and its steps have left behind,
+such as compiled code. The system's own high-water mark is read, so only Linux tells.
+
+The process is a fresh one, in which all threads get their memory from one arena of glibc's malloc. It can give back all
+that is free only of the first arena; what it keeps of others would be resident before, and be used again uncounted.
+"""
+
+import ctypes
+import gc
+import os
+import re
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from numpy.typing import NDArray
+
+from bench.peers import COMPETITORS, competitor
+from bench.peers.task import Competitor, Task, UnavailableError
+from model.data import Dataset
+from model.mlp import MLP
+from model.threads import available_cores, thread_pool
+
+PROCESS = Path("/proc/self")
+
+
+def measure(dataset: Dataset, quick: bool) -> dict[str, Any]:
+    """Peak bytes of each competitor; who was skipped and why."""
+    peaks, skipped = {}, {}
+    for name in [name for names in COMPETITORS.values() for name in names]:
+        try:
+            peaks[name] = in_fresh_process(peak_of_competitor, name, dataset.train_images, dataset.train_labels)
+        except UnavailableError as reason:
+            skipped[name] = str(reason)
+    return {"peak_bytes": peaks, "skipped": skipped}
+
+
+def in_fresh_process(function: Callable[..., int], *arguments: Any) -> int:
+    """What the function returns in a process of its own, which inherits nothing but the arguments."""
+    one_arena = mock.patch.dict(os.environ, MALLOC_ARENA_MAX="1")
+    with one_arena, ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def peak_of_competitor(name: str, images: NDArray, labels: NDArray) -> int:
+    """Peak bytes of one of `bench.peers`, which raises an UnavailableError if it cannot run here."""
+    with thread_pool(available_cores()) as run:
+        return peak_bytes(partial(competitor, name, Task(MLP(), images, labels, 0.3, available_cores(), run)))
+
+
+def peak_bytes(make: Callable[[], Competitor]) -> int:
+    """What making a competitor and two of its steps take at most, above what is resident after another's step.
+
+    Raises
+    ------
+    UnavailableError
+        If the system does not tell.
+    """
+    make().step()
+    before = _reset_high_water_mark()
+    competing = make()
+    for _ in range(2):
+        competing.step()
+    return _status("VmHWM") - before
+
+
+def _reset_high_water_mark() -> int:
+    """Give freed memory back to the system and let its mark start from what is left; returns that in bytes."""
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        (PROCESS / "clear_refs").write_text("5")
+    except (OSError, AttributeError) as error:
+        raise UnavailableError(f"the system does not tell the peak memory of a part of a process: {error}") from error
+    return _status("VmRSS")
+
+
+def _status(field: str) -> int:
+    (kilobytes,) = re.findall(rf"{field}:\s+(\d+) kB", (PROCESS / "status").read_text())
+    return 1024 * int(kilobytes)

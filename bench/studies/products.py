@@ -1,0 +1,55 @@
+"""Study: the big products of the numba backend against OpenBLAS's, and one product of textbook shape."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.progress import track
+from threadpoolctl import threadpool_limits
+
+from bench.measure.interleave import Ratio, interleave, ratios
+from kernels import get_backend
+from model.data import Dataset
+from model.threads import available_cores
+
+# Left operand, right operand; the big ones are x W1 and x.T dz over all images, and the same over one chunk.
+PRODUCTS = {
+    "(60000×784)(784×128)": ((60_000, 784), (784, 128), False),
+    "(784×60000)(60000×128)": ((60_000, 784), (60_000, 128), True),
+    "(1024×784)(784×128)": ((1024, 784), (784, 128), False),
+    "(784×1024)(1024×128)": ((1024, 784), (1024, 128), True),
+    "1024³": ((1024, 1024), (1024, 1024), False),
+}
+
+
+def measure(dataset: Dataset, quick: bool) -> list[Ratio]:
+    """The numba backend's products against OpenBLAS's, on one thread and, rows split over plain threads, on all."""
+    rounds = 3 if quick else 30
+    found = []
+    for shape, (left, right, transposed) in track(PRODUCTS.items(), "products", transient=True):
+        rng = np.random.default_rng(0)
+        a, b = rng.standard_normal(left, np.float32), rng.standard_normal(right, np.float32)
+        a = a.T if transposed else a
+        for threads in sorted({1, available_cores()}):
+            with ThreadPoolExecutor(threads) as pool, threadpool_limits(threads, user_api="blas"):
+                ours = _split_product(a, b, threads, pool)
+                np.testing.assert_allclose(np.concatenate(ours()), a @ b, rtol=0, atol=1e-5 * a.shape[1])
+                competitors: dict[str, Callable[[], Any]] = {"numba": ours, "OpenBLAS": partial(np.matmul, a, b)}
+                seconds = interleave(competitors, rounds if a.size > 1e7 else 20 * rounds)
+                found += ratios(f"{shape}, {threads} thread{'s' * (threads > 1)}", seconds, "OpenBLAS")
+    return found
+
+
+def _split_product(a: NDArray, b: NDArray, threads: int, pool: ThreadPoolExecutor) -> Callable[[], list[NDArray]]:
+    """A function that computes A B by the numba backend, the rows of A split over the caller and the `pool`."""
+    numba = get_backend("numba")
+    first, *others = np.array_split(a, threads)
+
+    def product() -> list[NDArray]:
+        futures = [pool.submit(numba.matmul, part, b) for part in others]
+        return [numba.matmul(first, b), *(future.result() for future in futures)]
+
+    return product

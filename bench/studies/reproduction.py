@@ -1,0 +1,35 @@
+"""Study: the published experiment on every backend, as ``python -m model reproduce`` makes it."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.progress import Progress
+
+from kernels import backend_names, get_backend
+from model.data import Dataset
+from model.extras.figure import draw_curves
+from model.published import reproduce
+from model.training import State
+
+
+def measure(dataset: Dataset, quick: bool) -> dict[str, Any]:
+    """Accuracies by epoch; pure Python's minutes are left out if `quick`."""
+    backends = {name: get_backend(name) for name in backend_names()}
+    if quick:
+        backends = {name: backend for name, backend in backends.items() if not backend.too_slow_for_full_batches}
+    return reproduce(backends, dataset, 2 if quick else 10, None, with_bar)
+
+
+@contextmanager
+def with_bar(title: str, images: int) -> Iterator[tuple[Callable[[int], None], Callable[[State], None]]]:
+    """A bar for a run of `reproduce`."""
+    with Progress(transient=True) as bar:
+        task = bar.add_task(title, total=images)
+        yield lambda passed: bar.advance(task, passed), lambda state: None
+
+
+def draw(found: dict[str, Any], small_print: str, file: Path) -> None:
+    """The accuracy curves over the published points."""
+    draw_curves(file, found, small_print)

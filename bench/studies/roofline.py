@@ -1,0 +1,232 @@
+"""Study: how far the big products are from what arithmetic and memory allow, on one thread (Williams et al. 2009).
+
+What the machine can do is measured here too: multiply-adds on registers, and reading memory.
+"""
+
+import functools
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+from rich.progress import track
+
+from bench.measure.interleave import interleave, summary
+from bench.publish.style import end_labels, note, plain_ticks, short
+from kernels import backend_names, get_backend, simd
+from kernels.backend import Backend
+from kernels.matmul_ladder import in_threads
+from kernels.simd import Vectors, View
+from kernels.sparse_backend import aligned_empty
+from model.data import Dataset
+from model.extras.figure import BOUND_COLOUR, colour, figure_file, print_small, title
+from model.mlp import MLP
+from model.threads import thread_pool
+
+# What the machine can do -------------------------------------------------------------------------------------------
+
+CHAINS = 12  # independent of each other: a multiply-add takes 4 cycles, and two can start in each
+PASSES = 5_000_000
+
+
+@intrinsic
+def multiply_add_chains(typing_context, values, passes):
+    """Multiply-adds on as many registers as there are chains, and nothing else; one number of the result is kept."""
+
+    def emit(context, builder, signature, arguments):
+        pointer = View.of(context, builder, signature.args[0], arguments[0]).at(0)
+        vectors = Vectors(context, builder, signature.args[0].dtype)
+        factor = vectors.broadcast(pointer)
+        totals = [vectors.variable(vectors.constant(float(chain))) for chain in range(CHAINS)]
+        with cgutils.for_range(builder, arguments[1]):
+            for total in totals:
+                builder.store(vectors.fma(builder.load(total), factor, factor), total)
+        sums = [builder.load(total) for total in totals]
+        vectors.store(functools.reduce(builder.fadd, sums), pointer)
+
+    return types.void(values, passes), emit
+
+
+@njit(nogil=True)
+def run_chains(values, passes):
+    multiply_add_chains(values, passes)
+
+
+def peak(threads: int) -> tuple[Callable[[], None], int]:
+    """A function that does multiply-adds on registers on so many threads, and how many operations those are."""
+    lanes = simd.REGISTER_BYTES // 4
+    # One row for each thread; the fixed point of x = x / 2 + 1 / 2 keeps the numbers finite.
+    values = np.full((threads, 1, lanes), 0.5, np.float32)
+    run_chains(values[0, 0].copy(), 1)  # compiles
+
+    def run() -> None:
+        in_threads(lambda rows, _, out: run_chains(out[0, 0], PASSES), values, None, values, threads)
+
+    return run, 2 * threads * CHAINS * lanes * PASSES
+
+
+@njit(nogil=True, fastmath={"reassoc"})
+def add_up(values, passes):
+    total = np.float32(0)
+    for _ in range(passes):
+        for i in range(len(values)):
+            total += values[i]
+    return total
+
+
+# Bytes read: more than any L1 cache has and less than L2; many times the L3 cache.
+MEMORY = {"L2": 384 * 1024, "DRAM": 384 * 1024**2}
+
+
+def reader(level: str) -> tuple[Callable[[], None], int]:
+    """A function that adds up an array that fits `level` of memory and no nearer one, and how many bytes it reads."""
+    values = aligned_empty(1, MEMORY[level] // 4, np.float32(0))[0]
+    values.fill(0)  # pages that were never written are all the same one, which is in the cache
+    passes = max(1, 2**26 // values.nbytes)
+    add_up(values[:1], 1)  # compiles
+    return partial(add_up, values, passes), passes * values.nbytes
+
+
+# The products ------------------------------------------------------------------------------------------------------
+
+
+class Product(NamedTuple):
+    """One of the big products over all images, chunk by chunk."""
+
+    run: Callable[[], None]
+    flop: int
+    """Floating-point operations really done."""
+    intensity: float
+    """Of these, how many to a byte of compulsory traffic: operands read once in the form that they are stored in, the
+    result written once, chunk by chunk."""
+
+
+def products(backend: Backend, images: NDArray[np.uint8]) -> dict[str, Product]:
+    """The forward product, x W1 + b1, and the backward product, x.T dz, of a backend."""
+    rng = np.random.default_rng(0)
+    weights, bias = MLP().layers[0]
+    upstream = rng.standard_normal((backend.chunk, len(bias)), np.float32)
+    chunks = [backend.prepare(images[start : start + backend.chunk]) for start in range(0, len(images), backend.chunk)]
+
+    def forward() -> None:
+        for x in chunks:
+            backend.matmul(x, weights, bias)
+
+    def backward() -> None:
+        for x in chunks:
+            backend.matmul(x.T, upstream[: len(x)])
+
+    forward_bytes = backward_bytes = 0
+    for x in chunks:
+        results = 4 * len(x) * len(bias)  # of the forward product; as large is dz
+        forward_bytes += stored_bytes(x) + weights.nbytes + bias.nbytes + results
+        backward_bytes += stored_bytes(x.T) + weights.nbytes + results
+    multiplied = images.size if isinstance(chunks[0], np.ndarray) else np.count_nonzero(images)
+    flop = 2 * len(bias) * int(multiplied)
+    return {
+        "forward": Product(forward, flop, flop / forward_bytes),
+        "backward": Product(backward, flop, flop / backward_bytes),
+    }
+
+
+def stored_bytes(x: Any) -> int:
+    """Bytes that a product reads of prepared images, or of their transpose."""
+    return x.nbytes if isinstance(x, np.ndarray) else sum(array.nbytes for array in x.nonzeros)
+
+
+def measure(dataset: Dataset, quick: bool) -> dict[str, Any]:
+    """The peak, the bandwidths, and each backend's big products: all in turn, on one thread."""
+    run_peak, peak_flop = peak(1)
+    readers = {level: reader(level) for level in MEMORY}
+    measured = {
+        (name, which): product
+        for name in track(backend_names(), "preparing", transient=True)
+        if name != "naive"  # five powers of ten below
+        for which, product in products(get_backend(name), dataset.train_images).items()
+    }
+    competitors = {
+        "peak": run_peak,
+        **{level: run for level, (run, _) in readers.items()},
+        **{f"{name}, {which}": product.run for (name, which), product in measured.items()},
+    }
+    with thread_pool(1):
+        seconds = interleave(competitors, 3 if quick else 15)
+    dense_flop = 2 * dataset.train_images.size * 128
+    return {
+        # Bounds, so the best of all rounds.
+        "peak_gflop_per_second": peak_flop / seconds["peak"].min() / 1e9,
+        "bandwidth_gb_per_second": {level: size / seconds[level].min() / 1e9 for level, (_, size) in readers.items()},
+        "dense_flop": dense_flop,
+        "products": [
+            {
+                "backend": name,
+                "product": which,
+                "flop": product.flop,
+                "intensity": product.intensity,
+                **summary(seconds[f"{name}, {which}"]),
+            }
+            for (name, which), product in measured.items()
+        ],
+    }
+
+
+def draw(found: dict[str, Any], small_print: str, file: Path) -> None:
+    """GFLOP/s against operations per byte, below the roof of the machine."""
+    top, bandwidths = found["peak_gflop_per_second"], found["bandwidth_gb_per_second"]
+    x = np.geomspace(0.5, 5 * max(product["intensity"] for product in found["products"]), 200)
+    with figure_file(file, figsize=(8, 4.6)) as figure:
+        axes = figure.subplots()
+        axes.set(xscale="log", yscale="log", xlim=(x[0], x[-1]), ylim=(0.7 * x[0] * min(bandwidths.values()), 6 * top))
+        axes.set(xlabel="operations per byte of compulsory traffic", ylabel="GFLOP/s, one thread")
+        plain_ticks(axes.xaxis, axes.yaxis)
+        for level, bandwidth in bandwidths.items():
+            axes.plot(x, np.minimum(top, bandwidth * x), color=BOUND_COLOUR, linewidth=1.2)
+            along: Any = {"rotation": 45, "rotation_mode": "anchor", "transform_rotates_text": True}
+            note(axes, f"{level}: {short(bandwidth)} GB/s", (0.6, 0.6 * bandwidth), 5, **along)
+        note(axes, f"peak of the multiply-add units: {short(top)}", (2, top), 5)
+        ends: dict[int, list] = {-1: [], 1: []}
+        for product in found["products"]:
+            _draw_product(axes, product, found["dense_flop"], ends)
+        for side in ends:
+            end_labels(axes, ends[side], side=side)
+        title(figure, _title(found))
+        print_small(figure, small_print)
+
+
+def _draw_product(axes: Axes, product: dict[str, Any], dense_flop: int, ends: dict[int, list]) -> None:
+    """A point; where work was left out, an arrow to the rate at which dense arithmetic would have to be done."""
+    shade, x = colour(product["backend"]), product["intensity"]
+    rate, low, high = (product["flop"] / product[key] / 1e9 for key in ("median", "high", "low"))
+    axes.plot([x, x], [low, high], color="black", linewidth=1.2, zorder=3)
+    axes.plot(x, rate, "o" if product["product"] == "forward" else "s", color=shade, markersize=5, zorder=4)
+    sparse = product["flop"] < dense_flop
+    side = ends[-1 if sparse else 1]
+    side.append((f"{product['backend']} {product['product']}: {short(rate)}", x, rate, "black"))
+    if sparse:
+        equivalent = dense_flop / product["median"] / 1e9
+        arrow = {"arrowstyle": "->", "color": shade, "linewidth": 1.2, "shrinkA": 5, "shrinkB": 0}
+        axes.annotate("", (x, equivalent), (x, rate), arrowprops=arrow)
+        side.append((f"with the zeros counted: {short(equivalent)}", x, equivalent, shade))
+
+
+def _title(found: dict[str, Any]) -> str:
+    seconds: dict[str, float] = {}
+    flop: dict[str, float] = {}
+    for product in found["products"]:
+        name = product["backend"]
+        seconds[name] = seconds.get(name, 0) + product["median"]
+        flop[name] = flop.get(name, 0) + product["flop"]
+    fastest, *others = sorted(seconds, key=lambda name: seconds[name])
+    share = {name: 100 * flop[name] / seconds[name] / 1e9 / found["peak_gflop_per_second"] for name in seconds}
+    best = max(others, key=lambda name: share[name])
+    done = 100 * flop[fastest] / (2 * found["dense_flop"])
+    return (
+        f"{fastest} does {done:.0f} % of the work at {share[fastest]:.0f} % of the peak; "
+        f"{best}, all of it at {share[best]:.0f} %: {seconds[best] / seconds[fastest]:.1f} × the time"
+    )

@@ -1,0 +1,300 @@
+"""Study: how an epoch's time grows with images, batch size, hidden units and threads."""
+
+import itertools
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from numpy.typing import NDArray
+from rich.progress import track
+
+from bench.measure.interleave import interleave, summary
+from bench.publish.style import end_labels, note, plain_ticks
+from bench.studies.roofline import peak
+from kernels import backend_names, get_backend
+from model.data import Dataset, limited
+from model.extras.figure import BOUND_COLOUR, colour, figure_file, print_small, title
+from model.mlp import MLP
+from model.shards import Shards
+from model.threads import available_cores, thread_pool
+from model.training import descend
+
+LEARNING_RATE = 0.3
+HIDDEN = 128
+
+IMAGES = (1_000, 4_000, 15_000, 60_000, 180_000, 480_000)
+BATCH_SIZES = (1, 8, 64, 512, 4_096)
+HIDDEN_UNITS = (16, 64, 128, 512, 2_048)
+
+STEPS = 1_000  # of an epoch in mini-batches, if it has more
+HIDDEN_IMAGES = 12_000  # 2,048 units take seconds for all images
+NAIVE_IMAGES = 64  # take pure Python a second
+
+# How seconds grow with the number on each axis if all goes well: the exponent, and what that means.
+LAWS = {
+    "images": (1, "equal cost per image"),
+    "batch size": (-1, "equal cost per step"),
+    "hidden units": (1, "equal cost per unit"),
+    "threads": (-1, "perfect speed-up"),
+}
+
+# What gradients add up to in the dense form, for each image and hidden unit: both big products, and the three small
+# ones with 10 classes.
+FLOP_OF_PIXEL, FLOP_OF_CLASSES = 2 * 2, 3 * 2 * 10
+
+
+class Point(NamedTuple):
+    """A place on an axis: what to time there, how often in a row, and the images of that as a share of an epoch's."""
+
+    train: Callable[[], Any]
+    share: float = 1.0
+    repeats: int = 1
+
+
+Points = dict[tuple[str, int], Point]
+"""By backend and number on the axis."""
+
+
+def measure(dataset: Dataset, quick: bool) -> dict[str, Any]:
+    """Seconds per epoch along each axis, backends and points in turn."""
+    rounds = 2 if quick else 5
+    check(dataset)
+    with ExitStack() as stack:
+        runs = {threads: stack.enter_context(thread_pool(threads)) for threads in thread_counts()}
+        run = runs[available_cores()]
+        axes = {
+            "images": lambda: image_points(run, dataset, 2 if quick else 8),
+            "batch size": lambda: batch_points(run, dataset, 50 if quick else STEPS),
+            "hidden units": lambda: hidden_points(run, dataset),
+            "threads": lambda: thread_points(runs, dataset),
+        }
+        found = {axis: timed(axes[axis](), rounds) for axis in track(axes, "scaling", transient=True)}
+    peaks = {str(threads): peak(threads) for threads in thread_counts()}
+    seconds = interleave({threads: run_peak for threads, (run_peak, _) in peaks.items()}, 4 * rounds)
+    return {
+        "axes": found,
+        "images": len(dataset.train_images),
+        "pixels": dataset.train_images.shape[1],
+        "threads": available_cores(),
+        "equal_bits_on_threads": thread_counts(),
+        # Bounds, so the best of all rounds.
+        "peak_gflop_per_second": {threads: flop / seconds[threads].min() / 1e9 for threads, (_, flop) in peaks.items()},
+    }
+
+
+def timed(points: Points, rounds: int) -> dict[str, list[dict[str, Any]]]:
+    """Seconds per epoch by backend, with the number on the axis and the share of the epoch that was measured."""
+
+    def repeat(point: Point) -> None:
+        for _ in range(point.repeats):
+            point.train()
+
+    competitors = {f"{name} {at}": partial(repeat, point) for (name, at), point in points.items()}
+    seconds = interleave(competitors, rounds, warmup=1)
+    found: dict[str, list[dict[str, Any]]] = {}
+    for (name, at), point in points.items():
+        per_epoch = seconds[f"{name} {at}"] / (point.repeats * point.share)
+        found.setdefault(name, []).append({"at": at, "share": point.share, **summary(per_epoch)})
+    return found
+
+
+# The axes ----------------------------------------------------------------------------------------------------------
+
+
+def image_points(run: Callable, dataset: Dataset, most: int) -> Points:
+    """Full-batch steps over 1,000 images and more, to `most` times as many as there are; small ones many times."""
+    counts = [count for count in IMAGES if count <= most * len(dataset.train_images)]
+    large = shifted(dataset, counts[-1])
+    points = {
+        (name, count): Point(full_batch(run, name, limited(large, count)), repeats=-(-15_000 // count))
+        for name in compiled()
+        for count in counts
+    }
+    few = limited(dataset, NAIVE_IMAGES)
+    return {("naive", counts[0]): Point(full_batch(run, "naive", few), NAIVE_IMAGES / counts[0]), **points}
+
+
+def batch_points(run: Callable, dataset: Dataset, steps: int) -> Points:
+    """Epochs in mini-batches, shuffled and prepared anew; of many, `steps` steps."""
+    whole = len(dataset.train_images)
+    points: Points = {}
+    for name in backend_names():
+        for size in [size for size in BATCH_SIZES if size < whole] + [whole]:
+            if name != "naive" or size <= NAIVE_IMAGES:
+                part = limited(dataset, max(size, 8) if name == "naive" else min(whole, steps * size))
+                points[name, size] = Point(
+                    mini_batches(run, name, network(part, HIDDEN), part, size), len(part.train_images) / whole
+                )
+    return points
+
+
+def hidden_points(run: Callable, dataset: Dataset) -> Points:
+    """Full-batch steps over a fifth of the images; pure Python takes fewer, the more units there are."""
+    whole = len(dataset.train_images)
+    points: Points = {}
+    for name in backend_names():
+        for hidden in HIDDEN_UNITS:
+            count = max(1, 2_048 // hidden) if name == "naive" else min(whole, HIDDEN_IMAGES)
+            points[name, hidden] = Point(full_batch(run, name, limited(dataset, count), hidden), count / whole)
+    return points
+
+
+def thread_points(runs: dict[int, Callable], dataset: Dataset) -> Points:
+    """Full-batch steps on more and more threads; of pure Python, only one at a time may run."""
+    return {
+        (name, threads): Point(full_batch(run, name, dataset)) for name in compiled() for threads, run in runs.items()
+    }
+
+
+def full_batch(run: Callable, name: str, dataset: Dataset, hidden: int = HIDDEN) -> Callable[[], Any]:
+    """A function that takes one step over all images."""
+    mlp = network(dataset, hidden)
+    shards = Shards(run, get_backend(name), dataset.train_images, dataset.train_labels, mlp.dtype)
+    return partial(descend, mlp, shards, LEARNING_RATE)
+
+
+def mini_batches(run: Callable, name: str, mlp: MLP, dataset: Dataset, size: int) -> Callable[[], None]:
+    """A function that passes over all images in random order, `size` at a time, as the trainer does."""
+    backend, rng = get_backend(name), np.random.default_rng(0)
+
+    def train() -> None:
+        order = rng.permutation(len(dataset.train_images))
+        for start in range(0, len(order), size):
+            batch = order[start : start + size]
+            images, labels = dataset.train_images[batch], dataset.train_labels[batch]
+            descend(mlp, Shards(run, backend, images, labels, mlp.dtype), LEARNING_RATE)
+
+    return train
+
+
+def network(dataset: Dataset, hidden: int) -> MLP:
+    return MLP((dataset.train_images.shape[1], hidden, 10))
+
+
+def compiled() -> list[str]:
+    """Backends that finish an epoch."""
+    return [name for name in backend_names() if name != "naive"]
+
+
+def thread_counts() -> list[int]:
+    """1, 2, 4 and so on, and all cores."""
+    cores = available_cores()
+    return sorted({cores, *itertools.takewhile(lambda count: count < cores, (2**n for n in itertools.count()))})
+
+
+def shifted(dataset: Dataset, count: int) -> Dataset:
+    """`dataset` with `count` training images: all of them, again shifted by one pixel, by two, in each direction.
+
+    What leaves a picture on one side comes in on the other, so that each has as many non-zero pixels as before.
+    """
+    whole = len(dataset.train_images)
+    edge = int(dataset.train_images.shape[1] ** 0.5)
+    pictures = dataset.train_images.reshape(whole, edge, -1)
+    nearest = sorted(itertools.product(range(-2, 3), repeat=2), key=lambda shift: abs(shift[0]) + abs(shift[1]))
+    images = np.empty((count, edge, pictures.shape[2]), np.uint8)
+    for start, shift in zip(range(0, count, whole), nearest):
+        part = images[start : start + whole]
+        part[:] = np.roll(pictures[: len(part)], shift, axis=(1, 2))
+    labels: NDArray = np.resize(dataset.train_labels, count)
+    return dataset._replace(train_images=images.reshape(count, -1), train_labels=labels)
+
+
+def check(dataset: Dataset) -> None:
+    """One step on every backend ends at the same parameters, and on any number of threads at the same bits."""
+    for hidden in HIDDEN_UNITS:
+        expected = stepped("numpy", dataset, hidden, 1, 4)
+        for name in backend_names():
+            for ours, theirs in zip(stepped(name, dataset, hidden, 1, 4), expected):
+                # A step moves a parameter by 0.3 at most, with the rounding errors of sums over 784 products.
+                np.testing.assert_allclose(ours, theirs, rtol=0, atol=0.3 * 784 * float(np.finfo(np.float32).eps))
+    for name in compiled():
+        expected = stepped(name, dataset, HIDDEN, 1)
+        for threads in thread_counts():
+            for ours, theirs in zip(stepped(name, dataset, HIDDEN, threads), expected):
+                np.testing.assert_array_equal(ours, theirs)
+
+
+def stepped(name: str, dataset: Dataset, hidden: int, threads: int, images: int | None = None) -> list[NDArray]:
+    """The parameters after a step over the first `images`."""
+    part, mlp = limited(dataset, images), network(dataset, hidden)
+    with thread_pool(threads) as run:
+        shards = Shards(run, get_backend(name), part.train_images, part.train_labels, mlp.dtype)
+        descend(mlp, shards, LEARNING_RATE)
+    return mlp.parameters
+
+
+# The figure --------------------------------------------------------------------------------------------------------
+
+
+def flop(found: dict[str, Any], axis: str, at: float) -> float:
+    """Operations of the dense form in an epoch."""
+    images = at if axis == "images" else found["images"]
+    hidden = at if axis == "hidden units" else HIDDEN
+    return images * hidden * (FLOP_OF_PIXEL * found["pixels"] + FLOP_OF_CLASSES)
+
+
+def draw(found: dict[str, Any], small_print: str, file: Path) -> None:
+    """Seconds per epoch along each axis; straight lines are constant rates of arithmetic."""
+    with figure_file(file, figsize=(8, 7.6)) as figure:
+        for axes, (axis, backends) in zip(figure.subplots(2, 2).flat, found["axes"].items()):
+            draw_axis(axes, found, axis, backends)
+        title(figure, _title(found))
+        print_small(figure, f"Hollow: measured on a part of an epoch, and scaled up. {small_print}")
+
+
+def draw_axis(axes: Axes, found: dict[str, Any], axis: str, backends: dict[str, list[dict[str, Any]]]) -> None:
+    """One panel: the backends, the peak, and the law that they should follow."""
+    points = [point for name in backends for point in backends[name]]
+    first, last = min(point["at"] for point in points), max(point["at"] for point in points)
+    x, width = np.array([first, last]), last / first
+    dense = np.array([flop(found, axis, at) for at in x]) / 1e9
+    peaks = found["peak_gflop_per_second"]
+    floor = dense / [peaks[str(int(at) if axis == "threads" else found["threads"])] for at in x]
+    exponent, law = LAWS[axis]
+    longest = max(point["high"] for point in points) * (width if axis == "images" else 1)
+    axes.set(xscale="log", yscale="log", xlabel=axis, ylabel="seconds per epoch")
+    axes.set(xlim=(first / width**0.06, last * width**0.3), ylim=(floor.min() / 3, 2 * longest))
+    starts = np.array([floor[0], *(row[0]["median"] for row in backends.values())])
+    for rate in 10.0 ** np.arange(-3, 4):
+        axes.plot(x, dense / rate, color="#CCCCCC", linewidth=0.6, zorder=0)
+        if np.abs(np.log(starts * rate / dense[0])).min() > 1.2:  # there is room for a name
+            place = (x[0], dense[0] / rate)
+            note(axes, f"{rate:g} GFLOP/s", place, 1.5, fontsize=6.5, color="#777777")
+    axes.plot(x, floor, color=BOUND_COLOUR, linestyle="--", linewidth=1)
+    ends = [("peak", last, floor[-1], BOUND_COLOUR)]
+    for name, row in backends.items():
+        at, seconds, low, high = (np.array([point[key] for point in row]) for key in ("at", "median", "low", "high"))
+        if name != "naive" or len(row) == 1:
+            anchor = -1 if exponent == 1 else 0
+            axes.plot(x, seconds[anchor] * (x / at[anchor]) ** exponent, ":", color=colour(name), linewidth=1)
+        axes.plot(at, seconds, color=colour(name), linewidth=1.4)
+        axes.vlines(at, low, high, color=colour(name), linewidth=1.4)
+        for point in row:
+            fill = colour(name) if point["share"] == 1 else "white"
+            axes.plot(point["at"], point["median"], "o", color=colour(name), markerfacecolor=fill, markersize=4)
+        alone = len(row) == 1
+        ends.append((name, last if alone else at[-1], seconds[-1] * (width if alone else 1), colour(name)))
+    end_labels(axes, ends)
+    plain_ticks(axes.xaxis, axes.yaxis)
+    axes.set_title(f"dotted: {law}", fontsize=8, fontweight="normal")
+
+
+def _title(found: dict[str, Any]) -> str:
+    rows = {name: row for name, row in found["axes"]["images"].items() if len(row) > 1}
+    whole = max(n for n, point in enumerate(rows["numpy"]) if point["at"] <= found["images"])
+    times = [row[-1]["median"] / row[whole]["median"] for row in rows.values()]
+    more = rows["numpy"][-1]["at"] / rows["numpy"][whole]["at"]
+    gains = [row[0]["median"] / row[-1]["median"] for row in found["axes"]["threads"].values()]
+    return (
+        f"{more:g} × the images take {_range(times)} × the time; "
+        f"{found['threads']} threads are {_range(gains)} × as fast as one"
+    )
+
+
+def _range(values: list[float]) -> str:
+    low, high = f"{min(values):.1f}", f"{max(values):.1f}"
+    return low if low == high else f"{low} to {high}"

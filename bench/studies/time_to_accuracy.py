@@ -1,0 +1,240 @@
+"""Study: seconds from the images in memory to the published test accuracy, in mini-batches.
+
+Each backend takes the batch size and learning rate that were fastest for it on images held out of the training set; the
+test images serve for the report alone. Counted are shuffling, preparing, steps, and an evaluation on all test images
+after every 2,500 others; not counted are loading and compilation. Pure Python is extrapolated: it takes NumPy's steps,
+and for each image the time that a few of them took.
+"""
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.progress import track
+
+from bench.measure.interleave import interleave, ratios, summary
+from bench.peers import competitor
+from bench.peers.task import Learner, Task, UnavailableError
+from bench.publish.style import in_seconds, label
+from model.data import Dataset
+from model.extras.figure import BOUND_COLOUR, colour, figure_file, print_small, title
+from model.mlp import MLP
+from model.published import PUBLISHED
+from model.threads import available_cores, thread_pool
+
+TARGET = max(test for _, test in PUBLISHED.values()) / 100
+EVALUATE_EVERY = 2500
+GIVE_UP_AFTER = 60_000
+BATCH_SIZES = (16, 32, 64, 128)
+LEARNING_RATES = (0.2, 0.3, 0.5, 0.7, 1.0)
+NAMES = ("numpy", "numba", "sparse", "PyTorch", "torch.compile")
+TRIALS = 7
+DRAWN = 15
+NAIVE_IMAGES = 16
+
+
+class Recipe(NamedTuple):
+    """How to train."""
+
+    batch_size: int
+    learning_rate: float
+    threads: int
+
+
+class Evaluation(NamedTuple):
+    """A point of an accuracy curve."""
+
+    seconds: float
+    images: int
+    accuracy: float
+
+
+Curve = list[Evaluation]
+
+
+class Trial(NamedTuple):
+    """What a recipe took on the held-out images, in the median; None where it did not always reach the target."""
+
+    recipe: Recipe
+    seconds: float | None
+    images: float | None
+
+
+def measure(dataset: Dataset, quick: bool) -> dict[str, Any]:
+    """By backend: the recipes tried and chosen, seconds to the target and curves; ratios; who was skipped and why."""
+    rounds = 2 if quick else 40
+    trials: dict[str, list[Trial]] = {}
+    recipes: dict[str, Recipe] = {}
+    skipped: dict[str, str] = {}
+    with thread_pool(available_cores()) as run:
+        for name in track(NAMES, "choosing recipes", transient=True):
+            candidates = recipes_of(name, quick)
+            if name == "torch.compile" and "PyTorch" in recipes:  # each batch size would be compiled anew
+                candidates = [recipes["PyTorch"]]
+            try:
+                trials[name] = try_recipes(name, held_out(dataset), run, candidates)
+                recipes[name] = fastest(trials[name])
+            except UnavailableError as reason:
+                skipped[name] = str(reason)
+        curves: dict[str, list[Curve]] = {name: [] for name in recipes}
+        runners = {name: _run_after_run(name, dataset, recipes[name], run, curves[name]) for name in recipes}
+        seconds = interleave(runners, rounds, rest=0.03)
+        recipes["naive"] = min(trials["numpy"], key=lambda trial: trial.images or np.inf).recipe
+        curves["naive"] = naive_curves(dataset, recipes["naive"], run)
+    seconds["naive"] = np.array([curve[-1].seconds for curve in curves["naive"]])
+    for name, drawn in curves.items():
+        if missed := sum(curve[-1].accuracy < TARGET for curve in drawn):
+            skipped[name] = f"{missed} of {len(drawn)} runs did not reach {TARGET:.2%} with {GIVE_UP_AFTER:,} images"
+            del seconds[name]
+    timed = {name: times for name, times in seconds.items() if name != "naive"}
+    return {
+        "target": TARGET,
+        "trials": trials,
+        "recipes": recipes,
+        "seconds": {name: list(summary(times).values()) for name, times in seconds.items()},
+        "curves": {name: drawn[-min(rounds, DRAWN) :] for name, drawn in curves.items()},
+        "ratios": ratios(f"time to {TARGET:.2%}", timed, "numpy") if "numpy" in timed else [],
+        "skipped": skipped,
+    }
+
+
+def reach(name: str, dataset: Dataset, recipe: Recipe, seed: int, run: Callable) -> Curve:
+    """Train until the test images of `dataset` are classified as well as the target says, or for 60,000 images."""
+    start = time.perf_counter()
+    task = Task(MLP(seed=seed), dataset.test_images, dataset.test_labels, recipe.learning_rate, recipe.threads, run)
+    learner = competitor(name, task)
+    assert isinstance(learner, Learner)
+    curve: Curve = []
+    images = 0
+    for batch in _batches(len(dataset.train_images), recipe.batch_size, np.random.default_rng(seed)):
+        learner.learn(dataset.train_images[batch], dataset.train_labels[batch])
+        images += len(batch)
+        if images // EVALUATE_EVERY > (images - len(batch)) // EVALUATE_EVERY:
+            accuracy = learner.accuracy()
+            curve.append(Evaluation(time.perf_counter() - start, images, accuracy))
+            if accuracy >= TARGET or images >= GIVE_UP_AFTER:
+                break
+    return curve
+
+
+def _batches(count: int, batch_size: int, rng: np.random.Generator) -> Iterator[NDArray]:
+    while True:
+        order = rng.permutation(count)
+        yield from (order[first : first + batch_size] for first in range(0, count, batch_size))
+
+
+def held_out(dataset: Dataset) -> Dataset:
+    """The last sixth of the training images (10,000 of MNIST) in place of the test images."""
+    count = len(dataset.train_images) * 5 // 6
+    images, labels = dataset.train_images, dataset.train_labels
+    return Dataset(dataset.name, images[:count], labels[:count], images[count:], labels[count:])
+
+
+def recipes_of(name: str, quick: bool) -> list[Recipe]:
+    """What is tried for a backend. Ours compute a small batch on one thread; for PyTorch, that is to be found out."""
+    threads = {1, available_cores()} if name == "PyTorch" else {available_cores()}
+    pairs = itertools.product(
+        BATCH_SIZES[1:2] if quick else BATCH_SIZES, LEARNING_RATES[1:3] if quick else LEARNING_RATES
+    )
+    return [Recipe(batch_size, rate, count) for batch_size, rate in pairs for count in sorted(threads)]
+
+
+def try_recipes(name: str, dataset: Dataset, run: Callable, recipes: list[Recipe]) -> list[Trial]:
+    """Every recipe from `TRIALS` random starts, in turn."""
+    reach(name, dataset, recipes[0], 0, run)  # compiles
+    curves: dict[Recipe, list[Curve]] = {recipe: [] for recipe in recipes}
+    for seed in range(TRIALS):
+        for recipe in recipes:
+            curves[recipe].append(reach(name, dataset, recipe, seed, run))
+    trials = []
+    for recipe, runs in curves.items():
+        ends = [curve[-1] for curve in runs]
+        if all(end.accuracy >= TARGET for end in ends):
+            trials.append(Trial(recipe, *(float(np.median([end[field] for end in ends])) for field in (0, 1))))
+        else:
+            trials.append(Trial(recipe, None, None))
+    return trials
+
+
+def fastest(trials: list[Trial]) -> Recipe:
+    """The recipe that took the fewest seconds.
+
+    Raises
+    ------
+    UnavailableError
+        If none reached the target.
+    """
+    trial = min(trials, key=lambda trial: trial.seconds or np.inf)
+    if trial.seconds is None:
+        raise UnavailableError(f"no recipe always reached {TARGET:.2%} on the held-out images")
+    return trial.recipe
+
+
+def _run_after_run(name: str, dataset: Dataset, recipe: Recipe, run: Callable, curves: list[Curve]) -> Callable:
+    """A function that adds the curve of the next random start to `curves`."""
+    return lambda: curves.append(reach(name, dataset, recipe, len(curves), run))
+
+
+def naive_curves(dataset: Dataset, recipe: Recipe, run: Callable) -> list[Curve]:
+    """NumPy's curves at the pace of pure Python, measured on a few images."""
+    few = slice(NAIVE_IMAGES)
+    images, labels = dataset.train_images[few], dataset.train_labels[few]
+    learner = competitor("naive", Task(MLP(), images, labels, recipe.learning_rate, available_cores(), run))
+    assert isinstance(learner, Learner)
+    start = time.perf_counter()
+    learner.learn(images, labels)
+    middle = time.perf_counter()
+    learner.accuracy()
+    per_image = (middle - start) / NAIVE_IMAGES
+    per_evaluation = (time.perf_counter() - middle) / NAIVE_IMAGES * len(dataset.test_images)
+    return [
+        [
+            point._replace(seconds=per_image * point.images + per_evaluation * (order + 1))
+            for order, point in enumerate(reach("numpy", dataset, recipe, seed, run))
+        ]
+        for seed in range(TRIALS)
+    ]
+
+
+def draw(found: dict[str, Any], small_print: str, file: Path) -> None:
+    """Accuracy against seconds, the median one of some runs and the ends of all these; below, seconds to the target."""
+    names = sorted(found["seconds"], key=lambda name: -found["seconds"][name][0])
+    target = 100 * found["target"]
+    with figure_file(file, figsize=(8, 5.5)) as figure:
+        above, below = figure.subplots(2, sharex=True, height_ratios=(2, 1))
+        for name in names:
+            curves = sorted(found["curves"][name], key=lambda curve: curve[-1][0])
+            seconds, _, accuracy = zip(*curves[len(curves) // 2])
+            above.plot(seconds, 100 * np.array(accuracy), "--" if name == "naive" else "-", color=colour(name))
+            for seconds, _, accuracy in [curve[-1] for curve in curves]:
+                above.plot(seconds, 100 * accuracy, "o", color=colour(name), markersize=3)
+        above.axhline(target, color=BOUND_COLOUR, linestyle="--", linewidth=1)
+        above.set(ylabel="test accuracy (%)", ylim=(80, 95))
+        above.annotate(f"{target:.2f} %", (0.01, target), xycoords=("axes fraction", "data"), va="bottom")
+        for row, name in enumerate(names):
+            median, low, high = found["seconds"][name]
+            below.plot([low, high], [row, row], color=colour(name), linewidth=2)
+            below.plot(median, row, "o", color=colour(name))
+            recipe = Recipe(*found["recipes"][name])
+            note = f"batches of {recipe.batch_size}, rate {recipe.learning_rate:g}"
+            extrapolated = ", extrapolated" if name == "naive" else ""
+            side = -1 if name == "naive" else 1
+            label(below, f"{in_seconds(median)}  ({note}{extrapolated})", high, row, 7.5, side)
+        below.set(xscale="log", yticks=range(len(names)), ylim=(len(names) - 0.5, -0.5))
+        below.set(xlabel=f"seconds, preparation and evaluations included (log scale); below: to {target:.2f} %")
+        below.set_yticklabels(names)
+        title(figure, _title(found))
+        print_small(figure, small_print)
+
+
+def _title(found: dict[str, Any]) -> str:
+    seconds = {name: median for name, (median, *_) in found["seconds"].items()}
+    first, second = sorted(seconds, key=lambda name: seconds[name])[:2]
+    return (
+        f"{first} reaches {found['target']:.2%} test accuracy in {in_seconds(seconds[first])}, "
+        f"{second} in {in_seconds(seconds[second])}"
+    )

@@ -1,0 +1,41 @@
+"""The command line: ``python -m model train``, ``reproduce`` and ``predict``, one file for each."""
+
+import os
+import sys
+from typing import Any
+
+import typer
+
+from model.cli.console import fail, say
+from model.cli.predict import predict_command
+from model.cli.reproduce import reproduce_command
+from model.cli.signals import Stopped, stoppable
+from model.cli.train import train_command
+from model.data import DataError
+from model.extras.checkpoint import CheckpointError
+from model.training import TrainingError
+
+app = typer.Typer(
+    help="Train a small neural network on MNIST, with its kernels written in different ways.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("train")(train_command)
+app.command("reproduce")(reproduce_command)
+app.command("predict")(predict_command)
+
+
+def main() -> None:
+    """Run the command line; every foreseeable error is one line on stderr and exit code 2."""
+    usage_error: Any = typer.BadParameter.__base__  # the class of all wrong options; its module has changed name
+    with stoppable():
+        try:
+            sys.exit(app(standalone_mode=False))
+        except usage_error as error:
+            fail(error.format_message())
+        except (CheckpointError, DataError, TrainingError, ValueError, OSError) as error:
+            fail(str(error))
+        except Stopped as stopped:
+            say(f"interrupted{stopped.note}")
+            os._exit(128 + stopped.signal)  # worker threads would finish their shard, which takes pure Python minutes

@@ -1,0 +1,71 @@
+"""The options of the commands: their types and help texts."""
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kernels import backend_names
+
+UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+def parse_bytes(text: str) -> int:
+    """A number of bytes, as in "500 MB"."""
+    match = re.fullmatch(rf"(\d+(?:\.\d+)?) *({'|'.join(UNITS)})?", text)
+    if not match:
+        raise typer.BadParameter(f"{text!r} is no number of bytes: give one as in '500 MB' or '2 GiB'")
+    return int(float(match[1]) * UNITS[match[2] or "B"])
+
+
+BackendName = Annotated[
+    str, typer.Option(help=f"Who computes: {', '.join(backend_names())}, or package.module:Class for your own.")
+]
+BackendNames = Annotated[list[str] | None, typer.Option(help="Run this one; may be repeated. [default: all]")]
+Epochs = Annotated[int, typer.Option(help="Passes over the training images.")]
+LearningRate = Annotated[float, typer.Option(help="How far each step goes down the mean gradient.")]
+BatchSize = Annotated[int | None, typer.Option(help="Images per step. [default: all, one step an epoch]")]
+Limit = Annotated[int | None, typer.Option(help="Train on the first so many images only.")]
+Hidden = Annotated[int, typer.Option(help="Units in the hidden layer.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the random start and of the shuffling.")]
+Starts = Annotated[int, typer.Option(min=1, help="Random starts of the band in the plot.")]
+Threads = Annotated[
+    int | None, typer.Option(help="Threads that share the work; the result is the same. [default: one per core]")
+]
+MemoryLimit = Annotated[
+    int | None,
+    typer.Option(
+        parser=parse_bytes,
+        metavar="BYTES",
+        help="Keep no more prepared images than this in a process, as in '500 MB'; prepare the others each epoch.",
+    ),
+]
+Scheduler = Annotated[
+    str | None, typer.Option(help="Train on the workers of a Dask cluster: the address, as in tcp://HOST:8786.")
+]
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Train on so many Dask workers, started on this machine, to try it.")
+]
+EvalEvery = Annotated[int, typer.Option(help="Measure the test accuracy after every so many epochs.")]
+DatasetName = Annotated[
+    str,
+    typer.Option(
+        help="mnist, digits28 (a stand-in that needs no network), auto: MNIST if it can be had, or idx: other files in "
+        "MNIST's format, with any number of images, mapped into memory."
+    ),
+]
+DataFolder = Annotated[
+    Path | None, typer.Option(help="Folder with the files. [default: $MNIST_DIR, else MNIST is downloaded once]")
+]
+HistoryFile = Annotated[Path | None, typer.Option("--json", help="Write the history to this file.")]
+NewCheckpoint = Annotated[Path | None, typer.Option(help="Save the run in this new file, now and then.")]
+CheckpointEvery = Annotated[
+    int | None, typer.Option(min=1, help="Save after every so many epochs too, besides once a minute and at the end.")
+]
+Resume = Annotated[
+    Path | None, typer.Option(help="Go on with the run in this file, with its settings, and save it there.")
+]
+Trained = Annotated[Path, typer.Option(help="The trained network, as saved by train --checkpoint.")]
+Picture = Annotated[Path, typer.Argument(help="PNG or JPEG of one digit, of any size, on any plain background.")]
+OutputFolder = Annotated[Path, typer.Option(help="Folder for the plot and the JSON file.")]

@@ -1,0 +1,57 @@
+"""``python -m model reproduce``."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from kernels import backend_names, get_backend
+from model.cli import options as opt
+from model.cli.console import out, tell
+from model.cli.progress import training
+from model.cli.signals import stop
+from model.data import load_dataset
+from model.extras.environment import environment
+from model.extras.files import check_writable, write_json
+from model.published import FITTED, comparison_table, full_batch_histories, mini_batch_line, reproduce
+from model.training import State
+
+
+def reproduce_command(
+    backend: opt.BackendNames = None,
+    starts: opt.Starts = 10,
+    threads: opt.Threads = None,
+    dataset: opt.DatasetName = "auto",
+    data: opt.DataFolder = None,
+    output: opt.OutputFolder = Path("bench/output"),
+) -> None:
+    """Run the published experiment on every backend, beside the published accuracies."""
+    from model.extras.figure import draw_curves  # matplotlib takes a second to import
+
+    backends = {name: get_backend(name) for name in backend or backend_names()}
+    output.mkdir(parents=True, exist_ok=True)
+    json_file, figure = output / "reproduction.json", output / "reproduction.png"
+    check_writable(json_file)
+    images = load_dataset(dataset, data)
+    found = reproduce(backends, images, starts, threads, stoppable_run)
+    if histories := full_batch_histories(found):
+        out.print(comparison_table(histories, images.name))
+        draw_curves(figure, found)
+    for name in found["runs"].keys() - histories.keys():
+        tell(mini_batch_line(name, found))
+    if images.name != "MNIST":
+        tell(f"This run used {images.name}; the published accuracies are those of MNIST.")
+    tell(FITTED)
+    write_json(json_file, {"environment": environment(), **found})
+    tell(f"written: {json_file}" + (f" and {figure}" if histories else ""))
+
+
+@contextmanager
+def stoppable_run(title: str, images: int) -> Iterator[tuple[Callable[[int], None], Callable[[State], None]]]:
+    """A bar for a run of `reproduce`, which a signal stops after the running step."""
+    with training(title, images) as (received, on_images):
+
+        def on_step(state: State) -> None:
+            if received:
+                stop(received[0])
+
+        yield on_images, on_step

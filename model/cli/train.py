@@ -1,0 +1,185 @@
+"""``python -m model train``."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from kernels import get_backend
+from kernels.backend import Backend
+from model.cli import options as opt
+from model.cli.console import out, say, tell
+from model.cli.progress import training
+from model.cli.signals import stop
+from model.cli.tables import history_table
+from model.data import Dataset, limited, load_dataset, sha256
+from model.extras.checkpoint import Checkpoint, Config, check_same, load, save
+from model.extras.environment import environment
+from model.extras.files import check_writable, write_json
+from model.mlp import MLP
+from model.shards import Batch
+from model.threads import available_cores
+from model.training import History, State, train
+
+SAVE_SECONDS = 60
+
+
+def train_command(
+    context: typer.Context,
+    backend: opt.BackendName = "numpy",
+    epochs: opt.Epochs = 250,
+    learning_rate: opt.LearningRate = 0.3,
+    batch_size: opt.BatchSize = None,
+    limit: opt.Limit = None,
+    hidden: opt.Hidden = 128,
+    seed: opt.Seed = 0,
+    threads: opt.Threads = None,
+    memory_limit: opt.MemoryLimit = None,
+    scheduler: opt.Scheduler = None,
+    workers: opt.Workers = None,
+    eval_every: opt.EvalEvery = 1,
+    dataset: opt.DatasetName = "auto",
+    data: opt.DataFolder = None,
+    json_file: opt.HistoryFile = None,
+    checkpoint: opt.NewCheckpoint = None,
+    checkpoint_every: opt.CheckpointEvery = None,
+    resume: opt.Resume = None,
+) -> None:
+    """Train the network and show how its accuracy grows."""
+    saved = load(resume) if resume else None
+    settings = given_settings(context, saved)
+    file = checkpoint or resume
+    check_files(checkpoint, resume, json_file, checkpoint_every)
+    kernels = get_backend(settings["backend"])
+    whole = load_dataset(settings["dataset"], data)
+    images = limited(whole, settings["limit"])
+    settings |= {"backend": kernels.name, "dataset": whole.name.lower()}
+    config = Config(**settings, data_sha256=sha256(whole) if file else "")
+    run = resumed(saved, config, resume) if saved else new_run(config, images)
+    threads = available_cores() if threads is None else threads
+    title = f"{config.backend} on {images.name}"
+    with (
+        batches_on(scheduler, workers, threads) as batches,
+        training(title, *images_to_pass(run, images)) as (received, on_images),
+    ):
+        history = train(
+            run.mlp,
+            kernels,
+            images,
+            epochs=config.epochs,
+            learning_rate=config.learning_rate,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            eval_every=config.eval_every,
+            threads=threads,
+            memory_limit=memory_limit,
+            batches=batches,
+            state=run.state,
+            on_images=on_images,
+            on_step=between_steps(file, checkpoint_every, run, received),
+        )
+    out.print(history_table(history, f"{title}, {scheduler or f'{threads} threads'}"))
+    if file:
+        tell(f"checkpoint written to {file}")
+    if json_file:
+        write_json(json_file, run_report(history, kernels, {**settings, "dataset": images.name, "threads": threads}))
+        tell(f"history written to {json_file}")
+
+
+def given_settings(context: typer.Context, saved: Checkpoint | None) -> dict[str, Any]:
+    """The settings of a run: those of the command line, and of a checkpoint where that leaves them open."""
+    settings = {name: context.params[name] for name in Config._fields if name in context.params}
+    if saved:
+        sources = {name: context.get_parameter_source(name) for name in settings}
+        open_ones = {name for name, source in sources.items() if not source or source.name == "DEFAULT"}
+        settings |= {name: value for name, value in saved.config._asdict().items() if name in open_ones}
+        if "backend" in open_ones and ":" in settings["backend"]:  # a file does not decide what code is imported
+            raise ValueError(f"this run needs a backend of your own: add --backend {settings['backend']!r}")
+    return settings
+
+
+def check_files(checkpoint: Path | None, resume: Path | None, json_file: Path | None, every: int | None) -> None:
+    """Raise an error, before any work is done, if what is to be written cannot be."""
+    for written in filter(None, (checkpoint or resume, json_file)):
+        check_writable(written)
+    if checkpoint and checkpoint != resume and checkpoint.exists():
+        raise ValueError(f"{checkpoint} exists: --resume {checkpoint} goes on with it; for a new run name a new file")
+    if every and not (checkpoint or resume):
+        raise ValueError("--checkpoint-every goes with --checkpoint FILE")
+
+
+def new_run(config: Config, images: Dataset) -> Checkpoint:
+    """A run before its first step."""
+    mlp = MLP((images.train_images.shape[1], config.hidden, 10), config.seed)
+    return Checkpoint(mlp, State.start(config.seed), config)
+
+
+def resumed(saved: Checkpoint, config: Config, file: Path | None) -> Checkpoint:
+    """The saved run, to go on with these settings, which may ask for more epochs."""
+    check_same(saved.config, config)
+    if len(saved.state.history.epochs) == config.epochs and not saved.state.steps:
+        say(f"{file} is finished: its {config.epochs} epochs are done, --epochs with more goes on")
+    return saved._replace(config=config)
+
+
+def images_to_pass(run: Checkpoint, images: Dataset) -> tuple[int, int]:
+    """How many images pass through the network in all of a run's epochs, and how many have already."""
+    count = len(images.train_images)
+    passed = min(run.state.steps * (run.config.batch_size or count), count)
+    return run.config.epochs * count, len(run.state.history.epochs) * count + passed
+
+
+@contextmanager
+def batches_on(scheduler: str | None, workers: int | None, threads: int) -> Iterator[Callable[..., Batch] | None]:
+    """For `train`: what makes batches on the workers of a cluster, or None for those in this process."""
+    if scheduler is None and workers is None:
+        yield None
+        return
+    if scheduler and workers:
+        raise ValueError("--workers starts a cluster of its own: leave it out, or --scheduler")
+    try:
+        from model.extras.dask_workers import connect  # Dask is needed for nothing else
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{error}: training on workers needs Dask, install it by: pip install -e '.[distributed]'"
+        ) from error
+    with connect(scheduler, workers, threads) as cluster:
+        if workers:
+            say(f"dashboard: {cluster.client.dashboard_link}")
+        yield cluster.batch
+
+
+def between_steps(
+    file: Path | None, every: int | None, run: Checkpoint, received: list[int]
+) -> Callable[[State], None]:
+    """For `train`: saves before the first step, when it is time to, and at the end; stops for a signal."""
+    saved = -math.inf
+
+    def on_step(state: State) -> None:
+        nonlocal saved
+        asked = received[:1]  # looked at once: a signal may arrive at any moment
+        epochs = len(state.history.epochs)
+        finished = epochs == run.config.epochs
+        due = time.monotonic() - saved >= SAVE_SECONDS or (every and state.steps == 0 and epochs % every == 0)
+        if file and (due or finished or asked):
+            save(file, run.mlp, state, run.config)
+            saved = time.monotonic()
+        if asked and not finished:
+            stop(asked[0], f", saved in {file}: --resume {file} goes on" if file else "")
+
+    return on_step
+
+
+def run_report(history: History, backend: Backend, config: dict[str, Any]) -> dict[str, Any]:
+    """Everything about a run as plain data, for `write_json`."""
+    return {
+        "config": config,
+        "environment": environment(),
+        "prepare_seconds": history.prepare_seconds,
+        "compile_seconds": backend.compile_seconds,
+        "history": [epoch._asdict() for epoch in history.epochs],
+    }

@@ -1,0 +1,66 @@
+"""What a run was made on: CPU, caches, versions, commit, and variables that change what is measured."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import cpuinfo
+from threadpoolctl import threadpool_info
+
+from model.threads import available_cores
+
+PACKAGES = ("numpy", "scipy", "numba", "llvmlite", "scikit-learn", "torch", "jax", "distributed")
+
+VARIABLES = ("OPENBLAS_", "MKL_", "OMP_", "GOMP_", "NUMBA_", "XLA_", "TORCH")
+
+
+def environment() -> dict[str, Any]:
+    """CPU, cores, caches in bytes, versions of Python and packages, git commit, and variables that tune these."""
+    from llvmlite import binding  # only here, as training on NumPy does without
+
+    cpu = cpuinfo.get_cpu_info()
+    every_blas = [library for library in threadpool_info() if library["user_api"] == "blas"]
+    blas = [library for library in every_blas if "numpy" in library["filepath"]] or every_blas
+    return {
+        "cpu": cpu.get("brand_raw", platform.processor()),
+        "cores": available_cores(),
+        "l2_cache_bytes": cpu.get("l2_cache_size"),
+        "l3_cache_bytes": cpu.get("l3_cache_size"),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "blas": [
+            f"{library['internal_api']} {library['version']} {library.get('architecture', '')}" for library in blas
+        ],
+        "llvm": ".".join(map(str, binding.llvm_version_info)),
+        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "variables": {name: value for name, value in os.environ.items() if name.startswith(VARIABLES)},
+        "commit": _commit(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of the project's files, with "-dirty" if one was changed since; None where git cannot tell.
+
+    Results do not count: the first of several measurements changes those of the last time.
+    """
+    try:
+        commit = _git("describe", "--always", "--exclude=*")
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
+        return commit + ("-dirty" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(Path(__file__).parents[2]), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

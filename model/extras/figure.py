@@ -1,0 +1,111 @@
+"""A figure in the project's look, and the accuracy curves over the published points."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+
+from model.published import PUBLISHED, full_batch_histories
+
+# Okabe and Ito's palette, which the colour-blind can tell apart: one colour for a backend, in every figure.
+COLOURS = {
+    "naive": "#CC79A7",
+    "numpy": "#0072B2",
+    "numba": "#E69F00",
+    "sparse": "#009E73",
+    "PyTorch": "#D55E00",
+    "torch.compile": "#56B4E9",
+    "JAX": "#F0E442",
+    "scikit-learn": "#999999",
+    "SciPy CSR": "#999999",
+    "PyTorch CSR": "#D55E00",
+}
+
+OTHER_COLOURS = ("#D55E00", "#56B4E9", "#F0E442")
+
+BOUND_COLOUR = "#444444"
+
+_STYLE: Any = {
+    "figure.dpi": 150,
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+
+
+def colour(name: str) -> str:
+    """The colour of a backend; those unknown here share a few more, by name."""
+    return COLOURS.get(name) or OTHER_COLOURS[sum(name.encode()) % len(OTHER_COLOURS)]
+
+
+@contextmanager
+def figure_file(file: Path, **size: Any) -> Iterator[Figure]:
+    """A new figure in the common look, written to `file` (PNG) when the block ends well."""
+    with plt.rc_context(_STYLE):
+        figure = plt.figure(layout="constrained", **size)
+        try:
+            yield figure
+            figure.savefig(file, metadata={"Software": None})
+        finally:
+            plt.close(figure)
+
+
+def title(figure: Figure, text: str) -> None:
+    figure.suptitle(text, x=0.01, ha="left", fontsize=10, fontweight="bold")
+
+
+def print_small(figure: Figure, text: str) -> None:
+    """Write where the results come from below everything."""
+    figure.supxlabel(text, fontsize=6.5, color=BOUND_COLOUR, x=0.01, ha="left")
+
+
+def draw_curves(file: Path, found: dict[str, Any], small_print: str = "") -> None:
+    """Train and test accuracy of each backend, a band over random starts, and the published points.
+
+    Parameters
+    ----------
+    file
+        Where to write the PNG.
+    found
+        What `model.published.reproduce` returned, with full-batch runs.
+    small_print
+        Where it comes from.
+    """
+    histories, starts = full_batch_histories(found), found["starts"]
+    final = [100 * history.accuracies("test")[-1] for history in histories.values()]
+    reached = " to ".join(dict.fromkeys(f"{accuracy:.2f}" for accuracy in (min(final), max(final))))
+    panels = {"train": "Training images, before each update", "test": "Test images, after each update"}
+    with figure_file(file, figsize=(8, 4)) as figure:
+        for index, (axes, kind) in enumerate(zip(figure.subplots(1, 2, sharey=True), panels)):
+            band = {key: 100 * np.array(starts[kind][key]) for key in ("low", "high")}
+            epochs = np.arange(1, len(band["low"]) + 1)
+            axes.fill_between(epochs, *band.values(), color="#BBBBBB", label=f"{starts['count']} random starts")
+            for order, (name, history) in enumerate(histories.items()):
+                axes.plot(
+                    epochs,
+                    100 * history.accuracies(kind),
+                    color=colour(name),
+                    linewidth=3 - 2 * order / len(histories),
+                    linestyle=("solid", (0, (4, 4)), (0, (1, 3)))[order % 3],
+                    label=name,
+                )
+            published = [points[index] for points in PUBLISHED.values()]
+            axes.plot(list(PUBLISHED), published, "ko", fillstyle="none", label="published")
+            axes.set(xlabel="epoch", ylim=(0, 100))
+            axes.set_title(panels[kind], fontsize=9, fontweight="normal")
+            axes.grid(alpha=0.3)
+        axes.legend(loc="lower right", frameon=False)
+        figure.axes[0].set_ylabel("accuracy (%)")
+        title(
+            figure,
+            f"{', '.join(histories)}: {reached} % test accuracy on {found['dataset']}; published, on MNIST: "
+            f"{PUBLISHED[max(PUBLISHED)][1]} %",
+        )
+        print_small(figure, small_print)

@@ -1,0 +1,226 @@
+"""Sums over images in a fixed order: the same bits on any number of threads.
+
+A batch is cut into at most 32 **shards**, contiguous ranges that depend on its size alone, and these into **chunks** of
+as many images as the backend says, whose activations stay in a core's cache. A shard adds the gradients of its chunks
+in order, and the shards are added in a fixed binary tree, so threads change who computes a sum, never the order of its
+additions.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator
+from threading import RLock
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kernels.backend import CHUNK, Backend
+from model.mlp import MLP
+
+SHARDS = 32
+
+
+class Sums(NamedTuple):
+    """Loss, correct count and gradient, summed over some images."""
+
+    loss: float
+    correct: int
+    gradient: list[NDArray]
+
+
+class Memory:
+    """How much of its prepared images a process keeps.
+
+    Parameters
+    ----------
+    limit
+        In bytes; None is no limit.
+    """
+
+    def __init__(self, limit: int | None = None) -> None:
+        self.limit = limit
+        self.used = 0
+        self._lock = RLock()  # while it is held, garbage collection may give something back
+
+    def take(self, x: Any) -> bool:
+        """Whether some prepared images fit, and if so, count them as kept."""
+        if self.limit is None:
+            return True
+        if not hasattr(x, "nbytes"):
+            raise ValueError(f"a memory limit needs nbytes of prepared images, which {type(x).__name__} lacks")
+        with self._lock:
+            fits = self.used + x.nbytes <= self.limit
+            self.used += x.nbytes if fits else 0
+        return fits
+
+    def give_back(self, kept: Iterable[Any]) -> None:
+        """Count these as kept no longer."""
+        if self.limit is not None:
+            with self._lock:
+                self.used -= sum(x.nbytes for x in kept)
+
+
+class Shard:
+    """Images and labels, prepared for a backend in chunks.
+
+    Chunks that fit into `memory` are kept, the others are prepared again whenever they are needed. None makes room for
+    another: every epoch takes all in the same order, so the one that was not used for longest is the next to be used.
+
+    Parameters
+    ----------
+    backend, images, labels, dtype
+        As for `Shards`.
+    memory
+        Shared by all shards of the process.
+    """
+
+    def __init__(self, backend: Backend, images: NDArray, labels: NDArray, dtype: np.dtype, memory: Memory) -> None:
+        self.backend = backend
+        self.images = images
+        self.labels = labels
+        self.dtype = dtype
+        self.memory = memory
+        self.kept: dict[int, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __del__(self) -> None:
+        self.memory.give_back(self.kept.values())
+
+    def prepare(self) -> None:
+        """Prepare as many chunks as are kept."""
+        for count, _ in enumerate(self._chunks(), start=1):
+            if len(self.kept) < count:
+                break
+
+    def gradient(self, mlp: MLP) -> Sums:
+        """Sums over all images, chunk by chunk."""
+        with np.errstate(all="ignore"):  # a diverging run ends with one clear error instead of warnings
+            parts = (Sums(*mlp.gradients(self.backend, x, labels)) for x, labels in self._chunks())
+            total = next(parts)
+            for part in parts:
+                total = add(total, part)
+        return total
+
+    def loss(self, mlp: MLP) -> tuple[float, int]:
+        """Loss and correct count, summed over all images."""
+        loss, correct = 0.0, 0
+        with np.errstate(all="ignore"):
+            for x, labels in self._chunks():
+                _, logits = mlp.forward(self.backend, x)
+                chunk_loss, chunk_correct, _ = self.backend.softmax_grad(logits, labels)
+                loss, correct = loss + chunk_loss, correct + chunk_correct
+        return loss, correct
+
+    def _chunks(self) -> Iterator[tuple[Any, NDArray]]:
+        for chunk in even_parts(len(self), math.ceil(len(self) / self.backend.chunk)):
+            x = self.kept.get(chunk.start)
+            if x is None:
+                x = self.backend.prepare(self.images[chunk], self.dtype)
+                if self.memory.take(x):
+                    self.kept[chunk.start] = x
+            yield x, self.labels[chunk]
+
+
+class Batch(Protocol):
+    """What a step of gradient descent needs of its images, wherever they are."""
+
+    count: int
+    """Of the images."""
+
+    def gradient(self, mlp: MLP, on_images: Callable[[int], None]) -> Sums:
+        """Sums over all images; calls `on_images` with numbers of images that are done."""
+
+    def evaluate(self, mlp: MLP) -> tuple[float, float]:
+        """Mean loss and accuracy over all images."""
+
+
+class Shards:
+    """A `Batch` in the memory of this process, in shards.
+
+    Parameters
+    ----------
+    run
+        Applies a function to each item of a list on some threads and yields the results in order.
+    backend
+        The kernels to use.
+    images, labels
+        uint8 (n, pixels) and integers (n,).
+    dtype
+        float32 or float64.
+    memory
+        Limits what is kept prepared; None is no limit.
+    """
+
+    def __init__(
+        self,
+        run: Callable,
+        backend: Backend,
+        images: NDArray,
+        labels: NDArray,
+        dtype: np.dtype,
+        memory: Memory | None = None,
+    ) -> None:
+        self.run = run
+        self.count = len(images)
+        memory = memory or Memory()
+        self.shards = [Shard(backend, images[part], labels[part], dtype, memory) for part in shard_ranges(self.count)]
+        list(run(Shard.prepare, self.shards))
+
+    def gradient(self, mlp: MLP, on_images: Callable[[int], None] = lambda images: None) -> Sums:
+        """Sums over all images; calls `on_images` with the size of each finished shard."""
+
+        def finished() -> Iterator[Sums]:
+            for shard, sums in zip(self.shards, self.run(lambda shard: shard.gradient(mlp), self.shards)):
+                on_images(len(shard))
+                yield sums
+
+        return add_in_tree(finished())
+
+    def evaluate(self, mlp: MLP) -> tuple[float, float]:
+        """Mean loss and accuracy over all images."""
+        return mean(self.run(lambda shard: shard.loss(mlp), self.shards), self.count)
+
+
+def shard_ranges(count: int) -> list[slice]:
+    """Where each shard of `count` images is: at most 32, and as even as can be."""
+    return even_parts(count, min(SHARDS, math.ceil(count / CHUNK)))
+
+
+def even_parts(count: int, parts: int) -> list[slice]:
+    """Where each of so many parts of `count` things is."""
+    bounds = [count * part // parts for part in range(parts + 1)]
+    return [slice(*pair) for pair in itertools.pairwise(bounds)]
+
+
+def mean(sums: Iterable[tuple[float, int]], count: int) -> tuple[float, float]:
+    """Loss and accuracy of `count` images, from the loss and the correct count of each shard, in order."""
+    losses, corrects = zip(*sums)
+    return sum(losses) / count, sum(corrects) / count
+
+
+def add_in_tree(parts: Iterable[Sums]) -> Sums:
+    """Add neighbours, then sums of neighbours, and so on; which additions are made depends on their number alone.
+
+    Sums that wait for their neighbour are of 1, 2, 4, ... parts, like the digits of a binary counter, so that few are
+    held at a time, and each is added while the next are still being computed.
+    """
+    waiting: list[Sums] = []
+    for count, sums in enumerate(parts, start=1):
+        while count % 2 == 0:
+            sums = add(waiting.pop(), sums)
+            count //= 2
+        waiting.append(sums)
+    total = waiting.pop()
+    while waiting:
+        total = add(waiting.pop(), total)
+    return total
+
+
+def add(first: Sums, second: Sums) -> Sums:
+    """The sum of both, in the buffers of the first."""
+    for total, part in zip(first.gradient, second.gradient):
+        total += part
+    return Sums(first.loss + second.loss, first.correct + second.correct, first.gradient)

@@ -1,0 +1,242 @@
+"""The training loop: gradient descent, in one step per epoch or in mini-batches, on a backend's kernels."""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kernels.backend import Backend
+from model.data import Dataset
+from model.mlp import MLP
+from model.shards import Batch, Memory, Shards, Sums
+from model.threads import available_cores, thread_pool
+
+
+class TrainingError(Exception):
+    """Training cannot go on; the message says why and what to try."""
+
+
+class Epoch(NamedTuple):
+    """One line of the history."""
+
+    epoch: int
+    loss: float
+    """Mean cross-entropy over the training images, from the forward passes of the epoch: before its updates."""
+    train_accuracy: float
+    """From the same forward passes, 0 to 1."""
+    test_accuracy: float | None
+    """After the epoch's last update; None where not evaluated."""
+    seconds: float
+    """Forward, backward and update (with mini-batches, also shuffling and preparing); no evaluation."""
+
+
+@dataclass
+class History:
+    """What a training run recorded."""
+
+    prepare_seconds: float = 0.0
+    epochs: list[Epoch] = field(default_factory=list)
+
+    def accuracies(self, kind: str) -> NDArray[np.float64]:
+        """One per epoch, "train" or "test"; NaN where the epoch was not evaluated."""
+        return np.array([getattr(epoch, f"{kind}_accuracy") for epoch in self.epochs], np.float64)
+
+
+@dataclass
+class State:
+    """Where a run stands between two steps: together with the parameters, all that it takes to go on bitwise."""
+
+    rng: Mapping[str, Any]
+    """State of the bit generator at the start of the running epoch, before the images are shuffled."""
+    history: History = field(default_factory=History)
+    steps: int = 0
+    """Steps done in the running epoch; the next three are sums over them."""
+    loss: float = 0.0
+    correct: int = 0
+    seconds: float = 0.0
+
+    @classmethod
+    def start(cls, seed: int) -> "State":
+        """Before the first step of a new run."""
+        return cls(np.random.default_rng(seed).bit_generator.state)
+
+
+def train(
+    mlp: MLP,
+    backend: Backend,
+    dataset: Dataset,
+    *,
+    epochs: int = 250,
+    learning_rate: float = 0.3,
+    batch_size: int | None = None,
+    seed: int = 0,
+    threads: int | None = None,
+    memory_limit: int | None = None,
+    batches: Callable[[Backend, NDArray, NDArray, np.dtype, Memory], Batch] | None = None,
+    eval_every: int = 1,
+    state: State | None = None,
+    on_images: Callable[[int], None] = lambda images: None,
+    on_step: Callable[[State], None] = lambda state: None,
+) -> History:
+    """Train `mlp` in place by gradient descent.
+
+    Parameters
+    ----------
+    mlp, backend, dataset
+        The network, the kernels, the images.
+    epochs
+        Passes over the training images.
+    learning_rate
+        Length of a step as a multiple of the mean gradient.
+    batch_size
+        Images per step, reshuffled each epoch; None takes all at once, in their own order.
+    seed
+        Seed of the shuffling, unless a `state` is given.
+    threads
+        Threads that share the shards; None takes one per available core. Changes the time, not one bit of the result.
+    memory_limit
+        Bytes of prepared images that are kept at most; those beyond are prepared again whenever they are needed. None
+        keeps all. Changes the time, not one bit of the result.
+    batches
+        Makes the `Batch` of some images, elsewhere: `model.distributed.Cluster.batch`. None makes `Shards`.
+    eval_every
+        Measure the test accuracy after every so many epochs, and after the last.
+    state
+        Where to go on, with the parameters that `mlp` had there; it is updated in place. With the same settings but
+        for `epochs` the run ends bitwise where it would have ended without the break. None starts a new run.
+    on_images
+        Called in the caller's thread with the number of images that have passed since its last call.
+    on_step
+        Called in the caller's thread with where the run stands: before the first step, after every step, and once more
+        after every epoch. It may raise to stop the run.
+
+    Returns
+    -------
+    History
+        One entry per epoch, those before `state` included, and the seconds that preparing the images took.
+
+    Raises
+    ------
+    ValueError
+        If an option is out of range or `state` is not one of such a run.
+    TrainingError
+        If the loss is not finite.
+    """
+    images, labels = dataset.train_images, dataset.train_labels
+    _check_options(len(images), epochs, learning_rate, batch_size, threads, eval_every)
+    if batches and batch_size:
+        raise ValueError("mini-batches would travel longer than they train: leave out batch_size, or the workers")
+    state = state or State.start(seed)
+    _check_state(state, len(images), epochs, batch_size)
+    rng = np.random.default_rng()
+    rng.bit_generator.state = state.rng
+    history = state.history
+    memory = Memory(memory_limit)
+    with thread_pool(threads or available_cores()) as run:
+
+        def place(images: NDArray, labels: NDArray) -> Batch:
+            return (batches or partial(Shards, run))(backend, images, labels, mlp.dtype, memory)
+
+        start = time.perf_counter()
+        test = place(dataset.test_images, dataset.test_labels)
+        full_batch = [] if batch_size else [place(images, labels)]
+        history.prepare_seconds += time.perf_counter() - start
+
+        def evaluated(epoch: Epoch) -> Epoch:
+            """With a test accuracy if these settings ask for one, else without."""
+            if epoch.epoch % eval_every and epoch.epoch != epochs:
+                return epoch._replace(test_accuracy=None)
+            if epoch.test_accuracy is None:
+                test_loss, test_accuracy = test.evaluate(mlp)
+                _check_loss(test_loss, epoch.epoch, learning_rate)
+                epoch = epoch._replace(test_accuracy=test_accuracy)
+            return epoch
+
+        if history.epochs and not state.steps:  # it may have been meant as the last, or is only now
+            history.epochs[-1] = evaluated(history.epochs[-1])
+        on_step(state)
+        for epoch in range(len(history.epochs) + 1, epochs + 1):
+            start = time.perf_counter()
+            steps: Iterable[Batch] = full_batch[state.steps :]
+            if batch_size:
+                steps = _mini_batches(place, images, labels, batch_size, rng, state.steps)
+            for batch in steps:
+                sums = descend(mlp, batch, learning_rate, on_images)
+                state.steps += 1
+                state.loss += sums.loss
+                state.correct += sums.correct
+                state.seconds += time.perf_counter() - start
+                on_step(state)
+                start = time.perf_counter()
+            _check_loss(state.loss, epoch, learning_rate)
+            loss, accuracy = state.loss / len(images), state.correct / len(images)
+            history.epochs.append(evaluated(Epoch(epoch, loss, accuracy, None, state.seconds)))
+            state.rng, state.steps, state.loss, state.correct, state.seconds = rng.bit_generator.state, 0, 0.0, 0, 0.0
+            on_step(state)
+    return history
+
+
+def descend(
+    mlp: MLP, batch: Batch, learning_rate: float, on_images: Callable[[int], None] = lambda images: None
+) -> Sums:
+    """One step of gradient descent on the mean loss over `batch`; returns its sums from before the step."""
+    sums = batch.gradient(mlp, on_images)
+    for parameter, gradient in zip(mlp.parameters, sums.gradient):
+        parameter -= gradient * (learning_rate / batch.count)
+    return sums
+
+
+def _mini_batches(
+    place: Callable[[NDArray, NDArray], Batch],
+    images: NDArray,
+    labels: NDArray,
+    batch_size: int,
+    rng: np.random.Generator,
+    skipped: int,
+) -> Iterator[Batch]:
+    """The images in random order, `batch_size` at a time but for the first batches; the last takes what is left."""
+    order = rng.permutation(len(images))
+    for start in range(skipped * batch_size, len(images), batch_size):
+        batch = order[start : start + batch_size]
+        yield place(images[batch], labels[batch])
+
+
+def _check_options(
+    images: int,
+    epochs: int,
+    learning_rate: float,
+    batch_size: int | None,
+    threads: int | None,
+    eval_every: int,
+) -> None:
+    if images == 0:
+        raise ValueError("there are no training images")
+    if epochs < 1 or eval_every < 1:
+        raise ValueError(f"epochs and eval_every must be at least 1, not {epochs} and {eval_every}")
+    if not (math.isfinite(learning_rate) and learning_rate > 0):
+        raise ValueError(f"learning_rate must be positive and finite, not {learning_rate}")
+    if batch_size is not None and not 1 <= batch_size <= images:
+        raise ValueError(f"batch_size must be from 1 to {images}, the number of training images, not {batch_size}")
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads must be at least 1, not {threads}")
+
+
+def _check_state(state: State, images: int, epochs: int, batch_size: int | None) -> None:
+    begun = len(state.history.epochs) + (state.steps > 0)
+    if begun > epochs:
+        raise ValueError(f"{begun} epochs are done or begun already: epochs must not be less, not {epochs}")
+    steps = math.ceil(images / batch_size) if batch_size else 1
+    if state.steps > steps:
+        raise ValueError(f"the state is after step {state.steps} of an epoch, which has only {steps}")
+
+
+def _check_loss(loss: float, epoch: int, learning_rate: float) -> None:
+    if not math.isfinite(loss):
+        raise TrainingError(
+            f"the loss became {loss} in epoch {epoch} with learning rate {learning_rate:g}: try a smaller learning rate"
+        )

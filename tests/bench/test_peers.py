@@ -1,0 +1,258 @@
+"""The other packages do the same steps as ours, and what is measured of them is what the studies say."""
+
+import itertools
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from bench.measure import interleave
+from bench.measure.interleave import ratio, verdict
+from bench.peers import PEERS, competitor, expected_parameters, verified
+from bench.peers.task import Competitor, Learner, Task, UnavailableError
+from bench.studies import head_to_head, memory, time_to_accuracy
+from bench.studies.time_to_accuracy import Evaluation, Recipe, Trial
+from kernels import get_backend
+from model.data import Dataset
+from model.mlp import MLP
+from model.shards import Shards
+from model.threads import thread_pool
+
+PEERS_TO_TEST = [pytest.param(name, marks=[pytest.mark.slow] * (name == "torch.compile")) for name in PEERS]
+
+
+def noisy_patterns(pixels, train=2700, test=300):
+    """Images of ten patterns that can be told apart, three quarters of their pixels zero."""
+    rng = np.random.default_rng(0)
+    patterns = rng.integers(0, 256, (10, pixels)) * (rng.random((10, pixels)) < 0.25)
+    labels = rng.integers(0, 10, train + test).astype(np.uint8)
+    images = (patterns[labels] * rng.uniform(0.5, 1.0, (train + test, pixels))).astype(np.uint8)
+    for array in (images, labels):
+        array.setflags(write=False)  # as those of the real data are
+    return Dataset("patterns", images[:train], labels[:train], images[train:], labels[train:])
+
+
+@pytest.fixture(scope="module")
+def task():
+    """Some steps of a small network, over more images than a part of any peer's takes."""
+    dataset = noisy_patterns(25)
+    with thread_pool(2) as run:
+        yield Task(MLP((25, 6, 10)), dataset.train_images, dataset.train_labels, 0.3, 2, run)
+
+
+def available(name, task):
+    try:
+        return competitor(name, task)
+    except UnavailableError as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.mark.parametrize("name", PEERS_TO_TEST)
+def test_three_steps_lead_where_ours_lead(name, task):
+    start = [parameter.copy() for parameter in task.mlp.parameters]
+    expected = expected_parameters(task)
+    try:
+        peer, compile_seconds = verified(name, task, expected)
+    except UnavailableError as reason:
+        pytest.skip(str(reason))
+    assert (compile_seconds is not None) == (name in ("torch.compile", "JAX"))
+    assert all(parameter.dtype == np.float32 for parameter in peer.parameters())
+    for before, now in zip(start, task.mlp.parameters):
+        np.testing.assert_array_equal(before, now)  # the start of the next competitor
+    np.testing.assert_allclose(peer.step(), fourth_loss(task), rtol=1e-5)
+
+
+def fourth_loss(task):
+    ours = competitor("numpy", task)
+    return [ours.step() for _ in range(4)][-1]
+
+
+def test_a_slightly_wrong_step_is_noticed(task):
+    expected = expected_parameters(task._replace(learning_rate=1.001 * task.learning_rate))
+    with pytest.raises(AssertionError, match="numpy"):
+        verified("numpy", task, expected)
+
+
+@pytest.mark.parametrize("name", ["numpy", "PyTorch"])
+def test_mini_batches(name, task):
+    whole, parts = available(name, task), available(name, task._replace(images=task.images[:9], labels=task.labels[:9]))
+    assert parts.learn(task.images, task.labels) == pytest.approx(whole.step(), rel=1e-6)
+    for ours, theirs in zip(whole.parameters(), parts.parameters()):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)
+    mlp = MLP((25, 6, 10))
+    for mine, theirs in zip(mlp.parameters, whole.parameters()):
+        mine[...] = theirs
+    prepared = Shards(task.run, get_backend("numpy"), task.images, task.labels, mlp.dtype)
+    assert whole.accuracy() == pytest.approx(prepared.evaluate(mlp)[1], abs=1e-6)
+
+
+@pytest.fixture
+def without_frameworks(monkeypatch):
+    """As if PyTorch and JAX were not installed."""
+
+    def import_module(name):
+        raise ImportError(name)
+
+    monkeypatch.setattr("bench.peers.task.importlib", SimpleNamespace(import_module=import_module))
+
+
+@pytest.mark.usefixtures("without_frameworks")
+def test_head_to_head_says_who_is_missing(tmp_path):
+    found = head_to_head.measure(noisy_patterns(784, train=600), quick=True)
+    assert set(found["skipped"]) == {"PyTorch", "torch.compile", "JAX", "PyTorch CSR"}
+    assert found["skipped"]["JAX"] == "jax is not installed: make bench-peers installs it"
+    assert set(found["seconds"]["dense"]) == {"numpy", "numba", "scikit-learn"}
+    assert set(found["seconds"]["sparse"]) == {"sparse", "SciPy CSR"}
+    pairs = {(row["what"], row["competitor"], row["base"]) for row in found["ratios"]}
+    assert ("sparse against sparse", "sparse", "SciPy CSR") in pairs
+    assert ("sparse against dense", "sparse", "scikit-learn") in pairs
+    assert head_to_head.against_fastest_framework(found)["base"] == "scikit-learn"
+    head_to_head.draw(found, "", tmp_path / "head_to_head.png")
+
+
+class Clock:
+    """A time that passes only in `sleep`."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+
+def test_interleave_takes_turns_and_times_nothing_else(monkeypatch):
+    clock, calls = Clock(), []
+    monkeypatch.setattr(interleave, "time", clock)
+
+    def takes(name, seconds):
+        def call():
+            calls.append(name)
+            clock.sleep(seconds * len(calls))  # the machine gets slower
+
+        return call
+
+    found = interleave.interleave({"a": takes("a", 1), "b": takes("b", 2), "c": takes("c", 3)}, 5, rest=100)
+    rounds = list(zip(*[iter(calls)] * 3))
+    assert len(rounds) == 2 + 5
+    assert all(set(turn) == set("abc") for turn in rounds)
+    assert len(set(rounds)) > 1
+    for name, seconds in (("a", 1), ("b", 2), ("c", 3)):
+        expected = [seconds * (3 * order + turn.index(name) + 1) for order, turn in enumerate(rounds)]
+        np.testing.assert_allclose(found[name], expected[2:])
+
+
+def test_the_first_of_several_steps_in_a_turn_is_not_counted(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(interleave, "time", clock)
+    taken = itertools.cycle([50, 2, 3, 4])
+    found = interleave.interleave({"a": lambda: clock.sleep(next(taken))}, 2, warmup=1, rest=100, steps=4)
+    np.testing.assert_allclose(found["a"], [3, 3])
+
+
+def test_ratios_are_not_disturbed_by_a_drifting_machine():
+    rng = np.random.default_rng(1)
+    drift = rng.uniform(1, 4, 40)
+    noise = rng.normal(1, 0.01, (3, 40))
+    seconds = {"half": 0.5 * drift * noise[0], "same": drift * noise[1], "base": drift * noise[2]}
+    half, same = (ratio("", seconds, name, "base") for name in ("half", "same"))
+    assert half["low"] <= 0.5 <= half["high"]
+    assert half["high"] - half["low"] < 0.05  # the base alone, from 1 to 4, would leave ten times that
+    assert [verdict(half), verdict(same), verdict(ratio("", seconds, "base", "half"))] == ["faster", "equal", "slower"]
+    assert half["ratio"] == pytest.approx(half["seconds"] / half["base_seconds"])
+
+
+class Hungry(Competitor):
+    """Holds 20 MB, and 60 MB during a step."""
+
+    def __init__(self):
+        self.kept = np.ones(20_000_000, np.uint8)
+
+    def step(self):
+        return float(np.ones(40_000_000, np.uint8)[-1])
+
+    def parameters(self):
+        return []
+
+
+@pytest.mark.skipif(not memory.PROCESS.exists(), reason="only Linux tells")
+def test_peak_memory():
+    assert memory.in_fresh_process(memory.peak_bytes, Hungry) == pytest.approx(60e6, rel=0.05)
+
+
+def test_peak_memory_where_the_system_does_not_tell(monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "PROCESS", tmp_path / "missing")
+    with pytest.raises(UnavailableError, match="does not tell the peak memory"):
+        memory.peak_bytes(Hungry)
+
+
+def test_the_recipe_is_the_fastest_that_always_reaches_the_target():
+    trials = [Trial(Recipe(1, 1, 1), None, None), Trial(Recipe(2, 1, 1), 3.0, 5), Trial(Recipe(3, 1, 1), 2.0, 9)]
+    assert time_to_accuracy.fastest(trials) == Recipe(3, 1, 1)
+    with pytest.raises(UnavailableError, match="no recipe"):
+        time_to_accuracy.fastest(trials[:1])
+
+
+def test_held_out_images_are_not_trained_on():
+    dataset = noisy_patterns(4, train=12, test=3)
+    held_out = time_to_accuracy.held_out(dataset)
+    assert [len(array) for array in held_out[1:]] == [10, 10, 2, 2]
+    for part, whole in ((slice(1, 5, 2), dataset.train_images), (slice(2, 5, 2), dataset.train_labels)):
+        np.testing.assert_array_equal(np.concatenate(held_out[part]), whole)
+
+
+class Scripted(Learner):
+    """Its accuracy is the next of a list, whatever it learns; each step and evaluation takes a second."""
+
+    def __init__(self, clock, accuracies):
+        self.clock, self.accuracies, self.seen = clock, iter(accuracies), []
+
+    def learn(self, images, labels):
+        self.clock.sleep(1)
+        self.seen += images[:, 0].tolist()
+        return 1.0
+
+    def accuracy(self):
+        self.clock.sleep(1)
+        return next(self.accuracies)
+
+    def step(self):
+        raise NotImplementedError
+
+    def parameters(self):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(("accuracies", "evaluations"), [([0.5, 0.93, 1], 2), (itertools.repeat(0.9), 4)])
+def test_training_ends_at_the_target_or_is_given_up(monkeypatch, accuracies, evaluations):
+    clock = Clock()
+    learner = Scripted(clock, accuracies)
+    for name, value in {
+        "EVALUATE_EVERY": 5,
+        "GIVE_UP_AFTER": 20,
+        "time": clock,
+        "competitor": lambda name, task: learner,
+    }.items():
+        monkeypatch.setattr(time_to_accuracy, name, value)
+    images = np.arange(10, dtype=np.uint8)[:, None]
+    dataset = Dataset("numbers", images, images[:, 0], images, images[:, 0])
+    curve = time_to_accuracy.reach("numpy", dataset, Recipe(2, 0.1, 1), 0, None)
+    assert [point.images for point in curve] == [6, 10, 16, 20][:evaluations]
+    assert [point.seconds for point in curve] == [4, 7, 11, 14][:evaluations]
+    assert sorted(learner.seen[:10]) == list(range(10))
+    assert learner.seen[:10] != list(range(10))
+    assert (curve[-1].accuracy >= time_to_accuracy.TARGET) == (evaluations == 2)
+
+
+def test_time_to_accuracy_is_drawn(monkeypatch, tmp_path):
+    curve = [Evaluation(1.0, 2500, 0.9), Evaluation(2.0, 5000, 0.93)]
+    found = {
+        "target": 0.9221,
+        "recipes": {name: Recipe(32, 0.5, 2) for name in ("naive", "sparse", "PyTorch")},
+        "seconds": {"naive": (900.0, 900.0, 900.0), "sparse": (2.0, 1.9, 2.2), "PyTorch": (3.0, 2.9, 3.1)},
+        "curves": {name: [curve] for name in ("naive", "sparse", "PyTorch")},
+    }
+    time_to_accuracy.draw(found, "", tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,223 @@
+"""The studies: what they count, scale up and draw is right, whatever the clock says."""
+
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+
+from bench.__main__ import draw
+from bench.benchmarks.bench_epoch import FLOP_OF_PRODUCTS
+from bench.publish import style
+from bench.publish.figures import draw_benchmarks
+from bench.publish.tables import PUBLISHED_RESULTS
+from bench.studies import STUDIES, break_even, roofline, scaling, study, workers
+from kernels import get_backend
+from model import published
+from model.data import limited, load_idx
+from model.extras import figure as look
+from model.mlp import MLP
+from model.threads import thread_pool
+from model.training import train
+
+RESULTS = PUBLISHED_RESULTS / "results.json"
+
+
+def test_shifted_copies_keep_their_labels_and_non_zeros(digits28):
+    few = limited(digits28, 40)
+    many = scaling.shifted(few, 1_000)
+    assert many.train_images.shape == (1_000, 784)
+    np.testing.assert_array_equal(many.train_images[:40], few.train_images)
+    np.testing.assert_array_equal(many.train_labels, np.tile(few.train_labels, 25))
+    copies = many.train_images.reshape(25, 40, 28, 28)
+    np.testing.assert_array_equal(*(np.count_nonzero(copies[n], axis=(1, 2)) for n in (0, 24)))
+    assert len(np.unique(copies[:, 0], axis=0)) == 25
+    (place,) = np.argwhere(copies[0, 0] == copies[0, 0].max())[:1]
+    moved = {tuple(abs(np.argwhere(copy[0] == copy[0].max())[0] - place)) for copy in copies}
+    assert moved == {(rows, columns) for rows in range(3) for columns in range(3)}
+
+
+def test_operations_are_those_of_the_epoch_benchmark():
+    found = {"images": 60_000, "pixels": 784}
+    assert scaling.flop(found, "batch size", 1) == 60_000 * FLOP_OF_PRODUCTS
+    assert scaling.flop(found, "images", 120_000) == 120_000 * FLOP_OF_PRODUCTS
+    assert scaling.flop(found, "hidden units", 64) == 60_000 * FLOP_OF_PRODUCTS / 2
+
+
+@pytest.mark.parametrize("size", [7, 50])
+def test_mini_batches_train_as_the_trainer_does(digits28, size):
+    few, mlp, timed = limited(digits28, 50), MLP(), MLP()
+    train(mlp, get_backend("numpy"), few, epochs=1, batch_size=size, learning_rate=scaling.LEARNING_RATE)
+    with thread_pool(1) as run:
+        scaling.mini_batches(run, "numpy", timed, few, size)()
+    for ours, theirs in zip(timed.parameters, mlp.parameters):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_part_of_an_epoch_is_scaled_up(monkeypatch):
+    """A step that takes a second, twice in a row, on a quarter of the images: four seconds for all."""
+    now = [0.0]
+    monkeypatch.setattr("bench.measure.interleave.time.perf_counter", lambda: now[0])
+
+    def step():
+        now[0] += 1
+
+    points = {("numpy", 8): scaling.Point(step, share=0.25, repeats=2)}
+    assert scaling.timed(points, 3) == {"numpy": [{"at": 8, "share": 0.25, "median": 4, "low": 4, "high": 4}]}
+
+
+@pytest.mark.parametrize("name", ["numpy", "sparse"])
+def test_operations_and_bytes_of_the_big_products(digits28, name):
+    backend = get_backend(name)
+    images = digits28.train_images[: backend.chunk + 100]  # a whole chunk and a smaller one
+    found = roofline.products(backend, images)
+    multiplied = images.size if name == "numpy" else np.count_nonzero(images)
+    weights, results = 4 * 784 * 128, 4 * len(images) * 128
+    for which, other in (("forward", 4 * 2 * 128), ("backward", 0)):
+        assert found[which].flop == 2 * multiplied * 128
+        pixels = found[which].flop / found[which].intensity - 2 * weights - results - other
+        if name == "numpy":
+            assert pixels == pytest.approx(4 * images.size)
+        else:
+            assert multiplied <= pixels <= 2.5 * multiplied  # a byte for each, less than one for its place, and counts
+        found[which].run()
+
+
+def test_readers_read_all():
+    run, size = roofline.reader("L2")
+    assert size % roofline.MEMORY["L2"] == 0
+    assert run() == 0
+
+
+def test_break_even():
+    numpy = {"fixed": 1.0, "epoch": 0.2}
+    assert break_even.break_even({"fixed": 2.0, "epoch": 0.1}, numpy) == pytest.approx(10)
+    assert break_even.break_even({"fixed": 0.5, "epoch": 0.1}, numpy) == 0
+    assert break_even.break_even({"fixed": 0.5, "epoch": 0.3}, numpy) == 0
+    assert break_even.break_even({"fixed": 2.0, "epoch": 0.2}, numpy) == math.inf
+
+
+def test_a_process_reports_its_epochs(tmp_path):
+    data = ("--dataset", "digits28", "--limit", 50)
+    seconds = break_even.train_in_process("--epochs", 3, "--backend", "numpy", *data, cache=tmp_path / "cache")
+    assert len(seconds) == 3
+    assert min(seconds) > 0
+
+
+def test_images_for_workers_are_those_of_the_data_set(digits28, tmp_path):
+    few = limited(digits28, 40)
+    workers.write(few, tmp_path)
+    for written, expected in zip(load_idx(tmp_path)[1:], few[1:], strict=True):
+        np.testing.assert_array_equal(written, expected)
+
+
+@pytest.mark.parametrize(("processes", "threads"), [(1, 2), (4, 8), (16, 32), (100, 32)])
+def test_what_more_workers_would_take(processes, threads):
+    """On two threads a million images take a second, so one thread takes 2 µs for each."""
+
+    def row(images, alone, two):
+        return {"backend": "sparse", "images": images, "places": {"one process": {"median": alone}, "2 workers": two}}
+
+    found = {
+        "threads": 2,
+        "seconds": [row(1_024, 0.001, {"median": 0.011}), row(10**6, 1.0, {"median": 1.0})],
+        "parameter_bytes": 400_000,
+        "hash_bytes_per_second": 1e9,
+    }
+    calculated = workers.calculation(found, processes, 3e6)
+    sending = 0.01 + processes * 1.6e6 / 1.25e9
+    assert calculated["arithmetic"] == pytest.approx(3e6 * 2e-6 / threads)
+    assert calculated["sending"] == pytest.approx(sending)
+    assert calculated["hashing"] == pytest.approx(2 * 3e6 * 784 / 1e9)
+    assert calculated["worth it"] * 2e-6 / threads == pytest.approx(9 * sending)
+
+
+def test_reproduction(digits28, monkeypatch):
+    """Three epochs in place of 250: every run, and the band around all starts."""
+    short = {"images": 200, "epochs": 3, "learning_rate": 0.3}
+    monkeypatch.setattr(published, "FULL_BATCH", published.Protocol(**short, batch_size=None))
+    monkeypatch.setattr(published, "MINI_BATCH", published.Protocol(**short, batch_size=50))
+    slow = get_backend("numpy")
+    monkeypatch.setattr(slow, "too_slow_for_full_batches", True)
+    backends = {"naive": slow, "numba": get_backend("numba")}
+    silent = nullcontext((lambda images: None, lambda state: None))
+    found = published.reproduce(backends, digits28, 3, 1, lambda name, images: silent)
+    assert found["dataset"] == "digits28"
+    assert {name: run["protocol"]["batch_size"] for name, run in found["runs"].items()} == {"numba": None, "naive": 50}
+    assert list(published.full_batch_histories(found)) == ["numba"]
+    others = [published.run(published.FULL_BATCH, backends["numba"], digits28, seed, 1)[1] for seed in range(3)]
+    for kind in ("train", "test"):
+        curves = np.array([history.accuracies(kind) for history in others])
+        np.testing.assert_array_equal(found["starts"][kind]["low"], curves.min(axis=0))
+        np.testing.assert_array_equal(found["starts"][kind]["high"], curves.max(axis=0))
+        np.testing.assert_array_equal(published.history(found["runs"]["numba"]).accuracies(kind), curves[0])
+
+
+def overview(studies, folder, monkeypatch):
+    """Title and seconds by name of the figure, of the published benchmarks beside these studies."""
+    content = json.loads(RESULTS.read_text())
+    (folder / "results.json").write_text(json.dumps({**content, "studies": studies}))
+    drawn = []
+    monkeypatch.setattr("model.extras.figure.plt.close", drawn.append)
+    draw_benchmarks(folder / "results.json", folder)
+    monkeypatch.undo()
+    for figure in drawn:
+        look.plt.close(figure)
+    (axes,) = drawn[0].axes
+    names = [tick.get_text() for tick in axes.get_yticklabels()]
+    bars = {names[round(bar.get_y() + bar.get_height() / 2)]: bar.get_width() for bar in axes.patches}
+    assert list(bars.values()) == sorted(bars.values(), reverse=True)
+    return drawn[0].get_suptitle(), bars
+
+
+def test_overview_takes_whom_head_to_head_measured_from_there(tmp_path, monkeypatch):
+    title, alone = overview({}, tmp_path, monkeypatch)
+    assert set(alone) == {"naive", "numpy", "numba", "sparse"}
+    assert title.startswith("sparse trains")
+    forms = {"dense": {"numpy": [4, 3, 5], "JAX": [2, 1, 3]}, "sparse": {"SciPy CSR": [8, 7, 9], "sparse": [1, 1, 1]}}
+    seconds = {**forms, "bound": {"big products, OpenBLAS": [0.1, 0.1, 0.1]}}
+    title, bars = overview({"head_to_head": {"found": {"seconds": seconds}}}, tmp_path, monkeypatch)
+    assert bars == {**alone, "numpy": 4, "JAX": 2, "SciPy CSR": 8, "sparse": 1}
+    fastest = min(bars, key=bars.get)
+    times = (style.short(bars[name] / bars[fastest]) for name in ("numpy", "JAX"))
+    assert title.startswith("{} trains {} × as fast as numpy, {} × as fast as JAX".format(fastest, *times))
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.1, "0.10"),
+        (0.0338, "0.034"),
+        (0.996, "1.0"),
+        (4.04, "4.0"),
+        (17.84, "17.8"),
+        (286.8, "287"),
+        (11_329, "11,300"),
+    ],
+)
+def test_numbers_keep_two_digits_and_no_more_than_three(value, text):
+    assert style.short(value) == text
+    assert style.in_seconds(value) == f"{text} s"
+
+
+def test_every_committed_figure_is_drawn_from_the_results(tmp_path):
+    draw(RESULTS, tmp_path)
+    drawn = {file.name for file in tmp_path.iterdir()}
+    assert drawn == {file.name for file in PUBLISHED_RESULTS.glob("*.png")}
+    assert {f"{name}.png" for name in STUDIES if hasattr(study(name), "draw")} <= drawn
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in tmp_path.iterdir())
+
+
+def test_results_can_be_compared(tmp_path):
+    """By pytest-benchmark, in spite of the section that it does not know."""
+    for name in ("before.json", "after.json"):
+        shutil.copy(RESULTS, tmp_path / name)
+    command = [sys.executable, "-m", "pytest_benchmark", "compare", "before.json", "after.json", "--between=median"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"sparse, 60000 images .*\+0.0%", result.stdout)

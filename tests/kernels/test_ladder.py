@@ -1,0 +1,74 @@
+"""Every step of the ladder computes the same product, and its command line shows it."""
+
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from kernels.matmul_ladder import STEPS, hottest_block, in_threads, machine_code
+from tests.support.reference import assert_product
+
+# Around the tiles' 4 and 16 rows and 128 columns and the four steps of k, with remainders of all of them and without.
+SHAPES = [(1, 1, 1), (2, 3, 1), (5, 4, 3), (4, 8, 128), (3, 2, 129), (16, 5, 127), (17, 7, 130), (33, 1, 257)]
+
+
+def product(step, a, b, threads=1):
+    out = np.full((len(a), b.shape[1]), np.nan, a.dtype)
+    if step == "loops":
+        lists = out.tolist()
+        in_threads(STEPS[step], a.tolist(), b.tolist(), lists, threads)
+        out[:] = lists
+    else:
+        in_threads(STEPS[step], a, b, out, threads)
+    return out
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_product(step):
+    rng = np.random.default_rng(0)
+    for m, k, n in SHAPES:
+        a, b = (rng.standard_normal(shape).astype(np.float32) for shape in ((m, k), (k, n)))
+        for threads in (1, 2, 3):
+            assert_product(product(step, a, b, threads), a, b)
+
+
+@pytest.mark.parametrize("step", [step for step in STEPS if step != "loops"])
+def test_empty_products(step):
+    for m, k, n in ((0, 3, 2), (3, 0, 2), (3, 2, 0)):
+        np.testing.assert_array_equal(product(step, np.ones((m, k), "f"), np.ones((k, n), "f")), np.zeros((m, n)))
+
+
+@pytest.mark.parametrize("step", [step for step in STEPS if step != "loops"])
+def test_vectors_appear_with_the_third_step(step):
+    block = "\n".join(hottest_block(machine_code(step)))
+    packed = r"mul\w*ps|fm\w+ps" if re.search("[xyz]mm", block) else r"fml?a\w*\s.*\.4s"
+    assert bool(re.search(packed, block)) == (step != "compiled"), block
+
+
+def run_ladder(*arguments):
+    command = [sys.executable, "-m", "kernels.matmul_ladder", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_command_line():
+    result = run_ladder("packed", "--size", "64", "--asm")
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"packed +64 +[\d.e+]+ +[\d.e+]+", result.stdout)
+    assert re.search(r"mul|fm", result.stdout.partition("Step 6")[2])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fast"], "there is no step 'fast': choose one of loops, compiled, "),
+        (["--size", "0"], "Invalid value for '--size'"),
+        (["--frobnicate"], "No such option: --frobnicate"),
+    ],
+)
+def test_errors_are_one_line_and_exit_code_2(arguments, message):
+    result = run_ladder(*arguments)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert re.fullmatch(r"error: .*\n", result.stderr), result.stderr
+    assert message in result.stderr

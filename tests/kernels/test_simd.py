@@ -1,0 +1,300 @@
+"""The compiled kernels stay inside their arrays, are right at every edge, and never run stale code."""
+
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numba
+import numpy as np
+import pytest
+from numba.extending import intrinsic
+
+from kernels import get_backend, numba_backend, simd
+from kernels.numba_backend import EDGE_BYTES, KC, MR, NC_BYTES, PACK_ROWS, TILE_BYTES
+from tests.support.guarded import Guarded, every_dtype, every_place, integers, needs_mprotect
+
+LAYOUTS = ["row-major", "transposed", "reversed", "strided", "misaligned"]
+ROOT = Path(__file__).parents[2]
+
+
+# Inside their arrays ----------------------------------------------------------------------------------------
+
+
+def shapes(dtype):
+    """(m, k, n) with nothing, one, and one more or less than what fits, in each dimension."""
+    width, edge = TILE_BYTES // dtype().itemsize, EDGE_BYTES // dtype().itemsize
+    columns = [0, 1, edge + 1, width, 2 * width - 1]
+    yield from itertools.product([0, 1, MR - 1, 2 * MR + 1], [0, 1, 5], columns)
+    yield from [(PACK_ROWS + 1, 33, width + 3), (2 * width + 1, 7, 10), (10, KC + 1, 10)]
+
+
+@needs_mprotect
+@every_dtype
+@every_place
+@pytest.mark.parametrize("layout_b", LAYOUTS)
+@pytest.mark.parametrize("layout_a", LAYOUTS)
+def test_matmul_stays_inside_its_arrays(layout_a, layout_b, place, dtype):
+    for m, k, n in shapes(dtype):
+        a = Guarded(integers((m, k), dtype, 1), layout_a, place)
+        b = Guarded(integers((k, n), dtype, 2), layout_b, place)
+        layout_bias = "misaligned" if layout_b == "misaligned" else "row-major"
+        bias = Guarded(integers(n, dtype, 3), layout_bias, place)
+        out = Guarded(np.full((m, n), np.nan, dtype), place=place)
+        numba_backend.matmul(a.read_only(), b.read_only(), bias.read_only(), out.array)
+        for argument in a, b, bias:
+            argument.assert_unchanged()
+        out.assert_canaries_live()
+        np.testing.assert_array_equal(out.array, a.array @ b.array + bias.array)
+
+
+@needs_mprotect
+@every_dtype
+@every_place
+@pytest.mark.parametrize("layout", ["row-major", "misaligned"])
+def test_relu_stays_inside_its_arrays(layout, place, dtype):
+    for size in range(70):
+        z = Guarded(integers(size, dtype), layout, place)
+        out = Guarded(np.full(size, np.nan, dtype), place=place)
+        numba_backend.relu(z.read_only(), out.array)
+        z.assert_unchanged()
+        out.assert_canaries_live()
+        np.testing.assert_array_equal(out.array, np.maximum(z.array, 0))
+
+
+@needs_mprotect
+@every_dtype
+@every_place
+@pytest.mark.parametrize("layout", ["row-major", "misaligned"])
+def test_relu_grad_stays_inside_its_arrays(layout, place, dtype):
+    for size in range(70):
+        upstream = Guarded(integers(size, dtype, 1), layout, place)
+        activations = Guarded(integers(size, dtype, 2), layout, place)
+        out = Guarded(np.full(size, np.nan, dtype), place=place)
+        numba_backend.relu_grad(upstream.read_only(), activations.read_only(), out.array)
+        upstream.assert_unchanged()
+        activations.assert_unchanged()
+        out.assert_canaries_live()
+        np.testing.assert_array_equal(out.array, np.where(activations.array > 0, upstream.array, 0))
+
+
+@needs_mprotect
+@every_dtype
+@every_place
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_softmax_grad_stays_inside_its_arrays(layout, place, dtype):
+    for rows, classes in itertools.product([0, 1, 2, 7], [1, 2, 9, 10, 17, 100]):
+        logits = Guarded(integers((rows, classes), dtype), layout, place)
+        labels = Guarded(np.arange(rows) % classes, "strided" if layout == "strided" else "row-major", place)
+        out = Guarded(np.full((rows, classes), np.nan, dtype), place=place)
+        expected = get_backend("numpy").softmax_grad(logits.array, labels.array)
+        if logits.array.flags.c_contiguous:  # what the kernel takes; the backend copies others
+            loss, correct = numba_backend.softmax_grad(logits.read_only(), labels.read_only(), out.array)
+            np.testing.assert_allclose(out.array, expected[2], rtol=1e-5, atol=1e-6)
+        else:
+            loss, correct, gradient = get_backend("numba").softmax_grad(logits.read_only(), labels.read_only())
+            np.testing.assert_allclose(gradient, expected[2], rtol=1e-5, atol=1e-6)
+        logits.assert_unchanged()
+        labels.assert_unchanged()
+        out.assert_canaries_live()
+        np.testing.assert_allclose(loss, expected[0], rtol=1e-5, atol=1e-6)
+        assert correct == expected[1]
+
+
+# Right at every edge ----------------------------------------------------------------------------------------
+
+
+def assert_product(m, k, n, dtype, layout="C"):
+    a, b, bias = integers((m, k), dtype, 1), integers((k, n), dtype, 2), integers(n, dtype, 3)
+    product = get_backend("numba").matmul(np.asarray(a, order=layout), b, bias)
+    np.testing.assert_array_equal(product, a @ b + bias, err_msg=f"{m} x {k} x {n}")
+    assert product.flags.c_contiguous
+    assert product.dtype == dtype
+
+
+@every_dtype
+def test_every_remainder_of_a_tile(dtype):
+    width = TILE_BYTES // dtype().itemsize
+    for m, n in itertools.product(range(1, 2 * MR + 2), range(1, 2 * width + 2)):
+        assert_product(m, 3, n, dtype)
+
+
+@every_dtype
+@pytest.mark.parametrize("layout", ["C", "F"])
+def test_remainders_of_blocks(layout, dtype):
+    nc, width = NC_BYTES // dtype().itemsize, TILE_BYTES // dtype().itemsize
+    for k in [0, 1, KC - 1, KC, KC + 1, 2 * KC + 1]:
+        assert_product(MR + 1, k, width + 1, dtype, layout)
+    for n in [nc - 1, nc, nc + 1, 2 * nc + 1]:
+        assert_product(MR + 1, 3, n, dtype, layout)
+    for m in [PACK_ROWS - 1, PACK_ROWS, PACK_ROWS + 1, width - 1, width, width + 1]:
+        for n in [width - 1, width, width + 1]:
+            assert_product(m, 3, n, dtype, layout)
+
+
+@every_dtype
+def test_rounding_errors_are_those_of_fused_sums(dtype):
+    generator = np.random.default_rng(0)
+    a, b = (generator.standard_normal(shape).astype(dtype) for shape in [(70, 1000), (1000, 70)])
+    exact = a.astype(np.longdouble) @ b.astype(np.longdouble)
+    scale = np.abs(a) @ np.abs(b)
+    error = np.abs(get_backend("numba").matmul(a, b) - exact) / scale
+    assert error.max() < 16 * np.finfo(dtype).eps
+
+
+@every_dtype
+@pytest.mark.parametrize("layout", ["C", "F"])
+def test_a_row_has_the_same_bits_in_any_company(layout, dtype):
+    generator = np.random.default_rng(0)
+    a, b, bias = (generator.standard_normal(shape).astype(dtype) for shape in [(150, 900), (900, 10), 10])
+    whole = get_backend("numba").matmul(np.asarray(a, order=layout), b, bias)
+    for start, stop in [(0, 1), (1, 8), (3, 80), (20, 150)]:
+        part = get_backend("numba").matmul(np.asarray(a[start:stop], order=layout), b, bias)
+        np.testing.assert_array_equal(part, whole[start:stop])
+
+
+@every_dtype
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_nan_and_infinity_stay_in_their_row_and_column(value, dtype):
+    a, b = np.ones((2 * MR + 1, 9), dtype), np.ones((9, 10), dtype)
+    a[3, 4] = value
+    product = get_backend("numba").matmul(a, b)
+    np.testing.assert_array_equal(product[3], np.full(10, value, dtype))
+    np.testing.assert_array_equal(np.delete(product, 3, axis=0), 9)
+    b[4, 7] = 0
+    with np.errstate(invalid="ignore"):
+        np.testing.assert_array_equal(get_backend("numba").matmul(a, b), a @ b)
+
+
+@intrinsic
+def exp_vector(typing_context, x, i):
+    def emit(context, builder, signature, arguments):
+        x = simd.View.of(context, builder, signature.args[0], arguments[0])
+        vectors = simd.Vectors(context, builder, signature.args[0].dtype)
+        mask = vectors.first(builder.sub(x.shape[0], arguments[1]))
+        pointer = x.at(arguments[1])
+        vectors.store(vectors.exp(vectors.load(pointer, mask)), pointer, mask)
+
+    return numba.void(x, i), emit
+
+
+@numba.njit
+def exp_all(x):
+    for i in range(0, len(x), simd.REGISTER_BYTES // x.itemsize):
+        exp_vector(x, i)
+
+
+@every_dtype
+def test_exp_is_within_two_units_in_the_last_place(dtype):
+    x = -np.abs(np.random.default_rng(0).standard_cauchy(100_001)).astype(dtype)
+    x[:6] = [0, -0.0, -1e-30, -np.inf, np.nan, np.log(np.finfo(dtype).tiny)]
+    with np.errstate(under="ignore"):
+        expected = np.exp(x.astype(np.longdouble))
+        ulp = np.spacing(expected.astype(dtype)).astype(np.longdouble)
+    exp_all(x)
+    assert np.isnan(x[4])
+    assert x[3] == 0
+    assert np.nanmax(np.abs(x - expected) / ulp) <= 2
+
+
+# Other CPUs, and the cache ----------------------------------------------------------------------------------
+
+# Prints: seconds spent compiling, bytes of a register, whether matmul is right, relu of -1, and the
+# gradient of equal logits.
+PROBE = textwrap.dedent("""
+    from concurrent.futures import ThreadPoolExecutor
+    import sys
+    import numpy as np
+    from kernels import get_backend, simd
+    backend = get_backend("numba")
+    right = True
+    for dtype in sys.argv[1:]:
+        for m, k, n in [(13, 7, 139), (150, 20, 10), (100, 801, 64), (1, 1, 1), (2, 0, 3)]:
+            a, b, bias = (np.arange(size, dtype=dtype) % 7 for size in [m * k, k * n, n])
+            a, b = a.reshape(m, k), b.reshape(k, n)
+            with ThreadPoolExecutor(4) as pool:
+                for left in a, np.asfortranarray(a):
+                    futures = [pool.submit(backend.matmul, left, b, bias) for _ in range(4)]
+                    right &= all(np.array_equal(future.result(), a @ b + bias) for future in futures)
+    relu = backend.relu(-np.ones((1, 1), np.float32)).item()
+    gradient = backend.softmax_grad(np.zeros((1, 2), np.float32), np.zeros(1, int))[2][0, 1]
+    print(simd.compile_seconds(), simd.REGISTER_BYTES, right, relu, gradient)
+""")
+
+
+def start_probe(*dtypes, folder=ROOT, **environment):
+    unset = {"NUMBA_CACHE_DIR", "NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES"}
+    inherited = {name: value for name, value in os.environ.items() if name not in unset}
+    return subprocess.Popen(
+        [sys.executable, "-c", PROBE, *dtypes],
+        cwd=folder,
+        env=inherited | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(probe):
+    output, errors = probe.communicate(timeout=600)
+    assert probe.returncode == 0, errors
+    seconds, register_bytes, right, relu, gradient = output.split()
+    return float(seconds), int(register_bytes), right == "True", float(relu), float(gradient)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("cpu", "features", "register_bytes"), [("generic", "", 16), ("haswell", "+avx,+avx2,+fma", 32)]
+)
+def test_narrower_vectors(cpu, features, register_bytes, tmp_path):
+    if register_bytes > simd.REGISTER_BYTES:
+        pytest.skip("this CPU has no vectors as wide")
+    probe = start_probe("f4", "f8", NUMBA_CPU_NAME=cpu, NUMBA_CPU_FEATURES=features, NUMBA_CACHE_DIR=str(tmp_path))
+    assert finish(probe)[1:] == (register_bytes, True, 0, 0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chosen_by_user", [False, True])
+def test_no_stale_code_after_an_edit(chosen_by_user, tmp_path):
+    shutil.copytree(ROOT / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    environment = {"NUMBA_CACHE_DIR": str(tmp_path / "cache")} if chosen_by_user else {}
+
+    def run():
+        return finish(start_probe(folder=tmp_path, **environment))
+
+    def edit(file, old, new):
+        path = tmp_path / "kernels" / file
+        source = path.read_text()
+        assert source.count(old) == 1
+        path.write_text(source.replace(old, new))
+
+    seconds, *_, relu, gradient = run()
+    assert seconds > 0
+    assert (relu, gradient) == (0, 0.5)
+    assert run()[0] == 0
+    edit("simd.py", "self.fma(result, r, constant(1 /", "self.fma(result, r, constant(0 *")
+    assert np.isnan(run()[4])  # e^0 is now 0
+    edit("numba_backend.py", "out[i] = 0 if z[i] <= 0 else z[i]", "out[i] = 7 if z[i] <= 0 else z[i]")
+    assert run()[3] == 7
+
+
+@pytest.mark.slow
+def test_two_processes_start_on_an_empty_cache(tmp_path):
+    both = [start_probe(*dtypes, NUMBA_CACHE_DIR=str(tmp_path)) for dtypes in [("f4", "f8"), ("f8", "f4")]]
+    for seconds, _, right, relu, gradient in map(finish, both):
+        assert seconds > 0
+        assert (right, relu, gradient) == (True, 0, 0.5)
+    seconds, _, right, *_ = finish(start_probe("f4", "f8", NUMBA_CACHE_DIR=str(tmp_path)))
+    assert right
+    assert seconds == 0
+
+
+@pytest.mark.slow
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path):
+    (tmp_path / "file").touch()
+    seconds, *_, relu, gradient = finish(start_probe(NUMBA_CACHE_DIR=str(tmp_path / "file" / "folder")))
+    assert seconds > 0
+    assert (relu, gradient) == (0, 0.5)

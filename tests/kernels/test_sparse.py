@@ -1,0 +1,237 @@
+"""The sparse form of images, and the products with it: nothing lost, nothing touched outside, nothing to notice."""
+
+import itertools
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from kernels import get_backend, sparse_backend
+from kernels.sparse_backend import BLOCK, GROUP, MANY_PIXELS, NonZeros, encode
+from tests.support.guarded import Guarded, every_dtype, every_place, integers, needs_mprotect
+from tests.support.reference import assert_product
+
+SHAPES = [(1, 1), (1, 784), (2, 64), (3, 30 * 20), (5, BLOCK), (6, BLOCK + 1), (7, 2 * BLOCK - 1), (130, 2)]
+DENSITIES = [0.0, 0.2, 1.0]
+HIDDEN = [1, 10, 100, 128, 129, 512]
+
+
+@pytest.fixture(scope="module")
+def sparse():
+    return get_backend("sparse")
+
+
+def random_images(shape, density, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.integers(1, 256, shape, np.uint8) * (rng.random(shape) < density).astype(np.uint8)
+
+
+def decode(nonzeros, shape):
+    """The matrix of bytes, from the description of the form alone."""
+    matrix = np.zeros((shape[0] + 1, shape[1]), np.uint8)
+    rows, masks = (array.reshape(-1, GROUP).tolist() for array in (nonzeros.rows, nonzeros.masks))
+    blocks = np.repeat(np.arange(len(nonzeros.groups)), nonzeros.groups)
+    assert len(rows) == len(masks) == len(blocks)
+    end = 0
+    for block, members, bits in zip(blocks, rows, masks):
+        longest = bits[0].bit_count()
+        assert longest > 0
+        for r, (row, mask) in enumerate(zip(members, bits)):
+            values = nonzeros.values[end + r : end + GROUP * longest : GROUP]
+            columns = [block * BLOCK + c for c in range(BLOCK) if mask >> c & 1]
+            matrix[row, columns] = values[: len(columns)]
+            assert not values[len(columns) :].any()
+        end += GROUP * longest
+    assert not nonzeros.values[end:].any()
+    assert not matrix[-1].any()
+    return matrix[:-1]
+
+
+# The form ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("density", DENSITIES)
+@pytest.mark.parametrize("shape", [*SHAPES, (0, 5), (4, 0)])
+def test_images_are_kept_exactly(sparse, shape, density):
+    images = random_images(shape, density)
+    x = sparse.prepare(images)
+    np.testing.assert_array_equal(decode(x.nonzeros, shape), images)
+    np.testing.assert_array_equal(decode(x.transposed, shape[::-1]), images.T)
+
+
+def test_real_images_are_kept_exactly(sparse, digits28):
+    images = digits28.train_images[:301]
+    x = sparse.prepare(images)
+    np.testing.assert_array_equal(decode(x.nonzeros, x.shape), images)
+    np.testing.assert_array_equal(decode(x.T.nonzeros, x.T.shape), images.T)
+
+
+def test_layout_of_the_images_does_not_matter(sparse):
+    images = random_images((9, 70), 0.3)
+    for view in (np.asfortranarray(images), np.repeat(images, 2, axis=1)[:, ::2], images[::-1].copy()[::-1]):
+        np.testing.assert_array_equal(decode(sparse.prepare(view).nonzeros, images.shape), images)
+
+
+def test_transpose(sparse):
+    x = sparse.prepare(random_images((3, 20), 0.5), np.float64)
+    assert (len(x), x.shape, x.dtype) == (3, (3, 20), np.float64)
+    assert (len(x.T), x.T.shape, x.T.dtype) == (20, (20, 3), np.float64)
+    assert x.T.nonzeros is x.transposed
+    assert x.T.T.nonzeros is x.nonzeros
+
+
+def test_only_non_zeros_take_memory(sparse):
+    """A byte for a non-zero, and 12 bytes for each row of a block that has any."""
+    images = random_images((512, 784), 0.19)
+    x = sparse.prepare(images)
+    for form in x.nonzeros, x.transposed:
+        assert form.values.nbytes <= 1.05 * np.count_nonzero(images)
+        assert form.rows.nbytes + form.masks.nbytes <= 12 * len(images) * 784 / BLOCK * 1.1
+    assert sparse.prepare(np.zeros_like(images)).nbytes < 1000
+
+
+def test_rows_are_visited_from_the_fullest_to_the_emptiest(sparse):
+    """That is what lets the CPU foresee the end of the innermost loop."""
+    nonzeros = sparse.prepare(random_images((130, 3 * BLOCK), 0.3)).nonzeros
+    for masks in np.split(nonzeros.masks, np.cumsum(nonzeros.groups)[:-1] * GROUP):
+        numbers = [mask.bit_count() for mask in masks.tolist()]
+        assert numbers == sorted(numbers, reverse=True)
+
+
+def test_mnist_takes_60_mb_at_most(sparse, mnist):
+    prepared = [sparse.prepare(mnist.train_images[start : start + 512]) for start in range(0, 60_000, 512)]
+    assert sum(x.nbytes for x in prepared) <= 60e6
+
+
+# The products ------------------------------------------------------------------------------------------------------
+
+
+@every_dtype
+@pytest.mark.parametrize("hidden", HIDDEN)
+def test_products_of_every_size(sparse, hidden, dtype):
+    rng = np.random.default_rng(hidden)
+    for (n, pixels), density in itertools.product(SHAPES, DENSITIES):
+        images = random_images((n, pixels), density)
+        exact = np.divide(images, 255, dtype=dtype)
+        x = sparse.prepare(images, dtype)
+        weights, bias, upstream = (
+            rng.standard_normal(shape).astype(dtype) for shape in ((pixels, hidden), hidden, (n, hidden))
+        )
+        assert_product(sparse.matmul(x, weights, bias), exact, weights, bias)
+        assert_product(sparse.matmul(x.T, upstream), exact.T, upstream)
+        assert_product(sparse.matmul(x.T.T, weights), exact, weights)
+        assert_product(sparse.matmul(x.T, upstream, bias), exact.T, upstream, bias)
+
+
+@every_dtype
+def test_strided_arguments(sparse, dtype):
+    rng = np.random.default_rng(0)
+    images = random_images((11, 90), 0.3)
+    x, exact = sparse.prepare(images, dtype), np.divide(images, 255, dtype=dtype)
+    weights, bias = (
+        rng.standard_normal((90, 2 * 70)).astype(dtype)[:, ::2],
+        rng.standard_normal(140).astype(dtype)[::-2],
+    )
+    assert_product(sparse.matmul(x, weights, bias), exact, weights, bias)
+    assert_product(sparse.matmul(x, np.asfortranarray(weights), bias), exact, weights, bias)
+    assert_product(sparse.matmul(x.T, weights[::-1][:11]), exact.T, weights[::-1][:11])
+
+
+def test_more_pixels_than_two_bytes_can_count(sparse):
+    images = random_images((3, 70_000), 0.01)
+    x, exact = sparse.prepare(images), np.divide(images, 255, dtype=np.float32)
+    weights, upstream = (np.random.default_rng(0).standard_normal((n, 5)).astype(np.float32) for n in (70_000, 3))
+    assert_product(sparse.matmul(x, weights), exact, weights)
+    assert_product(sparse.matmul(x.T, upstream), exact.T, upstream)
+
+
+@pytest.mark.parametrize(("n", "pixels", "hidden"), [(0, 5, 3), (3, 5, 0), (3, 0, 4), (0, 0, 0)])
+def test_nothing_to_multiply(sparse, n, pixels, hidden):
+    x = sparse.prepare(np.ones((n, pixels), np.uint8))
+    bias = np.arange(hidden, dtype=np.float32)
+    result = sparse.matmul(x, np.ones((pixels, hidden), np.float32), bias)
+    np.testing.assert_allclose(result, np.full((n, hidden), pixels / 255, np.float32) + bias, rtol=1e-6)
+    assert sparse.matmul(x.T, np.ones((n, hidden), np.float32)).shape == (pixels, hidden)
+
+
+def test_results_stay_with_their_images(sparse):
+    """Whatever the order of the images, each row of the result and each label belong to the same image."""
+    rng = np.random.default_rng(0)
+    images = random_images((65, 100), 0.3)
+    weights, upstream = (rng.integers(-4, 5, shape).astype(np.float64) for shape in ((100, 20), (65, 20)))
+    forward = sparse.matmul(sparse.prepare(images, np.float64), weights)
+    backward = sparse.matmul(sparse.prepare(images, np.float64).T, upstream)
+    order = rng.permutation(65)
+    shuffled = sparse.prepare(images[order], np.float64)
+    np.testing.assert_allclose(sparse.matmul(shuffled, weights), forward[order], rtol=0, atol=1e-12)
+    np.testing.assert_allclose(sparse.matmul(shuffled.T, upstream[order]), backward, rtol=0, atol=1e-12)
+
+
+# Inside their arrays -----------------------------------------------------------------------------------------------
+
+
+@needs_mprotect
+@every_place
+@every_dtype
+@pytest.mark.parametrize("layout", ["row-major", "misaligned"])
+def test_product_stays_inside_its_arrays(layout, dtype, place):
+    lanes = sparse_backend.REGISTER_BYTES // dtype().itemsize
+    for (n, k), columns in itertools.product(
+        [(1, 1), (2, BLOCK), (3, BLOCK + 1), (5, 7)], [1, lanes - 1, lanes, 7 * lanes + 1, 17 * lanes - 1]
+    ):
+        images = 255 * (random_images((n, k), 0.4) > 0).astype(np.uint8)  # ones, whose sums are exact
+        form = [Guarded(array, place=place) for array in encode(images)]
+        b, bias = (
+            Guarded(integers((k, columns), dtype, 1), layout, place),
+            Guarded(integers(columns, dtype), layout, place),
+        )
+        out = Guarded(np.full((n + 1, columns), np.nan, dtype), place=place)
+        arguments = b, bias, *form
+        sparse_backend.product(*(argument.read_only() for argument in arguments), out.array)
+        for argument in arguments:
+            argument.assert_unchanged()
+        out.assert_canaries_live()
+        np.testing.assert_array_equal(out.array[:n], images.astype(dtype) / 255 @ b.array + bias.array)
+
+
+@needs_mprotect
+@every_place
+@pytest.mark.parametrize("layout", ["row-major", "transposed", "strided", "reversed"])
+def test_encode_stays_inside_the_images(layout, place):
+    for shape, density in itertools.product([(1, 1), (3, BLOCK), (4, BLOCK + 1)], DENSITIES):
+        images = Guarded(random_images(shape, density), layout, place)
+        decoded = decode(NonZeros(*encode(images.read_only())), shape)
+        images.assert_unchanged()
+        np.testing.assert_array_equal(decoded, images.array)
+
+
+# Dense images ------------------------------------------------------------------------------------------------------
+
+
+def test_dense_images_are_worth_one_warning(sparse, monkeypatch):
+    monkeypatch.setattr(sparse_backend, "_FIRST_WARNING", threading.Lock())
+    dense = random_images((MANY_PIXELS // 784 + 1, 784), 0.95)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with ThreadPoolExecutor(4) as pool:
+            prepared = list(pool.map(sparse.prepare, [dense] * 8))
+    (warning,) = caught
+    assert "the numba backend is faster" in str(warning.message)
+    exact, weights = np.divide(dense, 255, dtype=np.float32), integers((784, 10), np.float32)
+    assert_product(sparse.matmul(prepared[-1], weights), exact, weights)
+
+
+def test_sparse_images_are_not(sparse, digits28, monkeypatch):
+    monkeypatch.setattr(sparse_backend, "_FIRST_WARNING", threading.Lock())
+    sparse.prepare(digits28.train_images[:512])
+    sparse.prepare(random_images((5, 64), 1.0))  # too few to matter
+
+
+@every_dtype
+def test_every_grey_value_is_divided_exactly(sparse, dtype):
+    images = np.arange(256, dtype=np.uint8)[:, None]
+    np.testing.assert_array_equal(
+        sparse.matmul(sparse.prepare(images, dtype), np.ones((1, 1), dtype)), np.divide(images, 255, dtype=dtype)
+    )

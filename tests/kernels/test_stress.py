@@ -1,0 +1,174 @@
+"""Kernels called from many threads at once, and in processes that fork: the same bits, no crash, no deadlock."""
+
+import faulthandler
+import functools
+import multiprocessing
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from threadpoolctl import threadpool_limits
+
+from kernels import numba_backend, simd, sparse_backend
+from model.data import Dataset
+from model.mlp import MLP
+from model.training import train
+
+THREADS = 8
+SECONDS = 120  # for what takes one or two
+
+
+def work(backend, seed):
+    """Every kernel on data of one's own, in both dtypes: all results as bytes."""
+    rng = np.random.default_rng(seed)
+    n, pixels = (20, 30) if backend.name == "naive" else (500, 300)  # long enough for threads to meet
+    images = rng.integers(0, 256, (n, pixels), np.uint8) * (rng.random((n, pixels)) < 0.2).astype(np.uint8)
+    labels = rng.integers(0, 10, n)
+    results = []
+    for dtype in (np.float32, np.float64):
+        mlp = MLP((pixels, 33, 10), seed, dtype)
+        loss, correct, gradient = mlp.gradients(backend, backend.prepare(images, dtype), labels)
+        results += [np.array([loss, correct]).tobytes(), *(part.tobytes() for part in gradient)]
+    return results
+
+
+def training(backend):
+    """A few epochs on several threads: all parameters as bytes."""
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (1500, 12), np.uint8), rng.integers(0, 10, 1500).astype(np.uint8)
+    mlp = MLP((12, 5, 10))
+    train(mlp, backend, Dataset("noise", images, labels, images[:9], labels[:9]), epochs=2, threads=3)
+    return [parameter.tobytes() for parameter in mlp.parameters]
+
+
+def in_threads(function):
+    """Call it with the number of each thread, in all of them at once."""
+    barrier = threading.Barrier(THREADS)
+
+    def start_together(number):
+        barrier.wait(SECONDS)
+        return function(number)
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(start_together, range(THREADS), timeout=SECONDS))
+
+
+@pytest.fixture
+def blas_on_one_thread():
+    """As in training: OpenBLAS rounds differently on several."""
+    with threadpool_limits(1, user_api="blas"):
+        yield
+
+
+@pytest.mark.usefixtures("blas_on_one_thread")
+def test_threads_do_not_disturb_each_other(backend):
+    rounds = 20
+    expected = [work(backend, seed) for seed in range(THREADS)]
+
+    def same_every_time(number):
+        return all(work(backend, number) == expected[number] for _ in range(rounds))
+
+    assert all(in_threads(same_every_time))
+
+
+@pytest.mark.usefixtures("blas_on_one_thread")
+def test_first_calls_from_many_threads(backend, monkeypatch):
+    """All of them find that the kernels have yet to be compiled, or loaded from the cache on disk."""
+    expected = work(backend, 0)
+    for module in numba_backend, sparse_backend:
+        for kernel in vars(module).values():
+            if isinstance(kernel, simd.Kernel):
+                monkeypatch.setattr(kernel, "_compiled", {})
+    assert in_threads(lambda _: work(backend, 0)) == [expected] * THREADS
+
+
+def forks(test):
+    """From Python 3.12 on, os.fork warns in a process with threads, if only those of a BLAS that sleep, and JAX does
+    too, where it is installed. What they warn of is what is tested here: nothing of ours that was used before the fork
+    keeps the child from using it again.
+    """
+    cannot = "fork" not in multiprocessing.get_all_start_methods()
+    for mark in (
+        pytest.mark.filterwarnings("ignore:.*JAX is multithreaded:RuntimeWarning"),
+        pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning"),
+        pytest.mark.skipif(cannot, reason="this system cannot fork"),
+    ):
+        test = mark(test)
+    return test
+
+
+@forks
+def test_a_fork_waits_for_a_kernel_that_is_being_compiled():
+    """Else its child, which lacks the thread that compiles, would wait for that for ever."""
+    with simd._COMPILING:
+        forking = threading.Thread(target=fork_and_compile, args=(codes := [],))
+        forking.start()
+        forking.join(0.2)
+        assert not codes
+    forking.join(SECONDS)
+    assert codes == [0]
+
+
+def fork_and_compile(codes):
+    if child := os.fork():
+        codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    else:
+        os._exit(not simd._COMPILING.acquire(blocking=False))
+
+
+@forks
+def test_forked_processes(backend):
+    tasks = [functools.partial(work, backend, 0), functools.partial(training, backend)]
+    expected = [task() for task in tasks]
+    in_threads(lambda number: work(backend, number))
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    children = [context.Process(target=lambda: results.put([task() for task in tasks])) for _ in range(3)]
+    try:
+        for child in children:
+            child.start()
+        for _ in children:
+            assert results.get(timeout=SECONDS) == expected
+        for child in children:
+            child.join(SECONDS)
+            assert child.exitcode == 0
+    finally:
+        for child in children:
+            child.kill()
+    assert [task() for task in tasks] == expected
+
+
+@forks
+@pytest.mark.usefixtures("blas_on_one_thread")
+def test_forks_while_other_threads_compute(backend):
+    """BLAS on several threads does not stand that: a child of OpenBLAS waits for threads that were busy at the fork."""
+    tasks = [functools.partial(work, backend, 0), functools.partial(training, backend)]
+    expected = [task() for task in tasks]
+    begin, stopped = threading.Barrier(4), threading.Event()
+
+    def compute():
+        begin.wait(SECONDS)
+        while not stopped.is_set():
+            assert work(backend, 0) == expected[0]
+
+    def compute_in_child():
+        faulthandler.dump_traceback_later(SECONDS, exit=True)
+        assert [task() for task in tasks] == expected
+
+    context = multiprocessing.get_context("fork")
+    with ThreadPoolExecutor(3) as pool:
+        computing = [pool.submit(compute) for _ in range(3)]
+        try:
+            begin.wait(SECONDS)
+            for _ in range(10):
+                child = context.Process(target=compute_in_child)
+                child.start()
+                child.join(2 * SECONDS)
+                child.kill()
+                assert child.exitcode == 0
+        finally:
+            stopped.set()
+    for each in computing:
+        each.result()

@@ -1,0 +1,550 @@
+"""Checkpoints: a resumed run ends with the bits of an uninterrupted one, and no accident or forgery does any harm."""
+
+import errno
+import json
+import os
+import pickle
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import model.__main__ as command_line
+from kernels.numpy_backend import NumpyBackend
+from model.data import limited
+from model.extras import checkpoint
+from model.extras.checkpoint import Checkpoint, CheckpointError, Config, load, save
+from model.mlp import MLP
+from model.training import State, train
+from tests.soak import kill_and_resume
+from tests.support.runs import assert_same
+
+SIZES = (25, 6, 10)
+CONFIG = Config("numpy", "tiny", "0" * 64, None, 6, 0.3, 1200, 0, 2, 2)
+
+
+@pytest.fixture
+def file(tmp_path):
+    """A checkpoint in the middle of the second epoch, beside nothing else."""
+    mlp, state = MLP(SIZES), State.start(0)
+    state.history.epochs = [checkpoint.Epoch(1, 2.3, 0.1, None, 0.5), checkpoint.Epoch(2, 2.2, 0.2, 0.25, 0.5)]
+    state.steps, state.loss, state.correct, state.seconds = 3, 1.1, 7, 0.1
+    save(tmp_path / "run.safetensors", mlp, state, CONFIG)
+    return tmp_path / "run.safetensors"
+
+
+# Going on
+
+
+@pytest.mark.parametrize("batch_size", [None, 600])
+def test_a_resumed_run_ends_bitwise_where_the_uninterrupted_one_does(backend, tiny, tmp_path, batch_size):
+    """From before the first step, after each, and after each epoch; and on another number of threads."""
+    mlp, files, dataset = MLP(SIZES), [], limited(tiny, 2600)
+    options = {"epochs": 2, "batch_size": batch_size, "eval_every": 2}
+
+    def on_step(state):
+        files.append(tmp_path / f"{len(files)}")
+        save(files[-1], mlp, state, CONFIG)
+
+    train(mlp, backend, dataset, **options, threads=1, on_step=on_step)
+    assert len(files) == (5 if batch_size is None else 13)
+    expected = load(files[-1])
+    for stopped in files[:-1]:
+        run = load(stopped)
+        history = train(run.mlp, backend, dataset, **options, threads=3, state=run.state)
+        assert history is run.state.history
+        assert_same(run, expected)
+
+
+@pytest.mark.parametrize(("meant", "done", "epochs"), [(3, 3, 5), (3, 3, 6), (5, 3, 3), (5, 4, 5), (5, 5, 5)])
+def test_going_on_to_another_number_of_epochs_ends_as_if_it_had_been_meant_so(tiny, meant, done, epochs):
+    """The test accuracy after the last epoch included, which is measured though it is not every second one."""
+    run, expected = (Checkpoint(MLP(SIZES), State.start(0), CONFIG) for _ in range(2))
+    options = {"batch_size": 1200, "eval_every": 2}
+
+    def stop(state):
+        if len(state.history.epochs) == done:
+            raise StopIteration
+
+    with pytest.raises(StopIteration):
+        train(run.mlp, NumpyBackend(), tiny, epochs=meant, **options, state=run.state, on_step=stop)
+    train(run.mlp, NumpyBackend(), tiny, epochs=epochs, **options, state=run.state)
+    train(expected.mlp, NumpyBackend(), tiny, epochs=epochs, **options, state=expected.state)
+    assert_same(run, expected)
+
+
+def test_what_is_saved_is_loaded(file):
+    first = load(file)
+    again = file.with_name("again")
+    save(again, *first)
+    assert_same(load(again), first)
+    assert first.config == CONFIG
+    assert first.state.history.epochs[0] == (1, 2.3, 0.1, None, 0.5)
+    assert (first.state.steps, first.state.loss, first.state.correct, first.state.seconds) == (3, 1.1, 7, 0.1)
+    assert first.state.rng == State.start(0).rng
+    for ours, theirs in zip(first.mlp.parameters, MLP(SIZES).parameters):
+        np.testing.assert_array_equal(ours, theirs, strict=True)
+        assert ours.flags.writeable
+
+
+def test_a_state_of_another_run_is_an_error(tiny):
+    state = State.start(0)
+    state.steps = 6
+    with pytest.raises(ValueError, match="after step 6 of an epoch, which has only 5"):
+        train(MLP(SIZES), NumpyBackend(), tiny, epochs=2, batch_size=1200, state=state)
+    state.steps, state.history.epochs = 0, [checkpoint.Epoch(1, 0, 0, 0, 0)] * 3
+    with pytest.raises(ValueError, match="3 epochs are done or begun already: epochs must not be less, not 2"):
+        train(MLP(SIZES), NumpyBackend(), tiny, epochs=2, state=state)
+    state.steps = 1
+    with pytest.raises(ValueError, match="4 epochs are done or begun already: epochs must not be less, not 3"):
+        train(MLP(SIZES), NumpyBackend(), tiny, epochs=3, batch_size=1200, state=state)
+
+
+# Writing
+
+
+def fail_to(function, monkeypatch):
+    def fails(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(function, fails)
+
+
+@pytest.mark.parametrize("function", ["os.fsync", "pathlib.Path.replace"])
+def test_a_full_disk_leaves_the_old_file(file, monkeypatch, function):
+    before, run = file.read_bytes(), load(file)
+    run.state.steps += 1
+    fail_to(function, monkeypatch)
+    with pytest.raises(
+        OSError, match=r"cannot write .*run\.safetensors: No space left on device; what was there before is untouched"
+    ):
+        save(file, *run)
+    assert file.read_bytes() == before
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_a_file_that_may_not_grow_leaves_the_old_one(file):
+    before, run = file.read_bytes(), load(file)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) - 1, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"cannot write .*: File too large"):
+            save(file, *run)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert file.read_bytes() == before
+    assert list(file.parent.iterdir()) == [file]
+
+
+@pytest.mark.parametrize(("function", "steps"), [("os.fsync", 3), ("pathlib.Path.replace", 3), ("os.open", 4)])
+def test_killed_inside_a_write(file, function, steps):
+    """Before the new file is safe on the disk, before it gets its name, and right after."""
+    kill = "lambda *_: os.kill(os.getpid(), signal.SIGKILL)"
+    code = f"run.state.steps += 1; {function} = {kill}; save(file, *run)"
+    imports = "import os, pathlib, signal; from model.extras.checkpoint import load, save"
+    program = f"{imports}; file = pathlib.Path({str(file)!r}); run = load(file); {code}"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == -signal.SIGKILL
+    run = load(file)
+    assert run.state.steps == steps
+    assert len(list(file.parent.iterdir())) == (2 if steps == 3 else 1)
+    save(file, *run)
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_saving_what_could_not_be_loaded_is_an_error(file):
+    before, run = file.read_bytes(), load(file)
+    run.mlp.layers[1][0][2, 3] = np.nan
+    with pytest.raises(CheckpointError, match=r"cannot save .*: layers\.1\.weights is not finite"):
+        save(file, *run)
+    assert file.read_bytes() == before
+
+
+def test_a_link_is_followed(file):
+    link = file.with_name("latest")
+    link.symlink_to(file)
+    run = load(link)
+    run.state.steps += 1
+    save(link, *run)
+    assert link.is_symlink()
+    assert load(file).state.steps == 4
+
+
+# Reading
+
+
+def forged(file, **changes):
+    """The checkpoint with other values, tensors, or texts of its metadata, and with a checksum that fits."""
+    tensors = safetensors.numpy.load_file(file)
+    with safetensors.safe_open(file, "np") as stored:
+        texts = stored.metadata()
+    values = json.loads(texts["run"])
+    for name, value in changes.items():
+        target = values if name in values else texts if name in texts else tensors
+        target[name.replace("__", ".")] = value
+    for part in (values, tensors):
+        for name in [name for name, value in part.items() if value is MISSING]:
+            del part[name]
+    if "run" not in changes:
+        texts["run"] = json.dumps(values)
+    del texts["sha256"]
+    file.write_bytes(safetensors.numpy.save(tensors, {**texts, "sha256": checkpoint._sha256(tensors, texts)}))
+
+
+MISSING = object()
+WEIGHTS, BIAS = np.zeros((25, 6), np.float32), np.zeros(6, np.float32)
+HISTORY = np.array([[2.3, 0.1, np.nan, 0.5], [2.2, 0.2, 0.25, 0.5]])
+
+
+def altered(array, value):
+    array = array.copy()
+    array.flat[1] = value
+    return array
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers__0__weights": altered(WEIGHTS, np.nan)}, "layers.0.weights is not finite"),
+        ({"layers__0__bias": altered(BIAS, -np.inf)}, "layers.0.bias is not finite"),
+        ({"layers__0__weights": WEIGHTS.astype(np.float64)}, "its tensors are not those"),
+        ({"layers__0__weights": WEIGHTS.view(np.int32)}, "its tensors are not those"),
+        ({"layers__0__weights": WEIGHTS.T.copy()}, "its tensors are not those"),
+        ({"layers__0__weights": WEIGHTS.ravel()}, "its tensors are not those"),
+        ({"layers__0__bias": MISSING}, "its tensors are not those"),
+        ({"layers__2__bias": BIAS}, "its tensors are not those"),
+        ({"history": HISTORY[:, :3].copy()}, "its tensors are not those"),
+        ({"history": altered(HISTORY, 1.5)}, "its history is not one of a run"),
+        ({"history": altered(HISTORY, np.nan)}, "its history is not one of a run"),
+        ({"history": -HISTORY}, "its history is not one of a run"),
+        ({"history": HISTORY * np.inf}, "its history is not one of a run"),
+        ({"epochs_done": 10**15}, "its tensors are not those"),
+        ({"layer_sizes": [25, 6, 10**12]}, "its tensors are not those"),
+        ({"layer_sizes": [10**15, 6, 10]}, "its tensors are not those"),
+        ({"layer_sizes": [25, 7, 10]}, "its layer sizes are not those"),
+        ({"layer_sizes": [25, 6, 0]}, "its layer sizes are not those"),
+        ({"layer_sizes": [25]}, "its layer sizes are not those"),
+        ({"layer_sizes": "25"}, "its layer sizes are not those"),
+        ({"layer_sizes": [25, 6, "10"]}, "its layer sizes are not those"),
+        ({"hidden": "6"}, "its hidden is not a whole number"),
+        ({"hidden": None}, "its hidden is not a whole number"),
+        ({"steps": -1}, "its steps is not a whole number"),
+        ({"steps": 10**400}, "its steps is not a whole number"),
+        ({"correct": 0.5}, "its correct is not a whole number"),
+        ({"loss": float("nan")}, "its loss is not a finite number"),
+        ({"seconds": float("inf")}, "its seconds is not a finite number"),
+        ({"learning_rate": 10**400}, "its learning_rate is not a finite number"),
+        ({"learning_rate": [0.1]}, "its learning_rate is not a finite number"),
+        ({"backend": 4}, "its backend is not a text"),
+        ({"rng": {**State.start(0).rng, "bit_generator": "MT19937"}}, "its RNG state is damaged"),
+        ({"rng": {**State.start(0).rng, "state": {"state": -1, "inc": 1}}}, "its RNG state is damaged"),
+        ({"rng": {**State.start(0).rng, "state": 3}}, "its RNG state is damaged"),
+        ({"rng": {}}, "its RNG state is damaged"),
+        ({"rng": [1]}, "its RNG state is damaged"),
+        ({"rng": {**State.start(0).rng, "more": 1}}, "its RNG state is damaged"),
+        ({"loss": MISSING}, "its metadata are incomplete"),
+        ({"run": "[" * 50_000}, "its metadata are damaged"),
+        ({"run": "[]"}, "its metadata are incomplete"),
+        ({"run": "no JSON"}, "its metadata are damaged"),
+        ({"format": "vectorization-study checkpoint 2"}, "it has another format"),
+    ],
+)
+def test_a_forged_checkpoint_is_refused(file, changes, message):
+    forged(file, **changes)
+    assert_refused(file, message)
+
+
+def test_a_forgery_without_a_change_is_not_refused(file):
+    before = load(file)
+    forged(file)
+    assert_same(load(file), before)
+
+
+def assert_refused(file, message):
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointError) as caught:
+            load(file)
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+    assert message in str(caught.value)
+    assert str(file) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def header(shape, end):
+    """The beginning of a file with one tensor."""
+    text = json.dumps({"history": {"dtype": "F64", "shape": shape, "data_offsets": [0, end]}}).encode()
+    return len(text).to_bytes(8, "little") + text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "not a checkpoint, or damaged"),
+        (b"Accuracy 92 %\n" * 10, "not a checkpoint, or damaged"),
+        (pickle.dumps({"layers": [1, 2, 3]}), "not a checkpoint, or damaged"),
+        (b"\xff" * 1000, "not a checkpoint, or damaged"),
+        (header([2**40, 4], 2**45), "not a checkpoint, or damaged"),
+        (header([2**62, 4], 2**64 - 1), "not a checkpoint, or damaged"),
+        (header([1, 1], 8) + bytes(8), "not a checkpoint, or damaged"),
+    ],
+)
+def test_a_foreign_file_is_refused(tmp_path, content, message):
+    (tmp_path / "file").write_bytes(content)
+    assert_refused(tmp_path / "file", message)
+
+
+def test_a_truncated_or_longer_file_is_refused(file):
+    content = file.read_bytes()
+    for length in [*range(0, len(content), 97), len(content) - 1]:
+        file.write_bytes(content[:length])
+        assert_refused(file, "not a checkpoint, or damaged")
+    file.write_bytes(content + b"\0")
+    assert_refused(file, "not a checkpoint, or damaged")
+
+
+def test_every_flipped_bit_is_noticed(file):
+    """In the parameters, too, where any value would do: without the checksum, the run would go on elsewhere."""
+    content = bytearray(file.read_bytes())
+    for position in [*range(0, 8), *range(8, len(content), 13)]:
+        content[position] ^= 1 << position % 8
+        file.write_bytes(content)
+        with pytest.raises(CheckpointError):
+            load(file)
+        content[position] ^= 1 << position % 8
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("nowhere", "there is no file"), (".", "there is no file"), ("a\0b", "there is no file"), ("a" * 300, "too long")],
+)
+def test_no_file(tmp_path, name, message):
+    assert_refused(tmp_path / name, message)
+
+
+def test_a_file_of_terabytes_is_refused_unread(file):
+    os.truncate(file, 2**42)
+    assert_refused(file, "larger than the limit of 268,435,456 bytes")
+
+
+# The command line
+
+
+TRAIN = ("train", "--dataset", "digits28", "--limit", 300, "--hidden", 8, "--batch-size", 50, "--eval-every", 3)
+
+
+def run_main(monkeypatch, capsys, *arguments):
+    """Exit code, stdout and stderr of the command line in this process."""
+    monkeypatch.setattr(sys, "argv", ["model", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        command_line.main()
+    return stopped.value.code or 0, *capsys.readouterr()
+
+
+@pytest.fixture
+def main(monkeypatch, capsys):
+    return lambda *arguments: run_main(monkeypatch, capsys, *arguments)
+
+
+def test_resume(main, tmp_path):
+    short, long = tmp_path / "short", tmp_path / "long"
+    assert main(*TRAIN, "--epochs", 6, "--checkpoint", long)[0] == 0
+    assert main(*TRAIN, "--epochs", 4, "--checkpoint", short, "--threads", 1)[0] == 0
+    code, shown, error = main("train", "--resume", short)
+    assert (code, error) == (0, f"{short} is finished: its 4 epochs are done, --epochs with more goes on\n")
+    assert "checkpoint written" in shown
+    assert main("train", "--resume", short, "--epochs", 6, "--threads", 2)[0] == 0
+    assert_same(load(short), load(long))
+    code, shown, error = main("train", "--resume", short, "--epochs", 5)
+    assert (code, shown) == (2, "")
+    assert "6 epochs are done or begun already" in error
+    assert {path.name for path in tmp_path.iterdir()} == {"short", "long"}
+
+
+def test_resume_into_another_file(main, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    main(*TRAIN, "--epochs", 1, "--checkpoint", first)
+    before = first.read_bytes()
+    assert main("train", "--resume", first, "--checkpoint", second, "--epochs", 2)[0] == 0
+    assert first.read_bytes() == before
+    assert len(load(second).state.history.epochs) == 2
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    file = tmp_path_factory.mktemp("trained") / "run"
+    command = [sys.executable, "-m", "model", *map(str, TRAIN), "--epochs", "1", "--checkpoint", str(file)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return file
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--resume", "{file}", "--hidden", 9, "--seed", 1], "hidden 8, not 9; seed 0, not 1"),
+        (["--resume", "{file}", "--backend", "sparse"], "backend 'numpy', not 'sparse'"),
+        (["--resume", "{file}", "--limit", 400, "--batch-size", 51], "limit 300, not 400; batch_size 50, not 51"),
+        (["--resume", "{file}", "--learning-rate", 0.1], "learning_rate 0.3, not 0.1"),
+        (["--resume", "{file}", "--eval-every", 2], "eval_every 3, not 2"),
+        (["--resume", "/no/such/file"], "there is no file"),
+        (["--resume", "README.md"], "README.md: it is not a checkpoint, or damaged"),
+        (["--checkpoint", "{file}"], "exists: --resume "),
+        (["--checkpoint", "/no/such/folder/x"], "there is no folder /no/such/folder"),
+        (["--checkpoint", "/"], "it is a folder"),
+        (["--checkpoint", "/proc/run"], "cannot write /proc/run"),
+        (["--checkpoint-every", 2], "--checkpoint-every goes with --checkpoint"),
+        (["--checkpoint", "x", "--checkpoint-every", 0], "Invalid value for '--checkpoint-every'"),
+    ],
+)
+def test_errors_come_before_training(main, trained, monkeypatch, arguments, message):
+    monkeypatch.setattr("model.training.descend", lambda *_: pytest.fail("training began"))
+    before = trained.read_bytes()
+    dataset = [] if "--resume" in arguments else ["--dataset", "digits28"]
+    code, shown, error = main("train", *dataset, *(str(argument).format(file=trained) for argument in arguments))
+    assert (code, shown) == (2, "")
+    assert re.fullmatch(r"error: .*\n", error)
+    assert message in error
+    assert trained.read_bytes() == before
+
+
+def test_a_read_only_folder_is_an_error_before_training(main, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # nothing is read-only for root, who may run this
+    code, shown, error = main(*TRAIN, "--checkpoint", tmp_path / "run")
+    assert (code, shown) == (2, "")
+    assert error == f"error: cannot write {tmp_path / 'run'}: no permission to write in {tmp_path}\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_images_are_another_run(main, trained, monkeypatch):
+    dataset = command_line.load_dataset("digits28")
+    images = dataset.test_images.copy()
+    images[-1, -1] ^= 1
+    monkeypatch.setattr(command_line, "load_dataset", lambda name, folder: dataset._replace(test_images=images))
+    code, _, error = main("train", "--resume", trained, "--epochs", 2)
+    assert code == 2
+    assert "data_sha256" in error
+
+
+def test_a_checkpoint_does_not_choose_what_is_imported(main, trained, tmp_path):
+    file = tmp_path / "run"
+    file.write_bytes(trained.read_bytes())
+    forged(file, backend="this:Zen")
+    code, shown, error = main("train", "--resume", file, "--epochs", 2)
+    assert (code, shown) == (2, "")
+    assert "add --backend 'this:Zen'" in error
+    assert "this" not in sys.modules
+
+
+def test_a_backend_of_ones_own_can_be_resumed(main, tmp_path):
+    own = ["--backend", "kernels.numpy_backend:NumpyBackend"]
+    assert main(*TRAIN, *own, "--epochs", 1, "--checkpoint", tmp_path / "run")[0] == 0
+    assert main("train", *own, "--resume", tmp_path / "run", "--epochs", 2)[0] == 0
+
+
+def test_when_it_is_saved(main, monkeypatch, tmp_path):
+    saved = []
+    monkeypatch.setattr(command_line, "save", lambda _, __, state, ___: saved.append(stand(state)))
+    main(*TRAIN, "--epochs", 5, "--checkpoint", tmp_path / "x")
+    assert saved == [(0, 0), (5, 0)]
+    saved.clear()
+    main(*TRAIN, "--epochs", 5, "--checkpoint", tmp_path / "x", "--checkpoint-every", 2)
+    assert saved == [(0, 0), (2, 0), (4, 0), (5, 0)]
+    saved.clear()
+    monkeypatch.setattr(command_line, "SAVE_SECONDS", 0)
+    main(*TRAIN, "--epochs", 1, "--checkpoint", tmp_path / "x")
+    assert saved == [*((0, step) for step in range(7)), (1, 0)]
+
+
+def stand(state):
+    return len(state.history.epochs), state.steps
+
+
+# Signals
+
+
+def start(*arguments):
+    command = [sys.executable, "-m", "model", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(file, process):
+    while not file.exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_after_the_running_step(main, tmp_path, number, exit_code):
+    """Sent twice at once, as some process managers do, it still counts as one."""
+    file = tmp_path / "run"
+    process = start(*TRAIN, "--epochs", 10**6, "--checkpoint", file)
+    wait_for(file, process)
+    time.sleep(0.5)  # epochs that the file does not have yet
+    process.send_signal(number)
+    process.send_signal(number)
+    shown, error = process.communicate(timeout=60)
+    assert (process.returncode, shown) == (exit_code, "")
+    assert error.splitlines() == [
+        "stopping after the running step; once more stops at once",
+        f"interrupted, saved in {file}: --resume {file} goes on",
+    ]
+    assert stand(load(file).state) > (0, 0)
+    epochs = len(load(file).state.history.epochs) + 3
+    assert main("train", "--resume", file, "--epochs", epochs)[0] == 0
+    assert main(*TRAIN, "--epochs", epochs, "--checkpoint", tmp_path / "whole")[0] == 0
+    assert_same(load(file), load(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_second_signal_stops_at_once(tmp_path, number, exit_code):
+    file = tmp_path / "run"
+    process = start(*TRAIN[:3], "--limit", 3_000, "--backend", "naive", "--checkpoint", file)  # steps of 40 seconds
+    wait_for(file, process)
+    time.sleep(0.5)  # until the first step has begun
+    process.send_signal(number)
+    assert process.stderr.readline().startswith("stopping after the running step")
+    process.send_signal(number)  # the same, sent twice
+    time.sleep(1)
+    assert process.poll() is None
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (exit_code, "interrupted\n")
+    assert stand(load(file).state) == (0, 0)
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_signals_are_ignored_once_the_program_ends_and_where_they_were():
+    """The user's impatience must not break what is unwound, nor a Ctrl-C for others a background job."""
+    program = """if True:
+        import os, signal
+        from model.cli.signals import Stopped, stoppable
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        with stoppable():
+            os.kill(os.getpid(), signal.SIGINT)
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+            except Stopped as stopped:
+                os.kill(os.getpid(), signal.SIGTERM)
+                print(stopped.signal)
+    """
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "15\n", "")
+
+
+# Kills
+
+
+@pytest.mark.slow
+def test_ten_kills():
+    cases = [kill_and_resume.Case("numpy", None), kill_and_resume.Case("numpy", 7)]
+    counts = kill_and_resume.run(cases, 10, seed=0)
+    assert counts["kills"] == 10
+    assert counts["runs compared"] >= 2

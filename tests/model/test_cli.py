@@ -1,0 +1,136 @@
+"""The command line, as a user meets it: in processes of their own."""
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tests.support.runs import run_model
+
+TRAIN = ("train", "--dataset", "digits28", "--limit", "600", "--epochs", "3", "--backend", "numpy")
+
+
+def test_train(tmp_path):
+    file = tmp_path / "history.json"
+    result = run_model(*TRAIN, "--json", file, "--threads", 2, "--eval-every", 2, "--hidden", 16)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""  # no progress bar where nobody watches
+    assert "numpy on digits28, 2 threads" in result.stdout
+    content = json.loads(file.read_text())
+    assert content["config"] == {
+        "backend": "numpy",
+        "dataset": "digits28",
+        "limit": 600,
+        "hidden": 16,
+        "epochs": 3,
+        "learning_rate": 0.3,
+        "batch_size": None,
+        "seed": 0,
+        "threads": 2,
+        "eval_every": 2,
+    }
+    assert content["environment"]["packages"]["numpy"]
+    assert re.fullmatch(r"\d+\.\d+\.\d+", content["environment"]["llvm"])
+    assert content["prepare_seconds"] > 0
+    assert content["compile_seconds"] == 0
+    assert [epoch["epoch"] for epoch in content["history"]] == [1, 2, 3]
+    keys = {"epoch", "loss", "train_accuracy", "test_accuracy", "seconds"}
+    assert all(set(epoch) == keys for epoch in content["history"])
+    assert [epoch["test_accuracy"] is None for epoch in content["history"]] == [True, False, False]
+    assert [path.name for path in tmp_path.iterdir()] == ["history.json"]
+
+
+def test_a_long_history_stays_readable():
+    result = run_model(*TRAIN[:-3], 40, "--backend", "numpy", "--limit", 50, "--hidden", 4)
+    rows = re.findall(r"^ +(\d+) +\d\.\d{4} +[\d.]+% +[\d.]+% +\d\.\d{3}", result.stdout, re.MULTILINE)
+    assert (rows[0], rows[-1]) == ("1", "40")
+    assert len(rows) <= 12
+
+
+def test_progress_bar_on_a_terminal():
+    main, terminal = pty.openpty()
+    command = [sys.executable, "-m", "model", *TRAIN]
+    subprocess.run(command, stdout=subprocess.DEVNULL, stderr=terminal, check=True, timeout=60)
+    os.close(terminal)
+    assert "numpy on digits28" in os.read(main, 100_000).decode()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--backend", "cupy"], "unknown backend 'cupy': choose one of naive, numpy"),
+        (["--epochs", "0"], "epochs and eval_every must be at least 1, not 0 and 1"),
+        (["--epochs", "many"], "Invalid value for '--epochs'"),
+        (["--learning-rate", "-1"], "learning_rate must be positive"),
+        (["--learning-rate", "1e30"], "try a smaller learning rate"),
+        (["--batch-size", "601"], "batch_size must be from 1 to 600"),
+        (["--limit", "0"], "choose 1 to 60000"),
+        (["--hidden", "0"], "layer_sizes must be two or more positive numbers"),
+        (["--seed", "-1"], "Invalid value for '--seed'"),
+        (["--threads", "0"], "threads must be at least 1"),
+        (["--dataset", "cifar"], "Unknown dataset 'cifar'"),
+        (["--dataset", "mnist", "--data", "/nowhere"], "/nowhere: train-images-idx3-ubyte is missing"),
+        (["--json", "/no/such/folder/x.json"], "there is no folder /no/such/folder"),
+        (["--json", "/"], "it is a folder"),
+        (["--frobnicate"], "No such option: --frobnicate"),
+    ],
+)
+def test_errors_are_one_line_and_exit_code_2(arguments, message):
+    result = run_model(*TRAIN, *arguments)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert re.fullmatch(r"error: .*\n", result.stderr), result.stderr
+    assert message in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "number", "exit_code"),
+    [
+        ((*TRAIN, "--epochs", "1000000"), signal.SIGINT, 130),
+        (("reproduce", "--backend", "sparse", "--dataset", "digits28"), signal.SIGTERM, 143),
+    ],
+)
+def test_interrupt_ends_cleanly(arguments, number, exit_code):
+    main, terminal = pty.openpty()
+    command = [sys.executable, "-m", "model", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=terminal, text=True)
+    os.close(terminal)
+    shown = os.read(main, 100_000)  # blocks until the progress bar appears
+    process.send_signal(number)
+    while chunk := read_terminal(main):
+        shown += chunk
+    stdout, _ = process.communicate(timeout=20)
+    assert (process.returncode, stdout) == (exit_code, "")
+    assert "stopping after the running step" in shown.decode()
+    assert "interrupted" in shown.decode()
+    assert "Traceback" not in shown.decode()
+
+
+def read_terminal(terminal):
+    try:
+        return os.read(terminal, 100_000)
+    except OSError:  # Linux says so when the other side has closed it
+        return b""
+
+
+def test_help_is_for_newcomers():
+    for command in ([], ["train"], ["reproduce"]):
+        result = run_model(*command, "--help")
+        assert result.returncode == 0
+        assert "--help" in result.stdout
+
+
+@pytest.mark.slow
+def test_reproduce(tmp_path):
+    result = run_model("reproduce", "--backend", "sparse", "--starts", 2, "--dataset", "digits28", "--output", tmp_path)
+    assert result.returncode == 0, result.stderr
+    for text in ("train, published", "test, published", "92.21", "fitted", "digits28"):
+        assert text in result.stdout
+    content = json.loads((tmp_path / "reproduction.json").read_text())
+    assert len(content["runs"]["sparse"]["history"]) == 250
+    assert (tmp_path / "reproduction.png").read_bytes().startswith(b"\x89PNG")

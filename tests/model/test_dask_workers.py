@@ -1,0 +1,463 @@
+"""Training on Dask: a scheduler and workers in processes of their own, which die when it hurts."""
+
+import contextlib
+import itertools
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+from distributed import Client
+
+from kernels import get_backend
+from kernels.numpy_backend import NumpyBackend
+from model.cli.options import parse_bytes
+from model.data import limited, load_idx
+from model.extras import dask_workers
+from model.extras.checkpoint import load
+from model.extras.dask_workers import Cluster, ClusterError, add_subtrees, subtrees
+from model.mlp import MLP
+from model.shards import SHARDS, Sums, add_in_tree
+from model.training import train
+from tests.support.idx import write_idx
+from tests.support.runs import assert_same, run_model
+
+DIGITS = ("--dataset", "digits28", "--limit", 2000, "--hidden", 16)
+
+
+class Processes:
+    """A scheduler and workers, which can be killed."""
+
+    def __init__(self, folder, scheduler=None):
+        self.file = folder / "scheduler.json"
+        self.workers = []
+        ports = ("--host", "127.0.0.1", "--port", "0", "--dashboard-address", ":0")
+        self.scheduler = self._start("dask_scheduler", *ports, program=scheduler)
+        self.client = Client(scheduler_file=str(self.file), timeout=30)
+        self.address = self.client.scheduler.address
+
+    def _start(self, command, *options, program=None):
+        program = program or ["-m", f"dask_workers.cli.{command}"]
+        line = [sys.executable, *program, "--scheduler-file", str(self.file), *options]
+        return subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def start_worker(self, threads=1, program=None, nanny="--no-nanny"):
+        options = (nanny, "--no-dashboard", "--nthreads", str(threads))
+        self.workers.append(self._start("dask_worker", *options, program=program))
+
+    def have(self, count):
+        """Start or kill workers until there are so many, and the scheduler knows it."""
+        while len(self.workers) < count:
+            self.start_worker()
+        while len(self.workers) > count:
+            self.kill_worker(0)
+        while len(self.client.nthreads()) != count:
+            time.sleep(0.02)
+
+    def kill_worker(self, index):
+        worker = self.workers.pop(index)
+        worker.kill()
+        worker.wait()
+
+    def end(self):
+        with contextlib.suppress(Exception):
+            self.client.close(timeout=1)
+        for process in (*self.workers, self.scheduler):
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    """A cluster for all that leave its scheduler alive."""
+    started = Processes(tmp_path_factory.mktemp("cluster"))
+    yield started
+    started.end()
+
+
+@pytest.fixture
+def mortal(tmp_path):
+    """A cluster of one's own, with a worker."""
+    started = Processes(tmp_path)
+    started.have(1)
+    yield started
+    started.end()
+
+
+def trained(backend, dataset, layer_sizes=(784, 16, 10), dtype=np.float32, **options):
+    mlp = MLP(layer_sizes, dtype=dtype)
+    history = train(mlp, backend, dataset, **{"epochs": 2, **options})
+    return mlp.parameters, [epoch._replace(seconds=0) for epoch in history.epochs]
+
+
+def assert_equal(ours, theirs):
+    assert [parameter.tobytes() for parameter in ours[0]] == [parameter.tobytes() for parameter in theirs[0]]
+    assert ours[1] == theirs[1]
+
+
+# The tree of sums
+
+
+@pytest.mark.parametrize("count", range(1, SHARDS + 1))
+def test_subtrees_give_the_bits_of_the_whole_tree(count):
+    """Floats of all sizes, whose sum depends on the order of the additions, dealt in every way to up to 3 workers."""
+    rng = np.random.default_rng(count)
+    values = rng.normal(size=(count, 50)) * 10.0 ** rng.integers(-8, 8, (count, 50))
+
+    def sums(first, last):
+        return (Sums(float(value[0]), index, [value.copy()]) for index, value in enumerate(values[first:last], first))
+
+    expected = add_in_tree(sums(0, count))
+    for bounds in itertools.combinations_with_replacement(range(count + 1), 2):
+        nodes = {}
+        for first, last in itertools.pairwise((0, *bounds, count)):
+            held = subtrees(first, last, (0, count))
+            assert [shard for node in held for shard in range(*node)] == list(range(first, last))
+            nodes |= {node: add_in_tree(sums(*node)) for node in held}
+        found = add_subtrees(nodes, (0, count))
+        assert (found.loss, found.correct) == (expected.loss, expected.correct)
+        np.testing.assert_array_equal(found.gradient[0], expected.gradient[0])
+        assert not nodes
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4, 8, 16, 32])
+def test_powers_of_two_send_one_sum_each(workers):
+    share = SHARDS // workers
+    assert all(len(subtrees(n * share, (n + 1) * share, (0, SHARDS))) == 1 for n in range(workers))
+
+
+# Equal bits
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_same_bits_on_any_number_of_workers(processes, backend, tiny, workers):
+    processes.have(workers)
+    cluster = Cluster(processes.client)
+    for dtype in (np.float32, np.float64):
+        options = {"layer_sizes": (25, 6, 10), "dtype": dtype}
+        assert_equal(
+            trained(backend, tiny, **options, batches=cluster.batch), trained(backend, tiny, **options, threads=2)
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [2, 3])
+def test_same_bits_on_whole_data(processes, full_batch_backend, digits28, workers):
+    processes.have(workers)
+    batches = Cluster(processes.client).batch
+    seen = []
+    ours = trained(full_batch_backend, digits28, (784, 128, 10), batches=batches, on_images=seen.append)
+    assert_equal(ours, trained(full_batch_backend, digits28, (784, 128, 10)))
+    assert sum(seen) == 2 * 60_000
+
+
+def test_workers_with_more_threads_get_more(processes, tiny):
+    processes.have(1)
+    processes.start_worker(threads=3)
+    while len(processes.client.nthreads()) < 2:
+        time.sleep(0.02)
+    parts = Cluster(processes.client).batch(
+        NumpyBackend(), tiny.train_images, tiny.train_labels, np.dtype(np.float32), dask_workers.Memory()
+    )
+    threads = processes.client.nthreads()
+    shares = {threads[worker]: last - first for (first, last), (worker, _) in parts.parts.items()}
+    assert shares in ({1: 1, 3: 5}, {1: 2, 3: 4})
+    processes.kill_worker(1)
+    processes.have(1)
+
+
+@pytest.mark.parametrize("limit", [None, 0, 1_000_000])
+def test_workers_map_files_and_keep_no_more_than_the_limit(processes, tmp_path, digits28, limit):
+    processes.have(2)
+    few = limited(digits28, 3_000)
+    write_idx(tmp_path, few)
+    mapped = limited(load_idx(tmp_path), 2_900)
+    ours = trained(NumpyBackend(), mapped, memory_limit=limit, batches=Cluster(processes.client).batch)
+    assert_equal(ours, trained(NumpyBackend(), limited(few, 2_900)))
+    if limit is not None:
+        used = processes.client.run(lambda: dask_workers._memory(limit).used)
+        assert all(0 <= size <= limit for size in used.values())
+
+
+# What goes wrong
+
+
+def test_killed_workers_change_no_bit(processes, digits28):
+    """Ten times at a random moment kill -9 and another worker in its place; up to two are missing at a time."""
+    processes.have(3)
+    dataset, rng = limited(digits28, 20_000), random.Random(0)
+    spent = threading.Event()
+    epochs = 0
+
+    def kill():
+        for kills in range(10):
+            time.sleep(rng.uniform(0, 1))
+            while epochs < kills + 2:  # a busy machine may not get as far in a second
+                time.sleep(0.02)
+            processes.kill_worker(rng.randrange(len(processes.workers)))
+            processes.start_worker()
+        spent.set()
+
+    mlp, reached = MLP((784, 64, 10)), []
+
+    def on_step(state):
+        nonlocal epochs
+        epochs = len(state.history.epochs)
+        if spent.is_set() and state.steps == 0:
+            reached.append(len(state.history.epochs))
+            raise InterruptedError
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    batches = Cluster(processes.client, patience=5).batch
+    with pytest.raises(InterruptedError):
+        train(mlp, NumpyBackend(), dataset, epochs=10_000, batches=batches, on_step=on_step)
+    killer.join()
+    expected, _ = trained(NumpyBackend(), dataset, (784, 64, 10), epochs=reached[0])
+    assert reached[0] > 10
+    assert [ours.tobytes() for ours in mlp.parameters] == [theirs.tobytes() for theirs in expected]
+
+
+def test_the_last_worker_is_replaced(mortal, tiny):
+    """Dask would leave waiting what was meant for it."""
+
+    def on_images(count):
+        if len(mortal.workers) == 1:
+            mortal.start_worker()
+            mortal.kill_worker(0)
+            mortal.workers.append(None)
+
+    cluster = Cluster(mortal.client)
+    ours = trained(NumpyBackend(), tiny, (25, 6, 10), batches=cluster.batch, on_images=on_images)
+    mortal.workers.pop()
+    assert_equal(ours, trained(NumpyBackend(), tiny, (25, 6, 10)))
+
+
+def test_all_workers_gone(mortal, tiny):
+    def on_step(state):
+        if len(state.history.epochs) == 2 and mortal.workers:
+            mortal.kill_worker(0)
+
+    cluster = Cluster(mortal.client, patience=1)
+    with pytest.raises(ClusterError, match=r"no worker for 1 seconds: start some, as in: dask worker tcp://127"):
+        trained(NumpyBackend(), tiny, (25, 6, 10), epochs=9, batches=cluster.batch, on_step=on_step)
+
+
+def test_workers_gone_in_the_middle_of_a_step(mortal, tiny):
+    """The kernel kills its worker, and the next that tries; Dask gives up before it has killed all there are."""
+    batches = Cluster(mortal.client, patience=1).batch
+    with pytest.raises(ClusterError, match="no worker for 1 seconds"):
+        trained(Deadly(), tiny, (25, 6, 10), batches=batches)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nannies", [1, 2])
+def test_work_that_kills_again_and_again(mortal, tiny, nannies):
+    """A nanny starts its worker again, which would go on for ever: the only one's, or each of two."""
+    for _ in range(nannies):
+        mortal.start_worker(nanny="--nanny")
+    mortal.kill_worker(0)
+    while len(mortal.client.nthreads()) < nannies:
+        time.sleep(0.02)
+    with pytest.raises(ClusterError, match="worker after worker dies of the same work, of too little memory perhaps"):
+        trained(Deadly(), tiny, (25, 6, 10), batches=Cluster(mortal.client).batch)
+    for nanny in mortal.workers:
+        nanny.terminate()  # its worker with it
+        nanny.wait()
+
+
+def test_a_scheduler_without_the_project(tmp_path):
+    program = "import sys; sys.modules['model'] = None; from dask_workers.cli.dask_scheduler import main; main()"
+    processes = Processes(tmp_path, scheduler=["-c", program])
+    try:
+        processes.have(1)
+        with pytest.raises(ClusterError, match="the scheduler does not know this project: scheduler and workers need"):
+            Cluster(processes.client)
+    finally:
+        processes.end()
+
+
+def test_a_worker_without_the_project(mortal):
+    program = "import sys; sys.modules['model'] = None; from dask_workers.cli.dask_worker import main; main()"
+    mortal.start_worker(program=["-c", program])
+    while len(mortal.client.nthreads()) < 2:
+        time.sleep(0.02)
+    mortal.kill_worker(0)
+    with pytest.raises(ClusterError, match="no worker answers for 2 seconds: scheduler and workers need"):
+        Cluster(mortal.client, patience=2)
+
+
+class Deadly(NumpyBackend):
+    """Its worker does not survive it."""
+
+    def _relu(self, z):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Broken(NumpyBackend):
+    """Does not work."""
+
+    def _relu(self, z):
+        raise RuntimeError("broken kernel")
+
+
+def test_an_error_in_a_worker_reaches_the_caller(processes, tiny):
+    processes.have(2)
+    with pytest.raises(RuntimeError, match="broken kernel"):
+        trained(Broken(), tiny, (25, 6, 10), batches=Cluster(processes.client).batch)
+
+
+def test_scheduler_gone_and_the_checkpoint_stands(mortal, tmp_path):
+    """Then a single process goes on, to the bits of one that never saw a cluster."""
+    file, whole = tmp_path / "run", tmp_path / "whole"
+    options = ("--epochs", 400, "--eval-every", 400, "--checkpoint-every", 1, "--checkpoint")
+    command = [sys.executable, "-m", "model", "train", *DIGITS, *options, file, "--scheduler", mortal.address]
+    short = {**os.environ, "DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT": "1s"}
+    process = subprocess.Popen(map(str, command), stderr=subprocess.PIPE, text=True, env=short)
+    while not (file.exists() and load(file).state.history.epochs):
+        time.sleep(0.02)
+        assert process.poll() is None, process.stderr.read()
+    mortal.scheduler.kill()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "Traceback" not in errors
+    assert re.search(rf"^error: the scheduler at {mortal.address} is gone", errors, re.MULTILINE), errors
+    assert 0 < len(load(file).state.history.epochs) < 400
+    assert run_model("train", "--resume", file, *DIGITS[:2]).returncode == 0
+    assert run_model("train", *DIGITS, *options, whole).returncode == 0
+    assert_same(load(file), load(whole))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [("numpy", "1.0", r"numpy 1\.0, not 2\.\S+"), ("processor", "6502", r"processor (6502, not .*|.*, not 6502)")],
+)
+def test_a_worker_that_would_compute_other_bits(mortal, tiny, name, value, message):
+    program = (
+        "from dask_workers.cli.dask_worker import main; from model import distributed;"
+        f"found = dask_workers.surroundings() | {{'{name}': '{value}'}};"
+        "dask_workers.surroundings = lambda: found; main()"
+    )
+    mortal.start_worker(program=["-c", program])
+    while len(mortal.client.nthreads()) < 2:
+        time.sleep(0.02)
+    message = rf"worker tcp://\S+ would compute other bits: {message}: scheduler and workers need"
+    with pytest.raises(ClusterError, match=message):
+        trained(NumpyBackend(), tiny, (25, 6, 10), batches=Cluster(mortal.client).batch)
+
+
+def test_a_scheduler_of_another_version(processes, monkeypatch):
+    versions = {"scheduler": {"packages": {"distributed": "1.0"}}}
+    monkeypatch.setattr(Client, "get_versions", lambda client: versions)
+    with pytest.raises(ClusterError, match=r"the scheduler has distributed 1\.0, not 20"):
+        Cluster(processes.client)
+
+
+def test_a_file_that_workers_do_not_have(processes, tmp_path, digits28, monkeypatch):
+    processes.have(1)
+    write_idx(tmp_path, limited(digits28, 600))
+    mapped, cluster = load_idx(tmp_path), Cluster(processes.client)
+    with monkeypatch.context() as patch:
+        patch.setattr(dask_workers, "_sha256", lambda array: "another")
+        with pytest.raises(ClusterError, match=r"idx3-ubyte of worker tcp://\S+ is not the file that the client has"):
+            trained(NumpyBackend(), mapped, batches=cluster.batch)
+    for file in tmp_path.iterdir():
+        file.unlink()
+    with pytest.raises(ClusterError, match=r"cannot read .*idx3-ubyte .*: put the files where all workers find them"):
+        trained(NumpyBackend(), mapped, batches=cluster.batch)
+
+
+def test_mini_batches_are_refused(processes, tiny):
+    processes.have(1)
+    with pytest.raises(ValueError, match="mini-batches would travel longer than they train"):
+        trained(NumpyBackend(), tiny, (25, 6, 10), batch_size=8, batches=Cluster(processes.client).batch)
+
+
+# The command line
+
+
+def test_workers_of_its_own(tmp_path):
+    files = tmp_path / "alone", tmp_path / "workers"
+    for file, options in zip(files, ((), ("--workers", 2, "--memory-limit", "1 MB"))):
+        result = run_model("train", *DIGITS, "--epochs", 3, "--checkpoint", file, *options)
+        assert result.returncode == 0, result.stderr
+    assert re.match(r"dashboard: http://\S+:\d+/status\n", result.stderr)
+    assert_same(*map(load, files))
+
+
+def test_interrupt_leaves_the_step_to_the_workers(tmp_path):
+    """Ctrl-C reaches them too."""
+    file = tmp_path / "run"
+    options = ("--epochs", 100_000, "--checkpoint-every", 1, "--checkpoint", file, "--workers", 2)
+    command = [sys.executable, "-m", "model", "train", *DIGITS, *options]
+    process = subprocess.Popen(map(str, command), stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not (file.exists() and load(file).state.history.epochs):
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert f"saved in {file}: --resume {file} goes on" in errors.replace("\n", "")
+    assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--scheduler", "tcp://127.0.0.1:1"], "no scheduler answers at tcp://127.0.0.1:1"),
+        (["--scheduler", "nonsense://x"], "no scheduler answers at nonsense://x"),
+        (["--scheduler", "tcp://127.0.0.1:1", "--workers", "2"], "leave it out, or --scheduler"),
+        (["--workers", "0"], "Invalid value for '--workers'"),
+        (["--memory-limit", "much"], "'much' is no number of bytes: give one as in '500 MB'"),
+        (["--memory-limit", "1.2.3 GB"], "'1.2.3 GB' is no number of bytes"),
+        (["--memory-limit", "-5"], "'-5' is no number of bytes"),
+    ],
+)
+def test_errors_are_one_line_and_exit_code_2(arguments, message, monkeypatch):
+    monkeypatch.setenv("DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT", "1s")
+    result = run_model("train", *DIGITS, *arguments)
+    assert result.returncode == 2
+    assert re.fullmatch(r"error: .*\n", result.stderr), result.stderr
+    assert message in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("7", 7), ("500 MB", 5 * 10**8), ("1.5kB", 1500), ("2 GiB", 2**31), ("0", 0)]
+)
+def test_numbers_of_bytes(text, size):
+    assert parse_bytes(text) == size
+
+
+def test_without_dask():
+    program = "import sys; sys.modules['distributed'] = None; from model.__main__ import main; main()"
+    command = [sys.executable, "-c", program, "train", *map(str, DIGITS), "--workers", "2"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert re.fullmatch(r"error: .* needs Dask, install it by: pip install -e '\.\[distributed\]'\n", result.stderr)
+
+
+@pytest.mark.slow
+def test_beyond_memory(tmp_path, digits28):
+    """480,000 images in less than 1 GB of memory: all of it, the pages of the mapped files included."""
+    from bench.studies.scaling import shifted
+
+    large = shifted(digits28, 480_000)
+    write_idx(tmp_path, large)
+    options = ("--dataset", "idx", "--data", tmp_path, "--epochs", 2, "--hidden", 128, "--checkpoint", tmp_path / "run")
+    program = (
+        "import atexit, sys; from pathlib import Path; from model.__main__ import main;"
+        "atexit.register(lambda: print(Path('/proc/self/status').read_text())); main()"
+    )
+    command = [sys.executable, "-c", program, "train", *options, "--memory-limit", "200 MB"]
+    result = subprocess.run(map(str, command), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    peak = 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", result.stdout)[1])
+    assert 376e6 < peak < 1e9
+    found = load(tmp_path / "run")
+    epochs = [epoch._replace(seconds=0) for epoch in found.state.history.epochs]
+    assert_equal((found.mlp.parameters, epochs), trained(get_backend("numpy"), large, (784, 128, 10)))

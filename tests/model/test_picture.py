@@ -1,0 +1,406 @@
+"""Pictures of digits: prepared as MNIST was, whatever they look like, and refused in one line if they cannot be."""
+
+import io
+import os
+import re
+import resource
+import struct
+import time
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw, ImageOps
+
+from kernels import get_backend
+from model.cli.predict import predict_command
+from model.data import limited, load_dataset
+from model.extras import picture
+from model.extras.checkpoint import CheckpointError, Config, save
+from model.extras.picture import MAX_PIXELS, PictureError, decode, prepare, read_picture
+from model.mlp import MLP
+from model.training import State, train
+from tests.support.datasets import DATASETS
+from tests.support.runs import run_model
+
+
+def encoded(image, kind="PNG", **options):
+    """The content of a file of the picture."""
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def prepared(content):
+    return prepare(decode(io.BytesIO(content), "picture"), "picture")
+
+
+def assert_prepared(image):
+    """What holds of every result: the strongest ink is 255, in a box of 20 x 20, whose mass is in the middle."""
+    assert (image.shape, image.dtype, image.max()) == ((28, 28), np.uint8, 255)
+    for axis in (0, 1):
+        inked = np.flatnonzero(image.any(axis=axis))
+        assert inked[-1] - inked[0] < 20
+        centre = np.average(np.arange(28), weights=image.sum(axis=axis))
+        # Half a pixel from rounding the place, and a little from rounding grey levels; or the image has no more room.
+        assert abs(centre - 14) <= 0.6 or inked[0] <= 1 or inked[-1] >= 26
+
+
+# Like MNIST --------------------------------------------------------------------------------------------------------
+
+
+def enlarged(image, rng):
+    return image.resize((28 * int(rng.integers(2, 7)),) * 2, Image.Resampling.BICUBIC)
+
+
+def padded(image, rng):
+    """On a larger background, at a random place."""
+    return ImageOps.expand(image, tuple(rng.integers(0, 60, 4).tolist()))
+
+
+VARIANTS = {
+    "as it is": lambda image, rng: image,
+    "enlarged": enlarged,
+    "inverted": lambda image, rng: ImageOps.invert(image),
+    "padded": padded,
+    "all of it": lambda image, rng: ImageOps.invert(padded(enlarged(image, rng), rng)),
+}
+
+
+@pytest.fixture(scope="module", params=DATASETS)
+def trained(request):
+    """A network that has learned something, and test images that it has not seen.
+
+    The digits of digits28 do not fill the box of 20 x 20: they are prepared again first.
+    """
+    dataset = limited(load_dataset(request.param), 6000)
+    dataset = dataset._replace(test_images=dataset.test_images[::20], test_labels=dataset.test_labels[::20])
+    if request.param == "digits28":
+        train_images, test_images = (
+            np.array([prepare(image.reshape(28, 28, 1), "image").reshape(-1) for image in images])
+            for images in (dataset.train_images, dataset.test_images)
+        )
+        dataset = dataset._replace(train_images=train_images, test_images=test_images)
+    return network(dataset), dataset.test_images, dataset.test_labels
+
+
+def network(dataset):
+    """It has learned from the training images for a moment."""
+    mlp = MLP()
+    train(mlp, get_backend("sparse"), dataset, epochs=3, batch_size=32, learning_rate=0.1)
+    return mlp
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_accuracy_is_kept(trained, variant, record_property):
+    """On 500 images, by what is in the picture alone."""
+    assert_accuracy_is_kept(*trained, variant, record_property)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_accuracy_is_kept_on_all_test_images(mnist, variant, record_property):
+    mlp = network(limited(mnist, 6000))
+    assert_accuracy_is_kept(mlp, mnist.test_images, mnist.test_labels, variant, record_property)
+
+
+def assert_accuracy_is_kept(mlp, images, labels, variant, record_property):
+    """Within 2 points."""
+    rng = np.random.default_rng(0)
+    pictures = [VARIANTS[variant](Image.fromarray(image.reshape(28, 28)), rng) for image in images]
+    results = np.array([prepared(encoded(picture, compress_level=1)) for picture in pictures])
+    predictions = (mlp.predict(get_backend("numpy"), x) for x in (images, results.reshape(len(results), -1)))
+    expected, accuracy = (np.mean(prediction == labels) for prediction in predictions)
+    record_property("accuracy", (expected, accuracy))
+    assert expected > 0.85
+    assert accuracy >= expected - 0.02
+
+
+def test_images_of_mnist_hardly_change(mnist):
+    """They fit the box and are centred already: only the faintest pixels go, and with them a row or column at times.
+
+    With none left out, nine in ten come out as they went in: so scale and centre are those of MNIST.
+    """
+    images = mnist.test_images[:300].reshape(-1, 28, 28)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(picture, "FAINT", 0)
+        same = [np.array_equal(prepare(image[:, :, None], "image"), image) for image in images]
+    assert np.mean(same) > 0.85
+
+
+# Whatever they look like -------------------------------------------------------------------------------------------
+
+SIZE = 120, 80
+
+
+def digit(mode="RGB", ink="black", paper="white"):
+    """A drawing of a 7, without antialiasing."""
+    image = Image.new(mode, SIZE, paper)
+    ImageDraw.Draw(image).line([(30, 15), (80, 15), (50, 70)], ink, 8)
+    return image
+
+
+def with_levels(ink, paper):
+    """Grey of 16 bits."""
+    return Image.fromarray(np.where(np.asarray(digit("L")) == 0, ink, paper).astype(np.uint16))
+
+
+def on_invisible_noise():
+    """Transparent pixels of random colours."""
+    pixels = np.random.default_rng(0).integers(0, 256, (*SIZE[::-1], 4), np.uint8)
+    ink = np.asarray(digit("L")) == 0
+    pixels[..., 3] = np.where(ink, 255, 0)
+    pixels[ink] = 255
+    return encoded(Image.fromarray(pixels))
+
+
+def on_transparent_palette():
+    image = digit("L").convert("P")
+    return encoded(image, transparency=int(np.asarray(image)[0, 0]))
+
+
+def by_orientation(orientation, kind):
+    """Stored in one of the eight ways that cameras store pictures."""
+    methods = Image.Transpose
+    undo = {2: methods.FLIP_LEFT_RIGHT, 3: methods.ROTATE_180, 4: methods.FLIP_TOP_BOTTOM, 5: methods.TRANSPOSE}
+    undo |= {6: methods.ROTATE_90, 7: methods.TRANSVERSE, 8: methods.ROTATE_270}
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encoded(digit().transpose(undo[orientation]), kind, exif=exif.tobytes())
+
+
+EXPECTED = prepared(encoded(digit()))
+
+PICTURES = {
+    "grey": encoded(digit("L")),
+    "light on dark": encoded(digit("L", "white", "black")),
+    "little contrast": encoded(digit("L", 100, 120)),
+    "black and white": encoded(digit("1")),
+    "palette": encoded(digit().convert("P", palette=Image.Palette.ADAPTIVE)),
+    "transparent palette": on_transparent_palette(),
+    "equally bright colours": encoded(digit("RGB", (255, 0, 0), (0, 130, 0))),
+    "grey and alpha": encoded(digit("LA", (0, 255), (255, 255))),
+    "black on transparent": encoded(digit("RGBA", (0, 0, 0, 255), (0, 0, 0, 0))),
+    "white on transparent": encoded(digit("RGBA", (255, 255, 255, 255), (255, 255, 255, 0))),
+    "white on transparent of any colour": on_invisible_noise(),
+    "transparent on white": encoded(digit("RGBA", (255, 255, 255, 0), (255, 255, 255, 255))),
+    "16 bits": encoded(with_levels(0, 65535)),
+    "16 bits, bright": encoded(with_levels(65535, 40000)),
+    "16 bits, dark": encoded(with_levels(0, 20000)),
+    "interlaced": encoded(digit(), interlace=1),
+    "PNG on its side": by_orientation(6, "PNG"),
+}
+
+JPEGS = {
+    "JPEG": encoded(digit(), "JPEG"),
+    "grey JPEG": encoded(digit("L"), "JPEG"),
+    "progressive JPEG": encoded(digit(), "JPEG", progressive=True),
+    "CMYK JPEG": encoded(digit().convert("CMYK"), "JPEG"),
+    "bad JPEG": encoded(digit(), "JPEG", quality=20),
+    **{f"JPEG of orientation {number}": by_orientation(number, "JPEG") for number in range(2, 9)},
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_the_same_drawing_gives_the_same_image(name):
+    result = prepared(PICTURES[name])
+    assert_prepared(result)
+    np.testing.assert_allclose(result.astype(int), EXPECTED, rtol=0, atol=1)  # levels may be rounded differently
+
+
+@pytest.mark.parametrize("factor", [2, 10, 50])
+def test_size_hardly_matters(factor):
+    """Antialiasing has more grey levels where there are more pixels."""
+    large = digit("L").resize([factor * length for length in SIZE], Image.Resampling.NEAREST)
+    pixels = decode(io.BytesIO(encoded(large, compress_level=1)), "picture")
+    assert max(pixels.shape) <= picture.WORKING_SIZE
+    result = prepare(pixels, "picture")
+    assert_prepared(result)
+    np.testing.assert_allclose(result.astype(int), EXPECTED, rtol=0, atol=40)
+
+
+@pytest.mark.parametrize("name", JPEGS)
+def test_jpeg_gives_nearly_the_same_image(name):
+    """JPEG blurs the rims, by which the box may be a pixel of 120 larger: no grey level is far off on average."""
+    result = prepared(JPEGS[name])
+    assert_prepared(result)
+    assert np.abs(result.astype(int) - EXPECTED).mean() < 4
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_damaged_exif_data_are_ignored(kind):
+    """Any byte of them; the orientation is obeyed as long as it can be found, whatever is wrong with the rest."""
+
+    def with_exif(content):
+        return prepared(encoded(digit(), kind, exif=content)).tobytes()
+
+    exif = Image.Exif()
+    exif[0x0112], exif[0x011A] = 6, 72.0
+    content = exif.tobytes()
+    turned, as_it_is = with_exif(content), with_exif(b"")
+    for value in (b"\0", b"\xff"):
+        results = [with_exif(content[:n] + value + content[n + 1 :]) for n in range(len(b"Exif\0\0"), len(content))]
+        assert set(results) == {turned, as_it_is}
+        assert results[-1] == turned  # the last byte belongs to the resolution
+    for noise in (b"", b"MM", b"\xff" * 99):
+        assert with_exif(b"Exif\0\0" + noise) == as_it_is
+
+
+def test_preview_inside_a_jpeg_does_not_matter():
+    with_preview = encoded(digit(), "MPO", save_all=True, append_images=[digit().resize((12, 8))])
+    np.testing.assert_array_equal(prepared(with_preview), prepared(JPEGS["JPEG"]))
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (2, 1), (1, 5000), (5000, 1), (2, 2), (3, 3), (2000, 3)])
+def test_odd_shapes(shape):
+    pixels = np.zeros((*shape, 4), np.uint8)
+    pixels[-1, -1] = 255
+    if shape in ((1, 2), (2, 1)):
+        pixels[0, 0] = 200  # the median of two is between them
+    assert_prepared(prepare(pixels, "picture"))
+
+
+# Refused -----------------------------------------------------------------------------------------------------------
+
+
+def png_chunk(kind, content):
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def png_that_declares(width, height):
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", zlib.compress(bytes(1000))) + png_chunk(b"IEND", b"")
+
+
+def jpeg_that_declares(width, height):
+    content = encoded(digit("L"), "JPEG")
+    return content.replace(struct.pack(">HH", *SIZE[::-1]), struct.pack(">HH", height, width), 1)
+
+
+def animated():
+    return encoded(digit(), save_all=True, append_images=[digit(paper="red")])
+
+
+REFUSED = {
+    "empty file": (b"", "no PNG or JPEG"),
+    "text": (b"seven\n" * 100, "no PNG or JPEG"),
+    "GIF": (encoded(digit(), "GIF"), "no PNG or JPEG"),
+    "animated": (animated(), "is animated"),
+    "truncated PNG": (PICTURES["grey"][:-40], "damaged or truncated"),
+    "truncated JPEG": (JPEGS["JPEG"][:-400], "damaged or truncated"),
+    "damaged PNG": (PICTURES["grey"][:99] + b"x" + PICTURES["grey"][100:], "damaged or truncated"),
+    "white": (encoded(Image.new("L", SIZE, 255)), "is blank"),
+    "transparent": (encoded(Image.new("RGBA", SIZE, (10, 20, 30, 0))), "is blank"),
+    "nearly white": (encoded(digit("L", 240, 255)), "is blank"),
+    "one pixel": (encoded(Image.new("L", (1, 1))), "is blank"),
+    "no pixels": (png_that_declares(0, 5), "no PNG or JPEG|damaged"),
+    "bomb": (png_that_declares(60_000, 60_000), "declares more than 50,000,000 pixels"),
+    "largest bomb": (png_that_declares(2**31 - 1, 2**31 - 1), "declares more than 50,000,000 pixels"),
+    "little bomb": (png_that_declares(10_000, 10_000), "declares more than 50,000,000 pixels"),
+    "least bomb": (png_that_declares(1, MAX_PIXELS + 1), "declares more than 50,000,000 pixels"),
+    "JPEG bomb": (jpeg_that_declares(65_500, 65_500), "declares more than 50,000,000 pixels"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_in_one_line(tmp_path, name):
+    content, problem = REFUSED[name]
+    file = tmp_path / "picture.png"
+    file.write_bytes(content)
+    before, start = peak_memory(), time.perf_counter()
+    with pytest.raises(PictureError, match=rf"^{file}: .*({problem}).*\. [A-Z]") as error:
+        read_picture(file)
+    assert "\n" not in str(error.value)
+    assert peak_memory() - before < 20e6
+    assert time.perf_counter() - start < 2
+
+
+def peak_memory():
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+@pytest.mark.parametrize("content", [PICTURES["grey"], JPEGS["JPEG"], PICTURES["16 bits"]])
+def test_truncated_anywhere(content):
+    """Refused, unless nothing but checksums and end marks is missing."""
+    for end in range(len(content)):
+        try:
+            result = prepared(content[:end])
+        except PictureError:
+            continue
+        assert end >= len(content) - 20
+        np.testing.assert_array_equal(result, prepared(content))
+
+
+def test_names_that_are_no_files(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for name, problem in {
+        tmp_path: "is a folder",
+        tmp_path / "nothing.png": "cannot be opened .No such file",
+        tmp_path / "pipe": "is a device or a pipe",
+        "/dev/zero": "is a device or a pipe",
+        "x" * 5000: "cannot be opened .File name too long",
+        "nul\0l": "cannot be opened .embedded null",
+    }.items():
+        with pytest.raises(PictureError, match=problem) as error:
+            read_picture(name)
+        assert "\n" not in str(error.value)
+
+
+def test_file_of_too_many_bytes_is_not_read(tmp_path):
+    file = tmp_path / "huge.png"
+    with file.open("wb") as stream:
+        stream.write(PICTURES["grey"])
+        stream.truncate(picture.MAX_BYTES + 1)
+    with pytest.raises(PictureError, match="has more than 100,000,000 bytes"):
+        read_picture(file)
+
+
+# The command -------------------------------------------------------------------------------------------------------
+
+
+def saved(file, mlp):
+    """A checkpoint of the network."""
+    hidden = len(mlp.layers[0][1])
+    save(file, mlp, State.start(0), Config("numpy", "digits28", "0" * 64, None, hidden, 0.1, 32, 0, 1, 1))
+    return file
+
+
+def test_predict_shows_the_digit_and_a_bar_for_each(tmp_path, trained):
+    mlp, images, _ = trained
+    shown = int(mlp.predict(get_backend("numpy"), images[:1])[0])
+    likely = mlp.probabilities(get_backend("numpy"), images[:1])[0]
+    assert likely.sum() == pytest.approx(1)
+    file = tmp_path / "a [bold]digit.png"  # which is not markup
+    ImageOps.invert(Image.fromarray(images[0].reshape(28, 28))).save(file)
+    result = run_model("predict", file, "--checkpoint", saved(tmp_path / "network", mlp))
+    assert (result.returncode, result.stderr) == (0, "")
+    first, *bars = result.stdout.splitlines()
+    assert first == f"{file} shows the digit {shown}"
+    rows = [re.fullmatch(r"(\d) +([\d.]+)% +([█▉▊▋▌▍▎▏]*) *", bar).groups() for bar in bars]
+    assert [int(digit) for digit, _, _ in rows] == list(range(10))
+    assert [float(percent) for _, percent, _ in rows] == pytest.approx(100 * likely, abs=15)  # faint pixels are gone
+    for _, percent, bar in rows:
+        assert len(bar) == pytest.approx(float(percent) * 40 / 100, abs=1)
+
+
+def test_predict_refuses_in_one_line(tmp_path):
+    good, text = tmp_path / "good.png", tmp_path / "text.png"
+    good.write_bytes(PICTURES["grey"])
+    text.write_text("seven")
+    network = saved(tmp_path / "network", MLP((784, 3, 10)))
+    small = saved(tmp_path / "small", MLP((25, 3, 10)))
+    huge = MLP((784, 3, 10))
+    for parameter in huge.parameters:
+        parameter[...] = 3e38
+    huge = saved(tmp_path / "huge", huge)
+    result = run_model("predict", text, "--checkpoint", network)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert re.fullmatch(rf"error: {text}: is no PNG or JPEG picture.*\n", result.stderr)
+    for checkpoint, message in (
+        (small, f"^{small}: its network is not for digits of 28 x 28 pixels"),
+        (huge, f"^{huge}: its parameters are too large"),
+        (text, f"{text}.* not a checkpoint"),
+    ):
+        with pytest.raises((ValueError, CheckpointError), match=message) as error:
+            predict_command(good, checkpoint)
+        assert "\n" not in str(error.value)

@@ -1,0 +1,283 @@
+"""The training loop: equal bits on any number of threads, equal trajectories on every backend, clear errors."""
+
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+from scipy.sparse import csr_array
+
+from kernels import get_backend
+from kernels.backend import CHUNK
+from kernels.numpy_backend import NumpyBackend
+from model.data import limited
+from model.mlp import MLP
+from model.shards import SHARDS, Memory, Shard, Shards, shard_ranges
+from model.threads import thread_pool
+from model.training import TrainingError, train
+
+SMALL = (25, 6, 10)
+
+
+def trained(backend, dataset, layer_sizes=SMALL, dtype=np.float32, **options):
+    mlp = MLP(layer_sizes, dtype=dtype)
+    history = train(mlp, backend, dataset, **{"epochs": 2, **options})
+    return mlp.parameters, history
+
+
+def results(history):
+    return [epoch._replace(seconds=0) for epoch in history.epochs]
+
+
+@pytest.mark.parametrize("batch_size", [None, 1100, 7])
+def test_same_bits_on_any_number_of_threads(backend, tiny, batch_size):
+    if batch_size == 7:
+        tiny = tiny._replace(train_images=tiny.train_images[:100], train_labels=tiny.train_labels[:100])
+    parameters, history = trained(backend, tiny, threads=1, batch_size=batch_size)
+    for threads in (1, 2, 3, 8, 2, 3, 8):
+        others, other_history = trained(backend, tiny, threads=threads, batch_size=batch_size)
+        for ours, theirs in zip(parameters, others):
+            np.testing.assert_array_equal(ours, theirs, strict=True)
+        assert results(history) == results(other_history)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch_size", [None, 2000])
+def test_same_bits_on_whole_data(full_batch_backend, digits28, batch_size):
+    options = {"epochs": 2 if batch_size is None else 1, "batch_size": batch_size}
+    runs = [
+        trained(full_batch_backend, digits28, (784, 128, 10), threads=threads, **options)[0]
+        for threads in (1, 2, 3, 8, 2)
+    ]
+    for parameters in runs[1:]:
+        for ours, theirs in zip(runs[0], parameters):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("batch_size", [None, 8])
+def test_trajectories_agree(backend, digits28, batch_size):
+    """Ten steps in float64 on real images, from the same start, over the same batches.
+
+    A step adds some hundred roundings to parameters of size 0.02 (u is 1.1e-16), and ten steps at this rate do not
+    amplify them tenfold: 1e-14 is a bound, while a wrong term, a stale buffer or a swapped batch moves them by 1e-4.
+    """
+    dataset = digits28._replace(train_images=digits28.train_images[:80:2], train_labels=digits28.train_labels[:80:2])
+    dataset = dataset._replace(test_images=digits28.test_images[:5], test_labels=digits28.test_labels[:5])
+
+    def trajectory(kernels):
+        mlp, steps = MLP((784, 16, 10), dtype=np.float64), []
+        train(
+            mlp,
+            kernels,
+            dataset,
+            epochs=10 if batch_size is None else 2,
+            batch_size=batch_size,
+            on_images=lambda _: steps.append([parameter.copy() for parameter in mlp.parameters]),
+        )
+        return [*steps, mlp.parameters]
+
+    expected_steps, steps = trajectory(get_backend("numpy")), trajectory(backend)
+    assert len(expected_steps) == len(steps) == 11
+    for expected, actual in zip(expected_steps, steps):
+        for theirs, ours in zip(expected, actual):
+            assert ours.dtype == np.float64
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-14)
+
+
+@pytest.mark.slow
+def test_a_long_run_keeps_memory_flat_and_backends_together():
+    """In a process of its own, whose memory no other test has grown; the whole program takes minutes."""
+    command = [sys.executable, "-m", "tests.soak.long_run", "--images", "500", "--hidden", "16"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("after 2000") == 6
+
+
+def test_training_learns(backend, tiny):
+    _, history = trained(backend, tiny, epochs=5, batch_size=20, learning_rate=0.1)
+    assert history.epochs[-1].test_accuracy > 0.95
+    assert history.epochs[-1].loss < history.epochs[0].loss
+    assert all(epoch.seconds > 0 for epoch in history.epochs)
+
+
+def test_full_batch_is_one_mini_batch_of_everything(tiny):
+    """In another order of addition: float32 roundings of sums over 5,200 images."""
+    whole, _ = trained(NumpyBackend(), tiny)
+    shuffled, _ = trained(NumpyBackend(), tiny, batch_size=5200)
+    for ours, theirs in zip(whole, shuffled):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)
+
+
+def test_history(tiny):
+    seen, stands = [], []
+    _, history = trained(
+        NumpyBackend(),
+        tiny,
+        epochs=5,
+        eval_every=2,
+        batch_size=2000,
+        on_images=seen.append,
+        on_step=lambda state: stands.append((len(state.history.epochs), state.steps)),
+    )
+    assert stands == [(epoch, step) for epoch in range(5) for step in range(4)] + [(5, 0)]
+    assert [epoch.epoch for epoch in history.epochs] == [1, 2, 3, 4, 5]
+    assert [epoch.test_accuracy is not None for epoch in history.epochs] == [False, True, False, True, True]
+    assert sum(seen) == 5 * 5200
+
+
+def test_train_accuracy_is_measured_before_the_update(tiny):
+    mlp = MLP(SMALL)
+    before = mlp.predict(NumpyBackend(), tiny.train_images)
+    (epoch,) = train(mlp, NumpyBackend(), tiny, epochs=1).epochs
+    assert epoch.train_accuracy == np.mean(before == tiny.train_labels)
+    assert epoch.test_accuracy == np.mean(mlp.predict(NumpyBackend(), tiny.test_images) == tiny.test_labels)
+
+
+def test_shuffling_depends_on_the_seed(tiny):
+    runs = [trained(NumpyBackend(), tiny, batch_size=100, seed=seed)[0] for seed in (0, 0, 1)]
+    np.testing.assert_array_equal(runs[0][0], runs[1][0])
+    assert not np.array_equal(runs[0][0], runs[2][0])
+
+
+@pytest.mark.parametrize("count", [1, 2, 1023, 1024, 1025, 10_000, 32_768, 32_769, 60_000, 480_001])
+def test_shards_cover_everything_once_and_evenly(count):
+    shards = shard_ranges(count)
+    assert [index for shard in shards for index in range(count)[shard]] == list(range(count))
+    assert len(shards) == min(SHARDS, -(-count // CHUNK))
+    sizes = [shard.stop - shard.start for shard in shards]
+    assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize(("count", "sizes"), [(7, [7]), (8, [8]), (9, [4, 5]), (25, [6, 6, 6, 7])])
+def test_chunks_of_a_shard_are_even_and_none_too_large(tiny, count, sizes):
+    class Frugal(NumpyBackend):
+        chunk = 8
+
+    images, labels = tiny.train_images[:count], tiny.train_labels[:count]
+    shard = Shard(Frugal(), images, labels, np.dtype(np.float32), Memory())
+    shard.prepare()
+    assert [len(x) for x in shard.kept.values()] == sizes
+    np.testing.assert_array_equal(np.concatenate(list(shard.kept.values())), NumpyBackend().prepare(images))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("items", [0, 1, 2, 30])
+def test_threads_share_the_work_and_results_come_in_order(threads, items):
+    workers = set()
+    meeting = threading.Barrier(min(threads, max(items, 1)))
+
+    def work(item):
+        if item < threads:
+            meeting.wait(60)  # each thread has one of the first items
+        workers.add(threading.get_ident())
+        time.sleep(0.001 * (item % 3))
+        return -item
+
+    with thread_pool(threads) as run:
+        assert list(run(work, range(items))) == [-item for item in range(items)]
+    assert len(workers) == min(threads, items)
+    assert not workers or threading.get_ident() in workers
+
+
+@pytest.mark.parametrize("in_caller", [True, False], ids=["in the calling thread", "in another"])
+def test_an_error_in_a_thread_drops_what_is_not_begun(in_caller):
+    meeting, begun = threading.Barrier(2), []
+
+    def work(item):
+        begun.append(item)
+        meeting.wait(60)
+        if (threading.current_thread() is threading.main_thread()) == in_caller:
+            raise ZeroDivisionError
+        time.sleep(0.2)  # the other has failed by then
+
+    with thread_pool(2) as run, pytest.raises(ZeroDivisionError):
+        list(run(work, range(1000)))
+    assert sorted(begun) == [0, 1]
+
+
+def test_gradient_of_shards_is_the_sum(tiny):
+    mlp = MLP(SMALL, dtype=np.float64)
+    with thread_pool(3) as run:
+        sums = Shards(run, NumpyBackend(), tiny.train_images, tiny.train_labels, mlp.dtype).gradient(mlp)
+    x = NumpyBackend().prepare(tiny.train_images, np.float64)
+    loss, correct, gradient = mlp.gradients(NumpyBackend(), x, tiny.train_labels)
+    assert (sums.loss, sums.correct) == (pytest.approx(loss, rel=1e-13), correct)
+    for ours, theirs in zip(sums.gradient, gradient):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-12 * np.abs(theirs).max())
+
+
+@pytest.mark.parametrize("batch_size", [None, 700])
+@pytest.mark.parametrize("limit", [0, 100_000])
+def test_same_bits_when_images_are_prepared_again(backend, tiny, limit, batch_size):
+    few = limited(tiny, 1400)
+    ours, history = trained(backend, few, memory_limit=limit, batch_size=batch_size, threads=2)
+    theirs, other_history = trained(backend, few, batch_size=batch_size)
+    for our, their in zip(ours, theirs):
+        np.testing.assert_array_equal(our, their)
+    assert results(history) == results(other_history)
+
+
+def test_no_more_is_kept_than_the_limit(tiny):
+    """Shards of 866 or 867 images of 25 pixels, a chunk each, take 100 bytes for each image in float32: three fit."""
+    prepared = []
+
+    class Counting(NumpyBackend):
+        def _prepare(self, images, dtype):
+            prepared.append(len(images))
+            return super()._prepare(images, dtype)
+
+    memory, mlp = Memory(270_000), MLP(SMALL)
+    with thread_pool(1) as run:
+        shards = Shards(run, Counting(), tiny.train_images, tiny.train_labels, mlp.dtype, memory)
+        assert memory.used == 260_000
+        for _ in range(2):
+            prepared.clear()
+            shards.gradient(mlp)
+            assert prepared == [866, 867, 867]
+        assert memory.used == 260_000
+        del shards
+    assert memory.used == 0
+
+
+def test_a_limit_needs_the_size_of_prepared_images(tiny):
+    class Sizeless(NumpyBackend):
+        def _prepare(self, images, dtype):
+            return csr_array(super()._prepare(images, dtype))
+
+    assert trained(Sizeless(), tiny)
+    with pytest.raises(ValueError, match="a memory limit needs nbytes of prepared images, which csr_array lacks"):
+        trained(Sizeless(), tiny, memory_limit=0)
+
+
+@pytest.mark.parametrize("options", [{"learning_rate": 1e30}, {"learning_rate": 1e30, "epochs": 1}])
+def test_a_loss_that_is_not_finite_stops_training(backend, tiny, options):
+    with pytest.raises(TrainingError, match=r"in epoch \d with learning rate 1e\+30: try a smaller learning rate"):
+        trained(backend, tiny, **{"epochs": 9, **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epochs": 0}, "epochs .* must be at least 1, not 0"),
+        ({"eval_every": 0}, "eval_every must be at least 1"),
+        ({"learning_rate": 0.0}, "learning_rate must be positive and finite, not 0.0"),
+        ({"learning_rate": float("nan")}, "not nan"),
+        ({"batch_size": 0}, "batch_size must be from 1 to 5200, .* not 0"),
+        ({"batch_size": 5201}, "not 5201"),
+        ({"threads": 0}, "threads must be at least 1, not 0"),
+    ],
+)
+def test_wrong_options(tiny, options, message):
+    with pytest.raises(ValueError, match=message):
+        trained(NumpyBackend(), tiny, **options)
+
+
+def test_an_error_in_a_worker_reaches_the_caller(tiny):
+    class Broken(NumpyBackend):
+        def _relu(self, z):
+            raise RuntimeError("broken kernel")
+
+    with pytest.raises(RuntimeError, match="broken kernel"):
+        trained(Broken(), tiny, threads=2)
