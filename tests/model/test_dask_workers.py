@@ -43,7 +43,7 @@ class Processes:
         self.address = self.client.scheduler.address
 
     def _start(self, command, *options, program=None):
-        program = program or ["-m", f"dask_workers.cli.{command}"]
+        program = program or ["-m", f"distributed.cli.{command}"]
         line = [sys.executable, *program, "--scheduler-file", str(self.file), *options]
         return subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
@@ -273,7 +273,7 @@ def test_work_that_kills_again_and_again(mortal, tiny, nannies):
 
 
 def test_a_scheduler_without_the_project(tmp_path):
-    program = "import sys; sys.modules['model'] = None; from dask_workers.cli.dask_scheduler import main; main()"
+    program = "import sys; sys.modules['model'] = None; from distributed.cli.dask_scheduler import main; main()"
     processes = Processes(tmp_path, scheduler=["-c", program])
     try:
         processes.have(1)
@@ -284,7 +284,7 @@ def test_a_scheduler_without_the_project(tmp_path):
 
 
 def test_a_worker_without_the_project(mortal):
-    program = "import sys; sys.modules['model'] = None; from dask_workers.cli.dask_worker import main; main()"
+    program = "import sys; sys.modules['model'] = None; from distributed.cli.dask_worker import main; main()"
     mortal.start_worker(program=["-c", program])
     while len(mortal.client.nthreads()) < 2:
         time.sleep(0.02)
@@ -340,7 +340,7 @@ def test_scheduler_gone_and_the_checkpoint_stands(mortal, tmp_path):
 )
 def test_a_worker_that_would_compute_other_bits(mortal, tiny, name, value, message):
     program = (
-        "from dask_workers.cli.dask_worker import main; from model import distributed;"
+        "from distributed.cli.dask_worker import main; from model import distributed;"
         f"found = dask_workers.surroundings() | {{'{name}': '{value}'}};"
         "dask_workers.surroundings = lambda: found; main()"
     )
