@@ -340,7 +340,7 @@ def test_scheduler_gone_and_the_checkpoint_stands(mortal, tmp_path):
 )
 def test_a_worker_that_would_compute_other_bits(mortal, tiny, name, value, message):
     program = (
-        "from distributed.cli.dask_worker import main; from model import distributed;"
+        "from distributed.cli.dask_worker import main; from model.extras import dask_workers;"
         f"found = dask_workers.surroundings() | {{'{name}': '{value}'}};"
         "dask_workers.surroundings = lambda: found; main()"
     )
