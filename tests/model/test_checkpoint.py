@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-import model.__main__ as command_line
 from kernels.numpy_backend import NumpyBackend
+from model import cli as command_line
+from model.cli import train as train_module
 from model.data import limited
 from model.extras import checkpoint
 from model.extras.checkpoint import Checkpoint, CheckpointError, Config, load, save
@@ -424,10 +425,10 @@ def test_a_read_only_folder_is_an_error_before_training(main, tmp_path, monkeypa
 
 
 def test_other_images_are_another_run(main, trained, monkeypatch):
-    dataset = command_line.load_dataset("digits28")
+    dataset = train_module.load_dataset("digits28")
     images = dataset.test_images.copy()
     images[-1, -1] ^= 1
-    monkeypatch.setattr(command_line, "load_dataset", lambda name, folder: dataset._replace(test_images=images))
+    monkeypatch.setattr(train_module, "load_dataset", lambda name, folder: dataset._replace(test_images=images))
     code, _, error = main("train", "--resume", trained, "--epochs", 2)
     assert code == 2
     assert "data_sha256" in error
@@ -451,14 +452,14 @@ def test_a_backend_of_ones_own_can_be_resumed(main, tmp_path):
 
 def test_when_it_is_saved(main, monkeypatch, tmp_path):
     saved = []
-    monkeypatch.setattr(command_line, "save", lambda _, __, state, ___: saved.append(stand(state)))
+    monkeypatch.setattr(train_module, "save", lambda _, __, state, ___: saved.append(stand(state)))
     main(*TRAIN, "--epochs", 5, "--checkpoint", tmp_path / "x")
     assert saved == [(0, 0), (5, 0)]
     saved.clear()
     main(*TRAIN, "--epochs", 5, "--checkpoint", tmp_path / "x", "--checkpoint-every", 2)
     assert saved == [(0, 0), (2, 0), (4, 0), (5, 0)]
     saved.clear()
-    monkeypatch.setattr(command_line, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(train_module, "SAVE_SECONDS", 0)
     main(*TRAIN, "--epochs", 1, "--checkpoint", tmp_path / "x")
     assert saved == [*((0, step) for step in range(7)), (1, 0)]
 
