@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from kernels.backend import CHUNK, Backend
 from model.mlp import MLP
+from model.threads import exhaust
 
 SHARDS = 32
 
@@ -82,6 +83,7 @@ class Shard:
         self.dtype = dtype
         self.memory = memory
         self.kept: dict[int, Any] = {}
+        self.chunks = even_parts(len(labels), math.ceil(len(labels) / backend.chunk))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -115,7 +117,7 @@ class Shard:
         return loss, correct
 
     def _chunks(self) -> Iterator[tuple[Any, NDArray]]:
-        for chunk in even_parts(len(self), math.ceil(len(self) / self.backend.chunk)):
+        for chunk in self.chunks:
             x = self.kept.get(chunk.start)
             if x is None:
                 x = self.backend.prepare(self.images[chunk], self.dtype)
@@ -167,7 +169,7 @@ class Shards:
         self.count = len(images)
         memory = memory or Memory()
         self.shards = [Shard(backend, images[part], labels[part], dtype, memory) for part in shard_ranges(self.count)]
-        list(run(Shard.prepare, self.shards))
+        exhaust(run(Shard.prepare, self.shards))
 
     def gradient(self, mlp: MLP, on_images: Callable[[int], None] = lambda images: None) -> Sums:
         """Sums over all images; calls `on_images` with the size of each finished shard."""

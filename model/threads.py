@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,18 +11,18 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController
 
 
 @contextmanager
 def thread_pool(threads: int) -> Iterator[Callable]:
-    """A function that maps another over a list on so many threads, in order, each with its BLAS held to one thread.
+    """A function that maps another over a list on that many threads, in order, each with BLAS held to one thread.
 
     The calling thread is one of them: if it only waited for the others, they would have to make room for it whenever
     there is a result. When an exception, such as Ctrl-C, leaves a thread, the work not yet begun is dropped.
     """
     _keep_freed_memory()
-    with threadpool_limits(1, user_api="blas"):
+    with blas_on_one_thread():
         pool = ThreadPoolExecutor(threads)
         try:
             yield partial(_map, pool.submit, threads)
@@ -31,6 +32,9 @@ def thread_pool(threads: int) -> Iterator[Callable]:
 
 def _map(submit: Callable, threads: int, function: Callable, items: Sequence) -> Iterator:
     """Results in the order of the items, each as soon as this thread is free and those before it are there."""
+    if len(items) == 1:  # a small batch: nobody else is woken
+        yield function(items[0])
+        return
     numbered = enumerate(items)  # each thread takes the next, which is a single step of the interpreter
     finished: dict[int, Any] = {}
 
@@ -51,6 +55,51 @@ def _map(submit: Callable, threads: int, function: Callable, items: Sequence) ->
     for other in others:
         other.result()
     yield from map(finished.pop, sorted(finished))
+
+
+_blas_lock = threading.Lock()
+if hasattr(os, "register_at_fork"):  # a child has no other thread that could release it
+    os.register_at_fork(
+        before=_blas_lock.acquire, after_in_parent=_blas_lock.release, after_in_child=_blas_lock.release
+    )
+_blas_users = 0
+_blas_before: list[tuple[Any, int]] = []
+
+
+@contextmanager
+def blas_on_one_thread() -> Iterator[None]:
+    """Hold BLAS to one thread in the whole process, until the last of overlapping blocks ends.
+
+    The number of BLAS threads belongs to the process: if each block set and restored it on its own, the first to end
+    would lift the limit of the others, and the last would restore the limit itself.
+    """
+    global _blas_users
+    with _blas_lock:
+        _blas_users += 1
+        if _blas_users == 1:
+            libraries = ThreadpoolController().select(user_api="blas").lib_controllers
+            _blas_before[:] = [(library, library.num_threads) for library in libraries]
+            for library in libraries:
+                _set_threads(library, 1)
+    try:
+        yield
+    finally:
+        with _blas_lock:
+            _blas_users -= 1
+            if _blas_users == 0:
+                for library, count in _blas_before:
+                    _set_threads(library, count)
+
+
+def _set_threads(library: Any, count: int) -> None:
+    """Set the number of a BLAS's threads, whichever thread asks.
+
+    From version 3.8 on, threadpoolctl ignores whoever is not the first thread that has set it.
+    """
+    forget_owner = getattr(library, "clear_controlling_thread", lambda force: None)
+    forget_owner(force=True)
+    library.set_num_threads(count)
+    forget_owner(force=True)
 
 
 def exhaust(iterator: Iterator) -> None:

@@ -123,12 +123,13 @@ def train(
     Raises
     ------
     ValueError
-        If an option is out of range or `state` is not one of such a run.
+        If an option is out of range, `state` is not one of such a run, or images and labels do not belong together.
     TrainingError
         If the loss is not finite.
     """
     images, labels = dataset.train_images, dataset.train_labels
-    _check_options(len(images), epochs, learning_rate, batch_size, threads, eval_every)
+    _check_dataset(dataset)
+    _check_options(len(images), epochs, learning_rate, batch_size, threads, memory_limit, eval_every)
     if batches and batch_size:
         raise ValueError("mini-batches would travel longer than they train: leave out batch_size, or the workers")
     state = state or State.start(seed)
@@ -187,7 +188,8 @@ def descend(
     """One step of gradient descent on the mean loss over `batch`; returns its sums from before the step."""
     sums = batch.gradient(mlp, on_images)
     for parameter, gradient in zip(mlp.parameters, sums.gradient):
-        parameter -= gradient * (learning_rate / batch.count)
+        gradient *= learning_rate / batch.count  # in place: a temporary as large as the weights costs half the update
+        parameter -= gradient
     return sums
 
 
@@ -203,7 +205,26 @@ def _mini_batches(
     order = rng.permutation(len(images))
     for start in range(skipped * batch_size, len(images), batch_size):
         batch = order[start : start + batch_size]
-        yield place(images[batch], labels[batch])
+        yield place(images.take(batch, axis=0), labels.take(batch))  # faster than images[batch] on short rows
+
+
+def _check_dataset(dataset: Dataset) -> None:
+    """Raise a ValueError unless there are images to train on and to test on, with a label for each."""
+    for kind in ("training", "test"):
+        images, labels = dataset[1:3] if kind == "training" else dataset[3:5]
+        for name, array, ndim in (("images", images, 2), ("labels", labels, 1)):
+            if not isinstance(array, np.ndarray) or array.ndim != ndim:
+                shape = "(n, pixels)" if ndim == 2 else "(n,)"
+                raise ValueError(f"the {kind} {name} must be an array of shape {shape}: make it one with numpy.asarray")
+        if len(images) == 0:
+            raise ValueError(f"there are no {kind} images")
+        if len(images) != len(labels):
+            raise ValueError(
+                f"there are {len(images)} {kind} images but {len(labels)} labels: one label for each image"
+            )
+    trained, tested = dataset.train_images.shape[1], dataset.test_images.shape[1]
+    if trained != tested:
+        raise ValueError(f"training images have {trained} pixels but test images {tested}: they must have as many")
 
 
 def _check_options(
@@ -212,10 +233,9 @@ def _check_options(
     learning_rate: float,
     batch_size: int | None,
     threads: int | None,
+    memory_limit: int | None,
     eval_every: int,
 ) -> None:
-    if images == 0:
-        raise ValueError("there are no training images")
     if epochs < 1 or eval_every < 1:
         raise ValueError(f"epochs and eval_every must be at least 1, not {epochs} and {eval_every}")
     if not (math.isfinite(learning_rate) and learning_rate > 0):
@@ -224,6 +244,8 @@ def _check_options(
         raise ValueError(f"batch_size must be from 1 to {images}, the number of training images, not {batch_size}")
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be at least 1, not {threads}")
+    if memory_limit is not None and memory_limit < 0:
+        raise ValueError(f"memory_limit must not be negative, but is {memory_limit}")
 
 
 def _check_state(state: State, images: int, epochs: int, batch_size: int | None) -> None:

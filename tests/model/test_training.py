@@ -4,10 +4,12 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from scipy.sparse import csr_array
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from kernels import get_backend
 from kernels.backend import CHUNK
@@ -267,11 +269,86 @@ def test_a_loss_that_is_not_finite_stops_training(backend, tiny, options):
         ({"batch_size": 0}, "batch_size must be from 1 to 5200, .* not 0"),
         ({"batch_size": 5201}, "not 5201"),
         ({"threads": 0}, "threads must be at least 1, not 0"),
+        ({"memory_limit": -1}, "memory_limit must not be negative, but is -1"),
     ],
 )
 def test_wrong_options(tiny, options, message):
     with pytest.raises(ValueError, match=message):
         trained(NumpyBackend(), tiny, **options)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (lambda d: {"test_labels": d.test_labels[:-1]}, "100 test images but 99 labels"),
+        (lambda d: {"train_labels": d.train_labels[:1024]}, "5200 training images but 1024 labels"),
+        (lambda d: {"train_images": d.train_images[:9]}, "9 training images but 5200 labels"),
+        (lambda d: {"train_images": d.train_images[:0], "train_labels": d.train_labels[:0]}, "no training images"),
+        (lambda d: {"test_images": d.test_images[:0], "test_labels": d.test_labels[:0]}, "no test images"),
+        (lambda d: {"test_images": d.test_images[:, 1:]}, "25 pixels but test images 24"),
+        (lambda d: {"train_images": d.train_images.tolist()}, r"training images must be an array .* numpy\.asarray"),
+        (lambda d: {"test_labels": d.test_labels.tolist()}, r"test labels must be an array of shape \(n,\)"),
+        (lambda d: {"train_images": d.train_images.reshape(-1, 5, 5)}, r"training images must be .* \(n, pixels\)"),
+    ],
+)
+@pytest.mark.parametrize("batch_size", [None, 64])
+def test_images_and_labels_that_do_not_belong_together(tiny, changed, message, batch_size):
+    """Before any work: nothing is prepared, and the network stays as it was."""
+
+    class Untouched(NumpyBackend):
+        def prepare(self, images, dtype=np.float32):
+            pytest.fail("work began")
+
+    with pytest.raises(ValueError, match=message):
+        trained(Untouched(), tiny._replace(**changed(tiny)), batch_size=batch_size)
+
+
+def blas_threads():
+    return [library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"]
+
+
+def test_overlapping_trainings_share_the_limit_of_blas(digits28):
+    """The first to end leaves the other its limit, and the last restores what was there before: two threads here."""
+    few, alone = limited(digits28, 3000), {}
+    with threadpool_limits(2, user_api="blas"):
+        before = blas_threads()
+        for seed in (1, 2):
+            alone[seed] = [array.tobytes() for array in trained(NumpyBackend(), few, (784, 64, 10), seed=seed)[0]]
+        begun, ended = threading.Event(), threading.Event()
+        during = []
+
+        def wait_for_the_other(state):
+            begun.set()
+            if state.history.epochs:
+                ended.wait(60)
+                during.append(blas_threads())
+
+        def longer():
+            return trained(NumpyBackend(), few, (784, 64, 10), seed=2, on_step=wait_for_the_other, threads=1)[0]
+
+        with ThreadPoolExecutor(1) as pool:
+            second = pool.submit(longer)
+            begun.wait(60)
+            first = trained(NumpyBackend(), few, (784, 64, 10), seed=1, threads=1)[0]
+            ended.set()
+            both = {1: first, 2: second.result()}
+        assert {seed: [array.tobytes() for array in parameters] for seed, parameters in both.items()} == alone
+        assert all(set(counts) == {1} for counts in during)
+        assert during
+        assert blas_threads() == before
+
+
+def test_a_small_batch_wakes_no_other_thread(tiny):
+    few = tiny._replace(train_images=tiny.train_images[:64], train_labels=tiny.train_labels[:64])
+    seen = set()
+
+    class Watched(NumpyBackend):
+        def _relu(self, z):
+            seen.add(threading.get_ident())
+            return super()._relu(z)
+
+    trained(Watched(), few, batch_size=8, threads=8)
+    assert seen == {threading.get_ident()}
 
 
 def test_an_error_in_a_worker_reaches_the_caller(tiny):
