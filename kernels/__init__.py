@@ -14,14 +14,14 @@ from kernels.backend import Backend
 __all__ = ["Backend", "backend_names", "get_backend"]
 
 # From the plainest to the most specialised: the order of tables, plots and parametrized tests.
-_LADDER = ["naive", "numpy", "numba", "sparse"]
+_ORDER = ["naive", "numpy", "numba", "sparse"]
 
 
 def backend_names() -> list[str]:
     """Names of the backends in this folder, from the plainest to the most specialised."""
     files = [file for folder in __path__ for file in Path(folder).glob("*_backend.py")]
     found = sorted(file.stem.removesuffix("_backend") for file in files)
-    return sorted(found, key=lambda name: _LADDER.index(name) if name in _LADDER else len(_LADDER))
+    return sorted(found, key=lambda name: _ORDER.index(name) if name in _ORDER else len(_ORDER))
 
 
 def get_backend(name: str) -> Backend:

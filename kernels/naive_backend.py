@@ -8,6 +8,7 @@ what is computed, the others to see how to compute it fast.
 import math
 
 import numpy as np
+from numpy.typing import DTypeLike, NDArray
 
 from kernels.backend import Backend
 
@@ -63,33 +64,33 @@ class NaiveBackend(Backend):
 
     too_slow_for_full_batches = True
 
-    def _prepare(self, images, dtype):
+    def _prepare(self, images: NDArray[np.uint8], dtype: np.dtype) -> NDArray:
         return np.array([[pixel / 255 for pixel in image] for image in images.tolist()], dtype).reshape(images.shape)
 
-    def _matmul(self, a, b, bias):
+    def _matmul(self, a: NDArray, b: NDArray, bias: NDArray | None) -> NDArray:
         out = _zeros(len(a), b.shape[1])
         matmul(a.tolist(), b.tolist(), [0.0] * b.shape[1] if bias is None else bias.tolist(), out)
         return _array(out, (len(a), b.shape[1]), a.dtype)
 
-    def _relu(self, z):
+    def _relu(self, z: NDArray) -> NDArray:
         out = _zeros(*z.shape)
         relu(z.tolist(), out)
         return _array(out, z.shape, z.dtype)
 
-    def _relu_grad(self, upstream, activations):
+    def _relu_grad(self, upstream: NDArray, activations: NDArray) -> NDArray:
         out = _zeros(*upstream.shape)
         relu_grad(upstream.tolist(), activations.tolist(), out)
         return _array(out, upstream.shape, upstream.dtype)
 
-    def _softmax_grad(self, logits, labels):
+    def _softmax_grad(self, logits: NDArray, labels: NDArray[np.integer]) -> tuple[float, int, NDArray]:
         out = _zeros(*logits.shape)
         loss, correct = softmax_grad(logits.tolist(), labels.tolist(), out)
         return loss, correct, _array(out, logits.shape, logits.dtype)
 
 
-def _zeros(rows, columns):
+def _zeros(rows: int, columns: int) -> list[list[float]]:
     return [[0.0] * columns for _ in range(rows)]
 
 
-def _array(lists, shape, dtype):
+def _array(lists: list[list[float]], shape: tuple[int, ...], dtype: DTypeLike) -> NDArray:
     return np.array(lists, dtype).reshape(shape)  # no rows leave no columns to infer

@@ -5,6 +5,7 @@ each allocates the one buffer that it returns and works on it in place.
 """
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kernels.backend import Backend
 
@@ -12,17 +13,17 @@ from kernels.backend import Backend
 class NumpyBackend(Backend):
     """The kernels as whole-array expressions."""
 
-    def _matmul(self, a, b, bias):
+    def _matmul(self, a: NDArray, b: NDArray, bias: NDArray | None) -> NDArray:
         out = a @ b
         if bias is not None:
             out += bias
         return out
 
-    def _relu(self, z):
+    def _relu(self, z: NDArray) -> NDArray:
         # A row of zeros instead of the number 0: NumPy's maximum has vector code for two arrays only.
         return np.maximum(z, np.zeros(z.shape[1], z.dtype), order="C")
 
-    def _relu_grad(self, upstream, activations):
+    def _relu_grad(self, upstream: NDArray, activations: NDArray) -> NDArray:
         # An all-ones bit mask selects what np.where would, NaN included, and much faster.
         bits = np.dtype(f"i{upstream.itemsize}")
         mask = np.greater(activations, 0, order="C").astype(bits)
@@ -30,7 +31,7 @@ class NumpyBackend(Backend):
         mask &= upstream.view(bits)
         return mask.view(upstream.dtype)
 
-    def _softmax_grad(self, logits, labels):
+    def _softmax_grad(self, logits: NDArray, labels: NDArray[np.integer]) -> tuple[float, int, NDArray]:
         rows = np.arange(len(logits))
         predictions = logits.argmax(axis=1)
         out = np.subtract(logits, logits[rows, predictions, None], order="C")

@@ -9,20 +9,27 @@ generic LLVM, so one source serves SSE, AVX2, AVX-512 and NEON, in float32 and f
 Functions to be called from Python are decorated with :func:`kernel`.
 """
 
+import errno
+import functools
 import hashlib
 import math
 import os
+import pickle
+import secrets
+import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import llvmlite
 import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils, event
+from numba.core import cgutils, event, serialize
+from numba.core.compiler import CompileResult
 from numba.core.registry import cpu_target
 
 # What code is generated for: LLVM's triple, the name of the CPU and its features, all as Numba was told to
@@ -283,12 +290,22 @@ class Kernel:
     """A function that is compiled, or loaded from the cache on disk, once for each type of float.
 
     It runs without the GIL, and can be called from several threads at once.
+
+    Raises
+    ------
+    ValueError
+        If ``NUMBA_DISABLE_JIT`` is set: vectors that are spelled out do not run in Python.
     """
 
-    def __init__(self, function: Callable, parameters: Sequence[Callable], returns: types.Type):
-        self._function = function
+    def __init__(
+        self, function: Callable, parameters: Sequence[Callable], returns: types.Type, options: dict[str, Any]
+    ):
+        _require_compiler()
+        self.function = function
         self._parameters = parameters
         self._returns = returns
+        self._options: dict[str, Any] = {"nogil": True, "error_model": "numpy"} | options
+        self._source = _read(function)
         self._compiled: dict[np.dtype, Callable] = {}
 
     def __call__(self, array: np.ndarray, *arguments: Any) -> Any:
@@ -298,16 +315,41 @@ class Kernel:
             compiled = self._compile(array.dtype)
         return compiled(array, *arguments)
 
+    def assembly(self, dtype: np.dtype) -> str:
+        """Machine code for a type of float. It is compiled again for that, as Numba shows no code from a cache."""
+        return next(iter(self._dispatcher(dtype, cache=None).inspect_asm().values()))
+
     def _compile(self, dtype: np.dtype) -> Callable:
-        signature = self._returns(*(parameter(numba.from_dtype(dtype)) for parameter in self._parameters))
-        with _COMPILING, _cache_for(dtype) as cache, event.install_timer("numba:compile", _SECONDS.append):
+        with _COMPILING, event.install_timer("numba:compile", _SECONDS.append):
             if dtype not in self._compiled:
-                compiler = numba.njit(signature, nogil=True, cache=cache, error_model="numpy")
-                self._compiled[dtype] = compiler(self._function)
+                self._compiled[dtype] = self._dispatcher(dtype, self._cache(dtype))
         return self._compiled[dtype]
 
+    def _dispatcher(self, dtype: np.dtype, cache: "_Cache | None") -> Any:
+        numba.core.config.reload_config()  # which compiling does too late for the two lines that ask for settings
+        _require_compiler()
+        dispatcher: Any = numba.njit(**self._options)(self.function)
+        if cache:
+            dispatcher._cache = cache
+        dispatcher.compile(self._returns(*(parameter(numba.from_dtype(dtype)) for parameter in self._parameters)))
+        dispatcher.disable_compile()
+        return dispatcher
 
-def kernel(*parameters: Callable, returns: types.Type = types.void) -> Callable[[Callable], Kernel]:
+    def _cache(self, dtype: np.dtype) -> "_Cache | None":
+        """A file for this state of the sources, of all that compiles them, and of its settings; None without sources.
+
+        Numba's own cache looks at the file of the function and at the CPU only. It would run stale code after an edit
+        of this file, and slow code after a run with ``NUMBA_OPT=0``. One file for each dtype lets processes that start
+        at once write the same files and no others.
+        """
+        if self._source is None:
+            return None
+        state = hashlib.sha256(_SOURCES + self._source + repr((_VERSIONS, _TARGET, _settings(), dtype.str)).encode())
+        folder = Path(_config.CACHE_DIR or _FOLDER / "__pycache__") / f"kernels-{state.hexdigest()[:16]}"
+        return _Cache(folder / f"{self.function.__module__}.{self.function.__qualname__}.nbc")
+
+
+def kernel(*parameters: Callable, returns: types.Type = types.void, **options: Any) -> Callable[[Callable], Kernel]:
     """Decorate a function to become a :class:`Kernel`.
 
     Parameters
@@ -317,8 +359,10 @@ def kernel(*parameters: Callable, returns: types.Type = types.void) -> Callable[
         argument is an array of that type of float.
     returns
         Type of the result.
+    options
+        More options of :func:`numba.njit`.
     """
-    return lambda function: Kernel(function, parameters, returns)
+    return lambda function: Kernel(function, parameters, returns, options)
 
 
 def compile_seconds() -> float:
@@ -334,32 +378,87 @@ if hasattr(os, "register_at_fork"):  # the child of a fork has no other thread, 
     )
 _SECONDS: list[float] = []
 
+
+def _require_compiler() -> None:
+    if _config.DISABLE_JIT:
+        raise ValueError("NUMBA_DISABLE_JIT is set, and compiled kernels do not run without Numba's compiler: unset it")
+
+
+def _read(function: Callable) -> bytes | None:
+    """The file that a function stands in, or None if it was typed in."""
+    try:
+        return Path(function.__code__.co_filename).read_bytes()
+    except OSError:
+        return None
+
+
 # Read now, while they are what is being imported, and not when a kernel is compiled.
 _FOLDER = Path(__file__).parent
-_SOURCES = b"".join(path.read_bytes() for path in sorted(_FOLDER.glob("*.py")))
+_SOURCES = b"".join(path.read_bytes() for path in sorted(_FOLDER.rglob("*.py")))
+
+_VERSIONS = sys.version, np.__version__, numba.__version__, llvmlite.__version__
+
+# Settings that do not change the code, and differ between runs on one machine. All others belong to what is cached:
+# most change nothing either, but a list of those that do would be out of date with the next version of Numba.
+_NO_MATTER = {"CACHE_DIR", "NUMBA_NUM_THREADS", "NUMBA_DEFAULT_NUM_THREADS"}
 
 
-@contextmanager
-def _cache_for(dtype: np.dtype) -> Iterator[bool]:
-    """Have Numba cache in a directory for this state of the sources, CPU and dtype; say whether it can.
+def _settings() -> list[tuple[str, str]]:
+    """Numba's settings, from the environment, its file or a program."""
+    names = sorted(name for name in dir(_config) if name.isupper() and name not in _NO_MATTER)
+    return [(name, repr(getattr(_config, name))) for name in names]
 
-    Numba looks for changes only in the file of the function that it caches, and would run stale code after an
-    edit of this one. One directory for each dtype lets processes that start at once write the same files and
-    no others.
+
+class _Cache:
+    """Machine code of one kernel in one file, in the place of Numba's own cache of a function.
+
+    The file starts with the hash of what follows, so one that is empty, cut short or damaged is compiled anew.
     """
-    key = hashlib.sha256(_SOURCES + repr((_TARGET, dtype.str)).encode()).hexdigest()[:16]
-    chosen = _config.CACHE_DIR
-    directory = Path(chosen or _FOLDER / "__pycache__") / f"kernels-{key}"
-    _config.CACHE_DIR = str(directory)
-    try:
-        yield _is_writable(directory)
-    finally:
-        _config.CACHE_DIR = chosen
+
+    def __init__(self, path: Path):
+        self._path = path
+
+    def load_overload(self, signature: Any, target_context: Any) -> CompileResult | None:
+        target_context.refresh()
+        try:
+            content = self._path.read_bytes()
+        except OSError:
+            return None
+        digest, code = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
+        if hashlib.sha256(code).digest() != digest:
+            return None
+        return CompileResult._rebuild(target_context, *pickle.loads(code))
+
+    def save_overload(self, signature: Any, result: Any) -> None:
+        if result.library.has_dynamic_globals:  # addresses in this process
+            return
+        code = serialize.dumps(result._reduce())
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            _write_atomically(self._path, hashlib.sha256(code).digest() + code)
+        except OSError as error:
+            if error.errno not in _READ_ONLY:
+                _warn_of_no_cache(self._path.parent.parent, error.strerror)
 
 
-def _is_writable(directory: Path) -> bool:
+_DIGEST_BYTES = hashlib.sha256().digest_size
+
+# A folder that nobody may write to is how some install a program, so it is no reason to complain.
+_READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
+
+
+@functools.cache  # so once
+def _warn_of_no_cache(folder: Path, reason: str) -> None:
+    """In one line: it names the folder in place of a line of source that would be shown below it."""
+    message = f"compiled kernels cannot be kept here ({reason}): the next run compiles them again"
+    warnings.warn_explicit(message, RuntimeWarning, str(folder), 0)
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return False
-    return os.access(directory, os.W_OK)
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -315,6 +315,8 @@ def test_backends_are_found_by_name():
     assert backend_names()[:2] == ["naive", "numpy"]
     for name in backend_names():
         assert get_backend(name).name == name
+        assert repr(get_backend(name)) == f"get_backend('{name}')"
+        assert get_backend(name).too_slow_for_full_batches == (name == "naive")
     assert get_backend("tests.kernels.test_kernels:Custom").name == "tests.kernels.test_kernels:Custom"
 
 

@@ -225,11 +225,11 @@ PROBE = textwrap.dedent("""
 """)
 
 
-def start_probe(*dtypes, folder=ROOT, **environment):
+def start_probe(*dtypes, code=PROBE, folder=ROOT, **environment):
     unset = {"NUMBA_CACHE_DIR", "NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES"}
     inherited = {name: value for name, value in os.environ.items() if name not in unset}
     return subprocess.Popen(
-        [sys.executable, "-c", PROBE, *dtypes],
+        [sys.executable, "-c", code, *dtypes],
         cwd=folder,
         env=inherited | environment,
         stdout=subprocess.PIPE,
@@ -298,3 +298,98 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path):
     seconds, *_, relu, gradient = finish(start_probe(NUMBA_CACHE_DIR=str(tmp_path / "file" / "folder")))
     assert seconds > 0
     assert (relu, gradient) == (0, 0.5)
+
+
+@pytest.mark.slow
+def test_settings_that_change_the_code_do_not_share_a_cache(tmp_path):
+    """Each run finds a cache that the runs with other settings have filled, and compiles; the first finds its own."""
+    settings = {
+        "NUMBA_OPT": "0",
+        "NUMBA_BOUNDSCHECK": "1",
+        "NUMBA_DEBUGINFO": "1",
+        "NUMBA_LOOP_VECTORIZE": "0",
+        "NUMBA_SLP_VECTORIZE": "1",
+    }
+
+    def run(**environment):
+        seconds, *_, relu, gradient = finish(start_probe(NUMBA_CACHE_DIR=str(tmp_path), **environment))
+        assert (relu, gradient) == (0, 0.5)
+        return seconds
+
+    assert run() > 0
+    for name, value in settings.items():
+        assert run(**{name: value}) > 0, name
+    assert run() == 0
+    assert run(NUMBA_OPT="0") == 0
+
+
+@pytest.mark.slow
+def test_a_damaged_cache_is_compiled_anew(tmp_path):
+    def run():
+        seconds, *_, relu, gradient = finish(start_probe(NUMBA_CACHE_DIR=str(tmp_path)))
+        assert (relu, gradient) == (0, 0.5)
+        return seconds
+
+    damages = {
+        "empty": lambda content: b"",
+        "cut short": lambda content: content[: len(content) // 2],
+        "zeros inside": lambda content: content[: len(content) // 2] + bytes(len(content) // 4) + content[-999:],
+        "no code": lambda content: b"nothing that was ever compiled",
+    }
+    run()
+    for name, damage in damages.items():
+        files = [path for path in tmp_path.rglob("*") if path.is_file()]
+        for path in files:
+            path.write_bytes(damage(path.read_bytes()))
+        assert files
+        assert run() > 0, name
+        assert run() == 0, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("full_at", ["write_bytes", "mkdir"])
+def test_a_full_disk_is_done_without(full_at, tmp_path):
+    """As if the disk were full at the first write, or at the first folder."""
+    code = textwrap.dedent(f"""
+        import errno, os, pathlib
+        def full(*arguments, **options):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        pathlib.Path.{full_at} = full
+    """)
+    probe = start_probe(code=code + PROBE, NUMBA_CACHE_DIR=str(tmp_path / "cache"))
+    output, errors = probe.communicate(timeout=600)
+    assert probe.returncode == 0, errors
+    assert float(output.split()[0]) > 0
+    (line,) = errors.splitlines()
+    assert str(tmp_path) in line
+    assert "No space left on device" in line
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_kernels_need_the_compiler():
+    """One line that names the variable, where a backend is asked for as well as where a kernel first runs."""
+    code = textwrap.dedent("""
+        import os
+        from kernels import get_backend
+        try:
+            get_backend("numba")
+        except ValueError as error:
+            print(error)
+        del os.environ["NUMBA_DISABLE_JIT"]
+        import numba
+        numba.config.reload_config()
+        numba.config.DISABLE_JIT = 0
+        backend = get_backend("numba")
+        os.environ["NUMBA_DISABLE_JIT"] = "1"
+        import numpy as np
+        try:
+            backend.relu(np.zeros((2, 2), np.float32))
+        except ValueError as error:
+            print(error)
+    """)
+    probe = start_probe(code=code, NUMBA_DISABLE_JIT="1")
+    output, errors = probe.communicate(timeout=600)
+    assert (probe.returncode, errors) == (0, "")
+    first, second = output.splitlines()
+    assert first == second
+    assert first.startswith("NUMBA_DISABLE_JIT is set")
