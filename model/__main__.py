@@ -43,6 +43,7 @@ out = Console()
 err = Console(stderr=True)
 
 SAVE_SECONDS = 60
+SURE = 0.8  # below this probability, predict names the second guess too
 BYTES = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 Threads = Annotated[
@@ -269,7 +270,8 @@ def predict_command(
     """Say which digit a picture shows."""
     from model.picture import read_picture  # SciPy takes an eighth of a second to import
 
-    mlp = load(checkpoint).mlp
+    run = load(checkpoint)
+    mlp = run.mlp
     if (mlp.layers[0][0].shape[0], len(mlp.layers[-1][1])) != (784, 10):
         raise ValueError(
             f"{checkpoint}: its network is not for digits of 28 x 28 pixels. Train one on mnist or digits28"
@@ -277,7 +279,11 @@ def predict_command(
     (probabilities,) = mlp.probabilities(get_backend("numpy"), read_picture(picture)[None])
     if np.isnan(probabilities).any():
         raise ValueError(f"{checkpoint}: its parameters are too large to compute with. Use another checkpoint")
-    out.print(f"{picture} shows the digit {probabilities.argmax()}", soft_wrap=True, markup=False, highlight=False)
+    second, first = np.argsort(probabilities)[-2:]
+    unsure = f", or perhaps {second}: the network is unsure" if probabilities[first] < SURE else ""
+    out.print(f"{picture} shows the digit {first}{unsure}", soft_wrap=True, markup=False, highlight=False)
+    if run.config.dataset == "digits28":
+        say(f"{checkpoint}: learned from digits28, and knows only about half of MNIST's digits. Train one on mnist")
     out.print(probability_bars(probabilities))
 
 
