@@ -4,6 +4,7 @@ Pictures come from outside, so nothing in them is taken on trust: the size of th
 declares are bounded before anything is decoded, and whatever cannot be read is said in one line.
 """
 
+import io
 import os
 import warnings
 from pathlib import Path
@@ -34,6 +35,7 @@ FAINT = 0.25  # of full ink: the rims of strokes end here
 ONE_COLOUR = 8  # levels of 255: rounding makes colours differ, and drawing programs
 FULL = 95  # percentile of a digit's pixels that counts as full ink
 
+PNG, TEXTS, END_OF_JPEG = b"\x89PNG\r\n\x1a\n", (b"tEXt", b"zTXt", b"iTXt", b"iCCP"), b"\xff\xd9"
 ADVICE = "Draw the digit with more contrast, and with room around it"
 
 SIDE, BOX, CENTRE = 28, 20, 14  # pixels of an image, of the box that holds the digit, and where its mass is centred
@@ -101,13 +103,20 @@ def decode(stream: BinaryIO, source: str) -> NDArray[np.uint8]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd metadata, and of sizes that are refused below
-            image: Image.Image = Image.open(stream, formats=("PNG", "JPEG"))
+            content = without_texts(stream.read(MAX_BYTES + 1))
+            unfinished = content.startswith(b"\xff\xd8") and END_OF_JPEG not in content[-32:]
+            image: Image.Image = Image.open(io.BytesIO(content + END_OF_JPEG * unfinished), formats=("PNG", "JPEG"))
             if image.width * image.height > MAX_PIXELS:
                 raise PictureError(too_large)
             # A JPEG may hold a preview as its second frame.
             if image.format == "PNG" and getattr(image, "is_animated", False):
                 raise PictureError(f"{source}: is animated. Save one of its frames")
             image.load()
+            # What is missing of a JPEG is grey; without more than its end mark, nothing is.
+            if unfinished and np.all(
+                np.asarray(image.convert("L").crop((image.width - 1, image.height - 1, *image.size))) == 128
+            ):
+                raise OSError("truncated")
             turn_upright(image)
             if image.mode.startswith("I"):  # grey of 16 bits, which Pillow's conversion would clip
                 image = Image.fromarray(stretched(np.asarray(image)))
@@ -122,6 +131,19 @@ def decode(stream: BinaryIO, source: str) -> NDArray[np.uint8]:
         raise PictureError(f"{source}: is no PNG or JPEG picture. Save or export it as one") from error
     except Exception as error:  # Pillow lets through whatever its parsers stumble over
         raise PictureError(f"{source}: is damaged or truncated. Save or export it again") from error
+
+
+def without_texts(content: bytes) -> bytes:
+    """Leave the texts and the colour profile out of a PNG file: Pillow refuses the whole file if they are large."""
+    if not content.startswith(PNG):
+        return content
+    kept, at = [PNG], len(PNG)
+    while at < len(content):
+        end = at + 12 + int.from_bytes(content[at : at + 4], "big")
+        if content[at + 4 : at + 8] not in TEXTS:
+            kept.append(content[at:end])
+        at = end
+    return b"".join(kept)
 
 
 def stretched(levels: NDArray[Any]) -> NDArray[np.uint8]:
