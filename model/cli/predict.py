@@ -4,16 +4,19 @@ import numpy as np
 
 from kernels import get_backend
 from model.cli import options as opt
-from model.cli.console import out, tell
+from model.cli.console import out, say, tell
 from model.cli.tables import probability_bars
 from model.extras.checkpoint import load
+
+SURE = 0.8  # below this probability, the second guess is named too
 
 
 def predict_command(picture: opt.Picture, checkpoint: opt.Trained) -> None:
     """Say which digit a picture shows."""
     from model.extras.picture import read_picture  # SciPy takes an eighth of a second to import
 
-    mlp = load(checkpoint).mlp
+    run = load(checkpoint)
+    mlp = run.mlp
     if (mlp.layers[0][0].shape[0], len(mlp.layers[-1][1])) != (784, 10):
         raise ValueError(
             f"{checkpoint}: its network is not for digits of 28 x 28 pixels. Train one on mnist or digits28"
@@ -21,5 +24,9 @@ def predict_command(picture: opt.Picture, checkpoint: opt.Trained) -> None:
     (probabilities,) = mlp.probabilities(get_backend("numpy"), read_picture(picture)[None])
     if np.isnan(probabilities).any():
         raise ValueError(f"{checkpoint}: its parameters are too large to compute with. Use another checkpoint")
-    tell(f"{picture} shows the digit {probabilities.argmax()}")
+    second, first = np.argsort(probabilities)[-2:]
+    unsure = f", or perhaps {second}: the network is unsure" if probabilities[first] < SURE else ""
+    tell(f"{picture} shows the digit {first}{unsure}")
+    if run.config.dataset == "digits28":
+        say(f"{checkpoint} learned from digits28 and knows only about half of MNIST's digits: train one on mnist")
     out.print(probability_bars(probabilities))

@@ -4,7 +4,9 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.bar import Bar
 from rich.box import SIMPLE
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
+from rich.text import Text
 
 from model.training import History
 
@@ -33,5 +35,14 @@ def probability_bars(probabilities: NDArray[np.floating]) -> Table:
     """A bar for the probability of each digit, (10,), from nothing to certainty."""
     table = Table.grid(padding=(0, 2))
     for digit, probability in enumerate(probabilities):
-        table.add_row(f"{digit}", f"{probability:6.1%}", Bar(1, 0, probability, width=40))
+        table.add_row(f"{digit}", f"{probability:6.1%}", ProbabilityBar(1, 0, probability, width=40))
     return table
+
+
+class ProbabilityBar(Bar):
+    """A bar that needs no block characters where the terminal's encoding may lack them."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if options.ascii_only:
+            return iter([Text("#" * round(self.width * self.end / self.size))])
+        return super().__rich_console__(console, options)

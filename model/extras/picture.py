@@ -4,24 +4,39 @@ Pictures come from outside, so nothing in them is taken on trust: the size of th
 declares are bounded before anything is decoded, and whatever cannot be read is said in one line.
 """
 
+import io
 import os
 import warnings
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from scipy import ndimage
+from skimage.filters import rank, threshold_otsu
+from skimage.measure import euler_number
+from skimage.morphology import area_opening
 
 from model.data import DataError
 
 MAX_BYTES = 100_000_000
 MAX_PIXELS = 50_000_000  # no more than 500 MB while they are decoded and converted
-WORKING_SIZE = 2000  # longer sides are reduced to this before anything is measured
+WORKING_SIZE = 320  # longer sides are reduced to this: a digit needs no more, and it averages noise out
 
-CONTRAST = 16  # of 255: a picture in which nothing stands out more is blank
-FAINT = 0.25  # of the strongest ink: shadows, the texture of paper and what JPEG adds stay below
+CONTRAST = 16 / 255  # of the paper's brightness: a picture in which nothing stands out more is blank
+NOISE = 5  # standard deviations of the paper: likewise
+DIMMEST = 48  # of 255: paper counts as at least so bright, as noise alone is a large part of less
+SPECK = 0.0015  # of the picture's area: smaller parts are dust
+SMALL = 0.05  # of the largest part's area: smaller ones belong to no digit
+EDGE = 0.015  # of a side: what comes so close to the picture's edge touches it
+RECTANGLE = 0.85  # of the smallest rectangle around it: what fills more is a sheet, and no digit
+FAINT = 0.25  # of full ink: the rims of strokes end here
+ONE_COLOUR = 8  # levels of 255: rounding makes colours differ, and drawing programs
+FULL = 95  # percentile of a digit's pixels that counts as full ink
+
+PNG, TEXTS, END_OF_JPEG = b"\x89PNG\r\n\x1a\n", (b"tEXt", b"zTXt", b"iTXt", b"iCCP"), b"\xff\xd9"
+ADVICE = "Draw the digit with more contrast, and with room around it"
 
 SIDE, BOX, CENTRE = 28, 20, 14  # pixels of an image, of the box that holds the digit, and where its mass is centred
 
@@ -88,19 +103,26 @@ def decode(stream: BinaryIO, source: str) -> NDArray[np.uint8]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd metadata, and of sizes that are refused below
-            image: Image.Image = Image.open(stream, formats=("PNG", "JPEG"))
+            content = without_texts(stream.read(MAX_BYTES + 1))
+            unfinished = content.startswith(b"\xff\xd8") and END_OF_JPEG not in content[-32:]
+            image: Image.Image = Image.open(io.BytesIO(content + END_OF_JPEG * unfinished), formats=("PNG", "JPEG"))
             if image.width * image.height > MAX_PIXELS:
                 raise PictureError(too_large)
             # A JPEG may hold a preview as its second frame.
             if image.format == "PNG" and getattr(image, "is_animated", False):
                 raise PictureError(f"{source}: is animated. Save one of its frames")
             image.load()
+            # What is missing of a JPEG is grey; without more than its end mark, nothing is.
+            if unfinished and np.all(
+                np.asarray(image.convert("L").crop((image.width - 1, image.height - 1, *image.size))) == 128
+            ):
+                raise OSError("truncated")
             turn_upright(image)
             if image.mode.startswith("I"):  # grey of 16 bits, which Pillow's conversion would clip
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            image = image.convert("RGBA")
-            image = image.convert("RGBa")
-            return np.asarray(image.reduce(-(-max(image.size) // WORKING_SIZE)))
+                image = Image.fromarray(stretched(np.asarray(image)))
+            # With colours multiplied by alpha, pixels that nobody sees have no colour that could bleed into others.
+            image = image.convert("RGBA").convert("RGBa")
+            return on_white(np.asarray(image.reduce(-(-max(image.size) // WORKING_SIZE))))
     except (PictureError, MemoryError):
         raise
     except Image.DecompressionBombError as error:
@@ -109,6 +131,35 @@ def decode(stream: BinaryIO, source: str) -> NDArray[np.uint8]:
         raise PictureError(f"{source}: is no PNG or JPEG picture. Save or export it as one") from error
     except Exception as error:  # Pillow lets through whatever its parsers stumble over
         raise PictureError(f"{source}: is damaged or truncated. Save or export it again") from error
+
+
+def without_texts(content: bytes) -> bytes:
+    """Leave the texts and the colour profile out of a PNG file: Pillow refuses the whole file if they are large."""
+    if not content.startswith(PNG):
+        return content
+    kept, at = [PNG], len(PNG)
+    while at < len(content):
+        end = at + 12 + int.from_bytes(content[at : at + 4], "big")
+        if content[at + 4 : at + 8] not in TEXTS:
+            kept.append(content[at:end])
+        at = end
+    return b"".join(kept)
+
+
+def stretched(levels: NDArray[Any]) -> NDArray[np.uint8]:
+    """Scale grey levels to 0 to 255 by the range that they use."""
+    low, high = levels.min(), levels.max()
+    return np.rint(255 / max(high - low, 1) * (levels - low)).astype(np.uint8)
+
+
+def on_white(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Colours, (height, width, 3), of premultiplied ones with alpha: ink where all that is opaque has one colour."""
+    alpha = pixels[..., 3:]
+    opaque = pixels[alpha[..., 0] > 127]
+    colours = 255.0 * opaque[:, :3] / opaque[:, 3:]
+    if alpha.min() < 128 and len(opaque) and np.ptp(colours, axis=0).max() <= ONE_COLOUR:
+        return np.repeat(255 - alpha, 3, axis=2)
+    return pixels[..., :3] + (255 - alpha)
 
 
 def turn_upright(image: Image.Image) -> None:
@@ -126,9 +177,8 @@ def prepare(pixels: NDArray[np.uint8], source: str) -> NDArray[np.uint8]:
 
     MNIST's digits were scaled to fit 20 x 20 pixels, keeping their aspect ratio, with grey levels from antialiasing,
     and placed with their centre of mass in the middle of 28 x 28 (LeCun, Bottou, Bengio and Haffner 1998,
-    Gradient-based learning applied to document recognition). Ink, which was black there, is here whatever differs from
-    the background, and the background is the median colour along the picture's edge: so dark on light, light on dark,
-    colours and transparency are all one.
+    Gradient-based learning applied to document recognition). Here the ink is first told from the paper, see `inked`,
+    and the digit from whatever else is on it, see `strokes`.
 
     Parameters
     ----------
@@ -140,26 +190,135 @@ def prepare(pixels: NDArray[np.uint8], source: str) -> NDArray[np.uint8]:
     Returns
     -------
     uint8 array of shape (28, 28)
-        0 is background, 255 the strongest ink.
+        0 is background, 255 full ink.
 
     Raises
     ------
     PictureError
-        If nothing differs from the background by more than 16 of 255 levels.
+        If nothing stands out from the paper, or several digits do.
     """
-    edge = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-    background = np.median(edge, axis=0).astype(np.int16)
-    ink = np.abs(pixels - background).max(axis=2)
-    if ink.max() <= CONTRAST:
-        raise PictureError(f"{source}: is blank, with nothing that stands out. Draw the digit with more contrast")
-    ink[ink <= FAINT * ink.max()] = 0
-    rows, columns = (np.flatnonzero(ink.any(axis=axis)) for axis in (1, 0))
-    crop = Image.fromarray(ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].astype(np.float32))
+    grey = grey_levels(pixels)
+    page = sheet(grey)
+    ink, noise = inked(grey[page])
+    mask = strokes(ink, whole=grey[page].shape == grey.shape)
+    full = np.percentile(ink[mask], FULL) if mask.any() else 0
+    if full <= max(CONTRAST, NOISE * noise):
+        raise PictureError(f"{source}: is blank, with no digit that stands out. {ADVICE}")
+    if several(mask):
+        raise PictureError(f"{source}: shows several digits. Cut out one of them")
+    rims = ndimage.binary_dilation(mask, iterations=3) & (ink > FAINT * full)
+    (box,) = ndimage.find_objects(rims.astype(int))
+    return placed(np.where(rims, np.minimum(ink / full, 1), 0)[box])
+
+
+def grey_levels(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Grey of 0 to 255, (height, width), along the axis on which colours differ most: their principal component.
+
+    Luminance would not show red ink on green paper of the same brightness.
+    """
+    colours = pixels.reshape(-1, pixels.shape[2]).astype(np.float32)
+    covariance = np.atleast_2d(np.cov(colours, rowvar=False, bias=True))
+    axis = np.linalg.eigh(covariance)[1][:, -1]
+    axis *= np.copysign(1 / np.abs(axis).sum(), axis.sum())  # bright stays bright
+    return (colours @ axis - 255 * np.minimum(axis, 0).sum()).reshape(pixels.shape[:2]).astype(np.float32)
+
+
+def sheet(grey: NDArray[np.floating]) -> tuple[slice, ...]:
+    """Where the paper is: everywhere, or on a light rectangle that the edges of the picture do not cut off."""
+    labels, count = ndimage.label(grey > threshold_otsu(grey))
+    if count:
+        largest = labels == np.argmax(np.bincount(labels.ravel())[1:]) + 1
+        (box,) = ndimage.find_objects(largest.astype(int))
+        cut_off = sum((at.start == 0) + (at.stop == length) for at, length in zip(box, grey.shape))
+        filled = ndimage.binary_fill_holes(largest)
+        sides = smallest_rectangle(filled)
+        if cut_off <= 1 and filled.sum() > RECTANGLE * np.prod(sides) and min(sides) > min(grey.shape) / 3:
+            return box
+    return tuple(map(slice, grey.shape))
+
+
+def smallest_rectangle(mask: NDArray[np.bool_]) -> tuple[float, float]:
+    """Sides of the smallest rectangle, at any angle, around all that is true."""
+    points = np.argwhere(mask ^ ndimage.binary_erosion(mask))
+    angles = np.radians(np.arange(0, 90, 2))
+    turned = (points @ np.array([[np.cos(a), -np.sin(a)], [np.sin(a), np.cos(a)]]) for a in angles)
+    return min((tuple(np.ptp(way, axis=0) + 1) for way in turned), key=np.prod)
+
+
+def inked(grey: NDArray[np.floating]) -> tuple[NDArray[np.floating], float]:
+    """Tell ink from paper, dark on light or light on dark.
+
+    The paper is the local median, which follows gradients and the edges of shadows; the second time without what looks
+    like ink, as bold digits fill half a window. Ink is what it lacks of the paper's
+    brightness, as light and shadow multiply.
+
+    Returns
+    -------
+    float32 array of shape (height, width)
+        From 0, paper, to 1.
+    float
+        The standard deviation of the paper.
+    """
+    levels = np.rint(grey).clip(1).astype(np.uint8)
+    window = np.ones((max(grey.shape) // 2 | 1,) * 2, np.uint8)
+    paper = rank.median(levels, window)
+    off = np.abs(paper - grey)
+    without_ink = rank.median(levels, window, mask=off <= threshold_otsu(off))  # 0 where nothing is left
+    paper = np.where(without_ink, without_ink, paper).astype(np.float32)
+    blur = max(grey.shape) / 400 if max(grey.shape) > 100 else 0
+    lacking = ndimage.gaussian_filter(paper - grey, blur)
+    if np.square(lacking.clip(max=0)).sum() > np.square(lacking.clip(min=0)).sum():
+        lacking, paper = -lacking, 255 - paper
+    ink = lacking / np.maximum(paper, DIMMEST)
+    noise = 1.4826 * np.median(np.abs(ink - np.median(ink)))
+    return np.clip(ink, 0, 1), noise
+
+
+def strokes(ink: NDArray[np.floating], whole: bool) -> NDArray[np.bool_]:
+    """Tell the strokes of digits from specks, from lines and bars along the edge, from tables and lines on the paper.
+
+    What touches the edge is only a digit if nothing else is there, on the `whole` of a picture, and shaped like one.
+    """
+    levels = np.rint(255 * ink).astype(np.uint8)
+    opened = area_opening(np.pad(levels, 2), int(SPECK * levels.size) + 1)[2:-2, 2:-2]  # it fails on a few pixels
+    levels = opened if opened.max() > 255 * CONTRAST else levels
+    labels, _ = ndimage.label(levels > threshold_otsu(levels), np.ones((3, 3)))
+    areas = np.bincount(labels.ravel())
+    inside = np.zeros(ink.shape, bool)
+    inside[tuple(slice(int(EDGE * length) + 1, -int(EDGE * length) - 1) for length in ink.shape)] = True
+    at_edge = np.isin(np.arange(len(areas)), labels[~inside])
+    areas[0] = 0
+    if not areas[~at_edge].any():
+        largest = labels == areas.argmax()
+        return largest if whole and like_a_digit(largest, inside) else np.zeros(ink.shape, bool)
+    areas[at_edge] = 0
+    return (areas > SMALL * areas.max())[labels]
+
+
+def like_a_digit(part: NDArray[np.bool_], inside: NDArray[np.bool_]) -> bool:
+    """Whether a part that touches the edge may be a digit: large, mostly away from the edge, with few holes."""
+    (box,) = ndimage.find_objects(part.astype(int))
+    large = all(2 * (at.stop - at.start) > length for at, length in zip(box, part.shape))
+    return large and 2 * (part & ~inside).sum() < (~inside).sum() and euler_number(part) >= -1
+
+
+def several(mask: NDArray[np.bool_]) -> bool:
+    """Whether there are two parts, apart from each other, of which one is at least half as high as the other."""
+    heights = [box[0].stop - box[0].start for box in ndimage.find_objects(ndimage.label(mask, np.ones((3, 3)))[0])]
+    gap = max(heights) // 10
+    apart, _ = ndimage.label(ndimage.binary_dilation(mask, np.ones((3, 3)), iterations=gap) if gap else mask)
+    heights = sorted(box[0].stop - box[0].start for box in ndimage.find_objects(apart))
+    return len(heights) > 1 and 2 * heights[-2] > heights[-1]
+
+
+def placed(digit: NDArray[np.floating]) -> NDArray[np.uint8]:
+    """Scale a digit to 20 x 20 pixels, and place its centre of mass in the middle of 28 x 28."""
+    crop = Image.fromarray(digit.astype(np.float32))
     scale = BOX / max(crop.size)
     width, height = (max(1, round(scale * length)) for length in crop.size)
-    digit = np.asarray(crop.resize((width, height), Image.Resampling.BILINEAR))  # a mean of what each pixel covers
-    starts = (round(CENTRE - centre) for centre in ndimage.center_of_mass(digit))
-    top, left = (min(max(start, 0), SIDE - length) for start, length in zip(starts, digit.shape))
+    small = np.asarray(crop.resize((width, height), Image.Resampling.BILINEAR))  # a mean of what each pixel covers
+    starts = (round(CENTRE - centre) for centre in ndimage.center_of_mass(small))
+    top, left = (min(max(start, 0), SIDE - length) for start, length in zip(starts, small.shape))
     image = np.zeros((SIDE, SIDE), np.uint8)
-    image[top : top + height, left : left + width] = np.rint(digit * (255 / digit.max()))
+    image[top : top + height, left : left + width] = np.rint(small * (255 / small.max()))
     return image

@@ -11,7 +11,9 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
+from bench.studies import pictures
 from kernels import get_backend
 from model.cli.predict import predict_command
 from model.data import limited, load_dataset
@@ -119,12 +121,13 @@ def assert_accuracy_is_kept(mlp, images, labels, variant, record_property):
 def test_images_of_mnist_hardly_change(mnist):
     """They fit the box and are centred already: only the faintest pixels go, and with them a row or column at times.
 
-    With none left out, nine in ten come out as they went in: so scale and centre are those of MNIST.
+    With none left out, nine in ten come out as they went in, but for three levels, as full ink is a percentile: so
+    scale and centre are those of MNIST.
     """
     images = mnist.test_images[:300].reshape(-1, 28, 28)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(picture, "FAINT", 0)
-        same = [np.array_equal(prepare(image[:, :, None], "image"), image) for image in images]
+        same = [np.abs(prepare(image[:, :, None], "image") - image.astype(int)).max() <= 3 for image in images]
     assert np.mean(same) > 0.85
 
 
@@ -251,13 +254,48 @@ def test_preview_inside_a_jpeg_does_not_matter():
     np.testing.assert_array_equal(prepared(with_preview), prepared(JPEGS["JPEG"]))
 
 
-@pytest.mark.parametrize("shape", [(1, 2), (2, 1), (1, 5000), (5000, 1), (2, 2), (3, 3), (2000, 3)])
-def test_odd_shapes(shape):
+@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (2, 1), (1, 5000), (5000, 1), (2, 2), (3, 3), (2000, 3)])
+def test_pictures_too_narrow_for_a_digit_are_blank(shape):
     pixels = np.zeros((*shape, 4), np.uint8)
     pixels[-1, -1] = 255
-    if shape in ((1, 2), (2, 1)):
-        pixels[0, 0] = 200  # the median of two is between them
+    with pytest.raises(PictureError, match="is blank"):
+        prepare(pixels, "picture")
+
+
+@pytest.mark.parametrize("shape", [(9, 7), (7, 300), (300, 9), (30, 1000)])
+def test_odd_shapes(shape):
+    pixels = np.zeros((*shape, 4), np.uint8)
+    rows, columns = shape
+    pixels[rows // 3 : rows - rows // 3, columns // 3 : columns - columns // 3] = 255
     assert_prepared(prepare(pixels, "picture"))
+
+
+@pytest.fixture(scope="module")
+def kinds(mnist):
+    """What the study finds on a few pictures."""
+    return pictures.measure(mnist, quick=True)
+
+
+def test_kinds_of_pictures(kinds):
+    """Within 3 points of clean pictures, and 5 for pencil and lines: on 20 pictures, none more may be wrong."""
+    right = kinds["accuracy"]
+    for name, accuracy in right.items():
+        assert accuracy >= right[pictures.CLEAN] - 5, name
+    assert kinds["pairs"] == 100
+
+
+def test_no_blank_page_is_a_digit(kinds):
+    assert kinds["blank"] == dict.fromkeys(pictures.BLANK, 100)
+
+
+def test_large_texts_in_a_png_are_skipped():
+    texts = PngInfo()
+    texts.add_itxt("note", "x" * 20_000_000, zip=True)
+    np.testing.assert_array_equal(prepared(encoded(digit(), pnginfo=texts)), EXPECTED)
+
+
+def test_a_jpeg_without_its_end_mark_is_read():
+    np.testing.assert_array_equal(prepared(JPEGS["JPEG"][:-2]), prepared(JPEGS["JPEG"]))
 
 
 # Refused -----------------------------------------------------------------------------------------------------------
@@ -361,7 +399,7 @@ def test_file_of_too_many_bytes_is_not_read(tmp_path):
 def saved(file, mlp):
     """A checkpoint of the network."""
     hidden = len(mlp.layers[0][1])
-    save(file, mlp, State.start(0), Config("numpy", "digits28", "0" * 64, None, hidden, 0.1, 32, 0, 1, 1))
+    save(file, mlp, State.start(0), Config("numpy", "mnist", "0" * 64, None, hidden, 0.1, 32, 0, 1, 1))
     return file
 
 

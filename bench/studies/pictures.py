@@ -1,0 +1,342 @@
+"""Study: how often the digit in a picture is recognised, by the kind of picture that people take.
+
+The pictures are drawn from MNIST's test images: enlarged, on paper, in uneven light. Alone, without keeping the result:
+``python -m bench.studies.pictures``.
+"""
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import typer
+from numpy.typing import NDArray
+from PIL import Image
+from rich.box import MARKDOWN, SIMPLE, Box
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from scipy import ndimage
+
+from kernels import get_backend
+from model.data import Dataset, load_dataset
+from model.extras.picture import PictureError, decode, prepare
+from model.mlp import MLP
+from model.training import train
+
+Floats = NDArray[np.floating]
+Random = np.random.Generator
+
+EPOCHS, BATCH_SIZE, LEARNING_RATE = 5, 32, 0.1
+PAPER, INK = (236, 233, 226), (40, 38, 56)
+
+
+# What a picture is made of ------------------------------------------------------------------------------------------
+
+
+def pen(image: NDArray[np.uint8], rng: Random) -> Floats:
+    """Strokes of 0 to 1 with rims of a pen's sharpness, on a page with some room around the digit."""
+    side = int(rng.integers(200, 280))
+    large = Image.fromarray(image.reshape(28, 28)).resize((side, side), Image.Resampling.BICUBIC)
+    strokes = np.clip((np.asarray(large) / 255 - 0.5) * 3 + 0.5, 0, 1)
+    return np.pad(strokes, [tuple(rng.integers(10, 60, 2)) for _ in range(2)])
+
+
+def paper(shape: tuple[int, ...], rng: Random, grain: float = 3) -> Floats:
+    """A sheet in even light, (height, width, 3): its grain is a little blurred, as a lens does it."""
+    noise = ndimage.gaussian_filter(rng.normal(0, 1, shape), 0.8)
+    return np.array(PAPER) + grain * (noise / noise.std())[..., None]
+
+
+def inked(page: Floats, strokes: Floats, ink: Any = INK) -> Floats:
+    """The page with the strokes on it."""
+    return page + strokes[..., None] * (np.array(ink) - page)
+
+
+def across(shape: tuple[int, ...], rng: Random) -> Floats:
+    """From 0 on one side of the page to 1 on the other, in any direction."""
+    angle = rng.uniform(0, 2 * np.pi)
+    rows, columns = np.mgrid[: shape[0], : shape[1]]
+    distance = np.cos(angle) * columns + np.sin(angle) * rows
+    return (distance - distance.min()) / np.ptp(distance)
+
+
+def gradient(shape: tuple[int, ...], rng: Random, depth: float = 0.35) -> Floats:
+    """Light that fades by so much across the page, for each pixel and colour."""
+    return (1 - depth * across(shape, rng))[..., None]
+
+
+def shadow(shape: tuple[int, ...], rng: Random) -> Floats:
+    """A shadow of 10 to 35 % with a soft edge, on one side of the page."""
+    soft = 1 / (1 + np.exp((across(shape, rng) - rng.uniform(0.25, 0.75)) / rng.uniform(0.01, 0.04)))
+    return (1 - rng.uniform(0.1, 0.35) * soft)[..., None]
+
+
+def noisy(page: Floats, rng: Random, amount: float) -> Floats:
+    """With a sensor's noise."""
+    return page + rng.normal(0, amount, page.shape)
+
+
+def lined(page: Floats, rng: Random, squares: bool) -> Floats:
+    """With pale blue lines, or squares."""
+    page, gap = page.copy(), int(rng.integers(25, 60))
+    width = int(rng.integers(1, 3))
+    for start in range(int(rng.integers(0, gap)), max(page.shape), gap):
+        page[start : start + width] = (140, 165, 215)
+        if squares:
+            page[:, start : start + width] = (140, 165, 215)
+    return page
+
+
+def on_table(page: Floats, rng: Random) -> Floats:
+    """The sheet lies on dark wood, turned a little."""
+    height, width = page.shape[:2]
+    sheet = Image.fromarray(np.clip(page, 0, 255).astype(np.uint8)).convert("RGBA")
+    sheet = sheet.rotate(rng.uniform(-8, 8), Image.Resampling.BICUBIC, expand=True)
+    grain = ndimage.gaussian_filter(rng.normal(0, 1, (2 * height, 2 * width)), (0.7, 12))[: int(1.5 * height)]
+    wood = np.array((62, 44, 32)) + 40 * grain[:, : int(1.6 * width), None]
+    table = Image.fromarray(np.clip(wood, 0, 255).astype(np.uint8))
+    room = [large - small for large, small in zip(table.size, sheet.size)]
+    table.paste(sheet, tuple(int(rng.uniform(0.2, 0.8) * free) for free in room), sheet)
+    return np.asarray(table, float)
+
+
+def dots(strokes: Floats, rng: Random, count: int, radius: float) -> Floats:
+    """Round dots of 0 to 1, near the page's corners, where no digit is."""
+    rows, columns = np.mgrid[: strokes.shape[0], : strokes.shape[1]]
+    found = np.zeros_like(strokes)
+    for corner in rng.permutation(4)[:count]:
+        row, column = (
+            abs(at * (length - 1) - rng.integers(3, 12)) for at, length in zip(divmod(int(corner), 2), strokes.shape)
+        )
+        found = np.maximum(found, np.clip(radius + 0.5 - np.hypot(rows - row, columns - column), 0, 1))
+    return found
+
+
+def jpeg(page: Floats) -> bytes:
+    """The file that a camera writes."""
+    stream = io.BytesIO()
+    Image.fromarray(np.clip(np.rint(page), 0, 255).astype(np.uint8)).save(stream, "JPEG", quality=85)
+    return stream.getvalue()
+
+
+def png(page: NDArray) -> bytes:
+    """The file of a screenshot or a drawing program."""
+    stream = io.BytesIO()
+    Image.fromarray(np.clip(np.rint(page), 0, 255).astype(np.uint8)).save(stream, "PNG", compress_level=1)
+    return stream.getvalue()
+
+
+# Kinds --------------------------------------------------------------------------------------------------------------
+
+Kind = Callable[[NDArray[np.uint8], Random], bytes]
+
+
+def photo(light: Callable[[tuple[int, ...], Random], Any] = lambda shape, rng: 1.0) -> Kind:
+    """Pen on paper, in this light."""
+
+    def draw(image: NDArray[np.uint8], rng: Random) -> bytes:
+        strokes = pen(image, rng)
+        return jpeg(noisy(inked(paper(strokes.shape, rng), strokes) * light(strokes.shape, rng), rng, 2))
+
+    return draw
+
+
+def pencil(image: NDArray[np.uint8], rng: Random) -> bytes:
+    """Grey strokes that paper's grain breaks up."""
+    strokes = pen(image, rng)
+    grain = np.clip(0.75 + 0.3 * ndimage.gaussian_filter(rng.normal(0, 1.6, strokes.shape), 0.8), 0, 1)
+    page = inked(paper(strokes.shape, rng, 5), strokes * grain, (130, 130, 134))
+    return jpeg(noisy(page * gradient(strokes.shape, rng, 0.15), rng, 8))
+
+
+def low_light(image: NDArray[np.uint8], rng: Random) -> bytes:
+    """A fifth of the light, and much noise."""
+    strokes = pen(image, rng)
+    page = inked(paper(strokes.shape, rng), strokes) * 0.2 * gradient(strokes.shape, rng, 0.3)
+    return jpeg(noisy(page, rng, 4))
+
+
+def on_lines(squares: bool) -> Kind:
+    """Pen on ruled or squared paper."""
+
+    def draw(image: NDArray[np.uint8], rng: Random) -> bytes:
+        strokes = pen(image, rng)
+        page = inked(lined(paper(strokes.shape, rng), rng, squares), strokes)
+        return jpeg(noisy(page * gradient(strokes.shape, rng, 0.1), rng, 2))
+
+    return draw
+
+
+def dark_table(image: NDArray[np.uint8], rng: Random) -> bytes:
+    """A sheet that is smaller than the picture."""
+    strokes = pen(image, rng)
+    return jpeg(noisy(on_table(inked(paper(strokes.shape, rng), strokes), rng), rng, 2))
+
+
+def drawn(image: NDArray[np.uint8], rng: Random) -> tuple[Floats, Floats]:
+    """Strokes, and a drawing of them in black on white."""
+    strokes = pen(image, rng)
+    return strokes, 255 * (1 - strokes)
+
+
+def edge_line(image: NDArray[np.uint8], rng: Random) -> bytes:
+    """A frame, or a line along one side."""
+    _, page = drawn(image, rng)
+    width = int(rng.integers(1, 4))
+    sides = rng.permutation(4)[: int(rng.choice([1, 4]))]
+    for side in sides:
+        np.rot90(page, side)[:width] = 0  # a view
+    return png(page)
+
+
+def title_bar(image: NDArray[np.uint8], rng: Random) -> bytes:
+    """A window of a drawing program, with its name and buttons in light letters on a dark bar."""
+    _, page = drawn(image, rng)
+    bar = np.full((int(rng.integers(18, 36)), page.shape[1]), rng.uniform(30, 90))
+    bar[7:-7, 8 : 8 + bar.shape[1] // 3] = rng.choice([60, 235], (len(bar) - 14, bar.shape[1] // 3), p=[0.6, 0.4])
+    bar[8:-8, -14:-8] = 235
+    return png(np.vstack([bar, page]))
+
+
+def three_specks(image: NDArray[np.uint8], rng: Random) -> bytes:
+    """Dust."""
+    strokes, _ = drawn(image, rng)
+    return png(255 * (1 - np.maximum(strokes, dots(strokes, rng, 3, rng.uniform(0.5, 2.5)))))
+
+
+def black_dot(image: NDArray[np.uint8], rng: Random) -> bytes:
+    """A pale digit, and one dot that is far darker."""
+    strokes, _ = drawn(image, rng)
+    pale = rng.uniform(0.25, 0.5)
+    return png(255 * (1 - np.maximum(pale * strokes, dots(strokes, rng, 1, rng.uniform(2, 5)))))
+
+
+def transparent_margin(image: NDArray[np.uint8], rng: Random) -> bytes:
+    """A page as a layer of a larger picture."""
+    _, page = drawn(image, rng)
+    pixels = np.stack([page, page, page, np.full_like(page, 255)], axis=2)
+    return png(np.pad(pixels, [tuple(rng.integers(10, 50, 2)) for _ in range(2)] + [(0, 0)]))
+
+
+def ink_on_nothing(image: NDArray[np.uint8], rng: Random) -> bytes:
+    """Ink of some colour, on a layer without paper."""
+    strokes, _ = drawn(image, rng)
+    pixels = np.empty((*strokes.shape, 4))
+    pixels[..., :3], pixels[..., 3] = rng.integers(0, 256, 3), 255 * strokes
+    return png(pixels)
+
+
+def own(inverted: bool) -> Kind:
+    """The image as MNIST has it, white on black, or black on white."""
+    return lambda image, rng: png(255 - image.reshape(28, 28) if inverted else image.reshape(28, 28))
+
+
+CLEAN = "black on white, drawn"
+
+KINDS: dict[str, Kind] = {
+    "MNIST's own image, white on black": own(False),
+    "the same, black on white": own(True),
+    CLEAN: lambda image, rng: png(drawn(image, rng)[1]),
+    "even light": photo(),
+    "a gradient of 35 % across the page": photo(gradient),
+    "a soft shadow of 10 to 35 %": photo(shadow),
+    "pencil, with noise": pencil,
+    "low light": low_light,
+    "ruled paper": on_lines(False),
+    "squared paper": on_lines(True),
+    "a sheet on a dark table": dark_table,
+    "a line along the edge": edge_line,
+    "a title bar": title_bar,
+    "three specks": three_specks,
+    "one black dot beside a pale digit": black_dot,
+    "a page with a transparent margin": transparent_margin,
+    "ink on a transparent layer": ink_on_nothing,
+}
+
+BLANK: dict[str, Kind] = {
+    name: KINDS[name]
+    for name in (
+        "even light",
+        "a gradient of 35 % across the page",
+        "a soft shadow of 10 to 35 %",
+        "pencil, with noise",
+        "low light",
+        "ruled paper",
+        "squared paper",
+        "a sheet on a dark table",
+    )
+}
+
+
+def pair(first: NDArray[np.uint8], second: NDArray[np.uint8], rng: Random) -> bytes:
+    """Two digits in a row."""
+    strokes = [Image.fromarray(np.rint(255 * pen(image, rng)).astype(np.uint8)) for image in (first, second)]
+    page = np.hstack([np.asarray(stroke.resize((300, 300))) for stroke in strokes])
+    return png(255 - page)
+
+
+# What becomes of them -----------------------------------------------------------------------------------------------
+
+
+def network(dataset: Dataset) -> MLP:
+    """A network after five epochs of mini-batches."""
+    mlp = MLP()
+    backend = get_backend("sparse")
+    train(mlp, backend, dataset, epochs=EPOCHS, batch_size=BATCH_SIZE, learning_rate=LEARNING_RATE)
+    return mlp
+
+
+def recognised(mlp: MLP, content: bytes) -> int | None:
+    """The digit that a file shows to the network; None if the file is refused."""
+    try:
+        image = prepare(decode(io.BytesIO(content), "picture"), "picture")
+    except PictureError:
+        return None
+    return int(mlp.predict(get_backend("numpy"), image.reshape(1, -1))[0])
+
+
+def accuracy(mlp: MLP, kind: Kind, images: NDArray[np.uint8], labels: NDArray[np.uint8]) -> float:
+    """Percent of the digits that are recognised, in pictures of this kind."""
+    rng = np.random.default_rng(0)
+    return 100 * float(np.mean([recognised(mlp, kind(image, rng)) == label for image, label in zip(images, labels)]))
+
+
+def refused(mlp: MLP, contents: list[bytes]) -> float:
+    """Percent of the files that are refused."""
+    return 100 * float(np.mean([recognised(mlp, content) is None for content in contents]))
+
+
+def measure(dataset: Dataset, quick: bool) -> dict[str, Any]:
+    """Percent of pictures of each kind that are recognised, and of blank pages and of pairs that are refused."""
+    mlp, count = network(dataset), 20 if quick else 200
+    chosen = np.random.default_rng(0).permutation(len(dataset.test_images))[:count]
+    images, labels = dataset.test_images[chosen], dataset.test_labels[chosen]
+    rng, nothing = np.random.default_rng(0), np.zeros(images.shape[1], np.uint8)
+    return {
+        "pictures": count,
+        "accuracy": {name: accuracy(mlp, kind, images, labels) for name, kind in track(KINDS.items(), transient=True)},
+        "blank": {name: refused(mlp, [kind(nothing, rng) for _ in range(count)]) for name, kind in BLANK.items()},
+        "pairs": refused(mlp, [pair(*two, rng) for two in zip(images, images[::-1])]),
+    }
+
+
+def table(found: dict[str, Any], box: Box = MARKDOWN) -> Table:
+    """Kinds of pictures, and how often they are recognised, or refused as they should be."""
+    result = Table("kind", "right (%)", "blank pages refused (%)", box=box)
+    for column in result.columns[1:]:
+        column.justify = "right"
+    for name, right in found["accuracy"].items():
+        blank = found["blank"].get(name)
+        result.add_row(name, f"{right:.1f}", "" if blank is None else f"{blank:.1f}")
+    result.add_row("two digits: refused", f"{found['pairs']:.1f}", "")
+    return result
+
+
+def main(quick: bool = False, dataset: str = "auto") -> None:
+    """Print the table of kinds."""
+    Console().print(table(measure(load_dataset(dataset), quick), SIMPLE))
+
+
+if __name__ == "__main__":
+    typer.run(main)
