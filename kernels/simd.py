@@ -32,8 +32,11 @@ _TARGET: tuple[str, str, str] = cpu_target.target_context.codegen().magic_tuple(
 # Width of a vector register.
 REGISTER_BYTES = 64 if "+avx512f" in _TARGET[2] else 32 if "+avx" in _TARGET[2] else 16
 
-# Whether there is an instruction that moves the chosen bytes of a vector together. Without it LLVM goes through them one
-# by one.
+# Vector registers: x86 has more than 16 only with AVX-512, all other CPUs have 32 at least.
+REGISTERS = 16 if _TARGET[0].startswith(("x86_64", "i686")) and REGISTER_BYTES < 64 else 32
+
+# Whether there is an instruction that moves the chosen bytes of a vector together. Without it LLVM goes through them
+# one by one.
 HAS_COMPRESS = "+avx512vbmi2" in _TARGET[2]
 
 
@@ -174,6 +177,12 @@ class Vectors:
             self._builder.store(vector, pointer, align=1)
         else:
             self._call("masked.store", ir.VoidType(), [vector, pointer, _INT32(1), mask], suffix=".p0")
+
+    def prefetch(self, pointer: ir.Value) -> None:
+        """Have the CPU fetch a cache line into its L1 cache; no address is wrong."""
+        function_type = ir.FunctionType(ir.VoidType(), [pointer.type, *[_INT32] * 3])
+        function = cgutils.get_or_insert_function(self._builder.module, function_type, "llvm.prefetch.p0")
+        self._builder.call(function, [pointer, _INT32(0), _INT32(3), _INT32(1)])
 
     def broadcast(self, pointer: ir.Value) -> ir.Value:
         """The float at `pointer`, in every lane."""
