@@ -39,6 +39,13 @@ _TARGET: tuple[str, str, str] = cpu_target.target_context.codegen().magic_tuple(
 # Width of a vector register.
 REGISTER_BYTES = 64 if "+avx512f" in _TARGET[2] else 32 if "+avx" in _TARGET[2] else 16
 
+# Vector registers: x86 has more than 16 only with AVX-512, all other CPUs have 32 at least.
+REGISTERS = 16 if _TARGET[0].startswith(("x86_64", "i686")) and REGISTER_BYTES < 64 else 32
+
+# Whether there is an instruction that moves the chosen bytes of a vector together. Without it LLVM goes through them
+# one by one.
+HAS_COMPRESS = "+avx512vbmi2" in _TARGET[2]
+
 
 # Emitting vectors -------------------------------------------------------------------------------------------
 
@@ -94,6 +101,23 @@ def opaque(builder: ir.IRBuilder, view: View) -> View:
     pointer = view.at()
     kept = builder.asm(ir.FunctionType(pointer.type, [pointer.type]), "", "=r,0", [pointer], side_effect=False)
     return View(builder, kept, view.shape, view.strides)
+
+
+def compress_bytes(builder: ir.IRBuilder, source: ir.Value, mask: ir.Value, target: ir.Value) -> None:
+    """Write those of 64 bytes whose bit is set in the mask side by side, and then zeros, 64 bytes in all.
+
+    Bytes whose bit is not set are not read.
+    """
+    vector, bits = ir.VectorType(_BYTE, 64), builder.bitcast(mask, ir.VectorType(ir.IntType(1), 64))
+    source, target = (builder.bitcast(pointer, vector.as_pointer()) for pointer in (source, target))
+    zeros = vector([0] * 64)
+    load_type = ir.FunctionType(vector, [source.type, _INT32, bits.type, vector])
+    load = cgutils.get_or_insert_function(builder.module, load_type, "llvm.masked.load.v64i8.p0")
+    compress_type = ir.FunctionType(vector, [vector, bits.type, vector])
+    name = "llvm.experimental.vector.compress.v64i8"
+    compress = cgutils.get_or_insert_function(builder.module, compress_type, name)
+    chosen = builder.call(load, [source, _INT32(1), bits, zeros])
+    builder.store(builder.call(compress, [chosen, bits, zeros]), target, align=1)
 
 
 class _FloatFormat(NamedTuple):
@@ -160,6 +184,12 @@ class Vectors:
             self._builder.store(vector, pointer, align=1)
         else:
             self._call("masked.store", ir.VoidType(), [vector, pointer, _INT32(1), mask], suffix=".p0")
+
+    def prefetch(self, pointer: ir.Value) -> None:
+        """Have the CPU fetch a cache line into its L1 cache; no address is wrong."""
+        function_type = ir.FunctionType(ir.VoidType(), [pointer.type, *[_INT32] * 3])
+        function = cgutils.get_or_insert_function(self._builder.module, function_type, "llvm.prefetch.p0")
+        self._builder.call(function, [pointer, _INT32(0), _INT32(3), _INT32(1)])
 
     def broadcast(self, pointer: ir.Value) -> ir.Value:
         """The float at `pointer`, in every lane."""

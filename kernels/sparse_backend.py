@@ -9,13 +9,14 @@ Each multiply-add of vectors then needs a vector of B of its own. The CPU can lo
 from the L1 cache, which is too small for B. Hence these ideas, on top of skipping zeros:
 
 - *Blocks.* A is cut into blocks of 64 columns, and B into blocks of 64 rows, which are cut into *panels* of
-  `PANEL_VECTORS` vectors and fill the L1 cache. A block is used for all rows of the result before the next one.
+  `PANEL_VECTORS` vectors and stay in the L1 cache. A block is used for all rows of the result before the next one. The
+  first lists all rows, and starts them from the bias.
 - *Masks.* Where a row of a block is not zero is a mask of 64 bits; the next column is its lowest bit, one instruction
   away. Reading column numbers from memory would be slower, as each would have to arrive before B can be loaded.
 - *Order.* The rows of a block are visited from the most non-zeros to the fewest, whatever their order in A, so the
-  innermost loop is as long as the last time, and the CPU rightly foresees its end. Two rows are visited at a time, as
-  sums of one row alone would wait for each other.
-- *Bytes.* Grey values are kept as bytes, and become floats, 16 at a time, just before they are needed.
+  innermost loop is as long as the last time, and the CPU rightly foresees its end. It cannot foresee which row of the
+  result is next, which is prefetched.
+- *Bytes.* Grey values are kept as bytes, and each is looked up in a table of 256 floats when it is needed.
 
 x and x.T are both stored in that form, so the same code computes both products.
 
@@ -25,8 +26,9 @@ A pixel of zero adds nothing to a sum, whatever it is multiplied with: zero time
 import functools
 import threading
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from llvmlite import ir
@@ -35,24 +37,39 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from kernels.backend import CHUNK
+from kernels.backend import CHUNK, FLOATS
 from kernels.numba_backend import NumbaBackend, emit_packing
-from kernels.simd import REGISTER_BYTES, Vectors, View, flat_in, kernel, matrix_out, row_major_in
+from kernels.simd import (
+    HAS_COMPRESS,
+    REGISTER_BYTES,
+    REGISTERS,
+    Vectors,
+    View,
+    compress_bytes,
+    flat_in,
+    kernel,
+    matrix_out,
+    opaque,
+    row_major_in,
+)
 
-# Vectors in a row of a panel, and of the narrower panels for the last columns. Two rows of the result and their grey
-# values fit the 16 registers of SSE and AVX2, or the 32 of AVX-512.
-WIDTHS = {16: (4, 2, 1), 32: (4, 2, 1), 64: (8, 4, 2, 1)}[REGISTER_BYTES]
+# Vectors in a row of a panel, and of the narrower panels for the last columns. As many sums are under way as it takes
+# to keep the multiply-add units busy, and a step along a row takes 9 loads for 8 of them: its value, and vectors of B.
+WIDTHS = (8, 4, 2, 1)
 PANEL_VECTORS = WIDTHS[0]
 PANEL_BYTES = PANEL_VECTORS * REGISTER_BYTES
+
+# Rows of a block that are visited together, by the number of vector registers: their sums leave some for grey values.
+# Two rows on 16 registers need panels half as wide, with 5 loads for 4 multiply-adds: 1.15 times as slow with AVX2 on
+# Zen 3 and on Intel, 1.2 times with SSE.
+GROUP = {16: 1, 32: 2}[REGISTERS]
 
 # Columns of a block: the bits of a mask. With AVX-512, so many rows of a panel fill an L1 cache of 32 KB.
 BLOCK = 64
 
-# Rows of a block that are visited together.
-GROUP = 2
-
-# What a grey value is stored as.
-GREY: Any = types.uint8
+# So many groups before its turn, a row of the result is fetched into the L1 cache. The results of a chunk fill an L2
+# cache, and are visited in an order that the CPU cannot foresee.
+AHEAD = 2
 
 CACHE_LINE = 64
 
@@ -61,25 +78,29 @@ DENSE = 0.85
 MANY_PIXELS = 100_000
 
 
+_MASK, _ROW, _GREY = ir.IntType(BLOCK), ir.IntType(32), ir.IntType(8)
+_BYTES = ir.VectorType(_GREY, BLOCK)
+_TILE = ir.VectorType(_MASK, BLOCK)
+
+
 # The form of the images --------------------------------------------------------------------------------------------
 
 
 class NonZeros(NamedTuple):
     """The non-zero elements of a matrix of bytes, block of columns by block of columns.
 
-    Rows that are all zero in a block are left out. The others come from the most non-zeros to the fewest, in groups of
-    `GROUP`; a row number one past the last fills the last group.
+    The first block lists all rows, the others leave out those that are all zero. Rows come from the most non-zeros to
+    the fewest, in groups of `GROUP`; a row number one past the last fills the last group.
     """
 
     groups: NDArray[np.int64]
-    """(blocks,): how many groups there are."""
+    """(blocks,): how many groups there are. There is a block even if there are no columns."""
     rows: NDArray[np.uint32]
     """(groups of all blocks * GROUP,): which row it is."""
     masks: NDArray[np.uint64]
     """The same shape: bit c is set where column c of the block is not zero."""
     values: NDArray[np.uint8]
-    """Group by group: the first grey value of each row, the second of each row, ...; a row that has fewer than the
-    first of its group goes on with zeros. At the end are zeros, as whole vectors are read."""
+    """The grey values that are not zero, row by row, and then `BLOCK` bytes that may be read but do not matter."""
 
 
 def pixels_in(_: types.Type) -> types.Array:
@@ -87,59 +108,253 @@ def pixels_in(_: types.Type) -> types.Array:
     return types.Array(types.uint8, 2, "A", readonly=True, aligned=False)
 
 
-def form_types(readonly: bool) -> list[types.Array]:
-    """Types of the arrays of `NonZeros`."""
-    return [types.Array(dtype, 1, "C", readonly) for dtype in (types.int64, types.uint32, types.uint64, GREY)]
+def row_major_pixels_in(_: types.Type) -> types.Array:
+    """(n, k) array of bytes to read, row-major."""
+    return types.Array(types.uint8, 2, "C", readonly=True, aligned=False)
 
 
-@kernel(pixels_in, returns=types.Tuple(form_types(readonly=False)))
-def encode(matrix):
-    """`NonZeros` of a matrix of bytes (n, k)."""
-    n, k = matrix.shape
-    groups = np.zeros((k + BLOCK - 1) // BLOCK, np.int64)
-    room = len(groups) * (n + GROUP)
-    rows, masks = np.empty(room, np.uint32), np.zeros(room, np.uint64)
-    values = np.zeros(room * BLOCK + GROUP * REGISTER_BYTES, GREY)
-    mask, number, order = np.empty(n, np.uint64), np.empty(n, np.int64), np.empty(n, np.int64)
-    start = end = 0
-    for block in range(len(groups)):
-        part = matrix[:, block * BLOCK : (block + 1) * BLOCK]
-        for i in range(n):
-            mask[i] = number[i] = 0
-            for c in range(part.shape[1]):
-                mask[i] |= np.uint64(part[i, c] != 0) << np.uint64(c)
-                number[i] += part[i, c] != 0
-        filled = sort_descending(number, order)
-        groups[block] = (filled + GROUP - 1) // GROUP
-        for position in range(groups[block] * GROUP):
-            rows[start + position] = n
-            if position < filled:
-                i = order[position]
-                rows[start + position], masks[start + position] = i, mask[i]
-                # Write each value, and keep it by moving on: a branch on what is zero could not be foreseen.
-                at = end + position % GROUP
-                for c in range(part.shape[1]):
-                    values[at] = part[i, c]
-                    at += GROUP * (part[i, c] != 0)
-            if position % GROUP == GROUP - 1:
-                end += GROUP * number[order[position - GROUP + 1]]
-        start += groups[block] * GROUP
-    return groups, rows[:start].copy(), masks[:start].copy(), values[: end + GROUP * REGISTER_BYTES].copy()
+def masks_in(_: types.Type) -> types.Array:
+    """(blocks, strips, BLOCK) masks to read, with any strides."""
+    return types.Array(types.uint64, 3, "A", readonly=True)
+
+
+def masks_out(_: types.Type) -> types.Array:
+    """(strips, blocks, BLOCK) masks to write."""
+    return types.Array(types.uint64, 3, "C")
+
+
+def form_in(dtype: types.Type) -> Callable[[types.Type], types.Array]:
+    """One of the arrays of `NonZeros`, to read."""
+    return lambda _: types.Array(dtype, 1, "C", readonly=True)
+
+
+def form_out(dtype: types.Type) -> Callable[[types.Type], types.Array]:
+    """One of the arrays of `NonZeros`, to write."""
+    return lambda _: types.Array(dtype, 1, "C")
+
+
+GROUPS, ROWS, MASKS, VALUES = types.int64, types.uint32, types.uint64, types.uint8
+
+
+def encode(images: NDArray[np.uint8]) -> tuple[NonZeros, NonZeros]:
+    """The non-zeros of a matrix of bytes (n, k), and those of its transpose.
+
+    NumPy makes the arrays, as it takes Numba a microsecond to hand one over.
+    """
+    images = np.ascontiguousarray(images)
+    n, k = images.shape
+    strips, blocks = -(-n // BLOCK) or 1, -(-k // BLOCK) or 1
+    masks = np.empty((strips, blocks, BLOCK), np.uint64)
+    transposed_masks = np.empty((strips, blocks, BLOCK), np.uint64)
+    groups, transposed_groups = np.empty(blocks, np.int64), np.empty(strips, np.int64)
+    number, listed, transposed_listed = find_nonzeros(images, masks, transposed_masks, groups, transposed_groups)
+
+    def form(matrix, masks, groups, listed):
+        arrays = np.empty(listed, np.uint32), np.empty(listed, np.uint64), np.empty(number + BLOCK, np.uint8)
+        fill_form(matrix, masks, groups, *arrays)
+        return NonZeros(groups, *arrays)
+
+    return (
+        form(images, masks.swapaxes(0, 1), groups, listed),
+        form(images.T, transposed_masks, transposed_groups, transposed_listed),
+    )
+
+
+@kernel(
+    row_major_pixels_in,
+    *(masks_out, masks_out, form_out(GROUPS), form_out(GROUPS)),
+    returns=types.UniTuple(types.int64, 3),
+)
+def find_nonzeros(pixels, masks, transposed_masks, groups, transposed_groups):
+    """Set the masks of a matrix and of its transpose, and how many groups they make.
+
+    Both have the shape (strips of 64 rows, blocks of 64 columns, 64). The masks of the transpose are those of the
+    matrix, 64 x 64 bits at a time, transposed.
+
+    Returns
+    -------
+    tuple[int, int, int]
+        How many bits are set in the masks; how many rows the groups have, and those of the transpose.
+    """
+    n, k = pixels.shape
+    strips, blocks, _ = masks.shape
+    number = 0
+    for i in range(n):
+        strip, r = i // BLOCK, np.uint64(i % BLOCK)
+        for block in range(k // BLOCK):
+            mask = nonzero_bytes(pixels, i * k + block * BLOCK)
+            masks[strip, np.uint64(block), r] = mask
+            number += popcount(mask)
+        if k % BLOCK:
+            mask = last_mask(pixels, i, k % BLOCK)
+            masks[strip, blocks - 1, r] = mask
+            number += popcount(mask)
+    masks[strips - 1, :, n - (strips - 1) * BLOCK :] = 0
+    if k == 0:
+        masks[:] = 0
+    groups[:] = 0
+    transposed_groups[:] = 0
+    for strip in range(strips):
+        for block in range(blocks):
+            transpose_bits(masks, transposed_masks, strip, block)
+            groups[block] += np.count_nonzero(masks[strip, block])
+            transposed_groups[strip] += np.count_nonzero(transposed_masks[strip, block])
+    groups[0], transposed_groups[0] = n, k
+    return number, round_up(groups), round_up(transposed_groups)
 
 
 @njit
-def sort_descending(number, order):
-    """Set `order` to the indices of the numbers, from 0 to `BLOCK`, that sort them; returns how many are not 0."""
-    begin = np.zeros(BLOCK + 2, np.int64)
-    for i in range(len(number)):
-        begin[BLOCK - number[i] + 1] += 1
-    begin = begin.cumsum()
-    filled = begin[BLOCK]
-    for i in range(len(number)):
-        place = BLOCK - number[i]
-        order[begin[place]] = i
-        begin[place] += 1
-    return filled
+def last_mask(pixels, i, rest):
+    """Which of the last bytes of a row, fewer than 64, are not zero."""
+    end = (i + 1) * pixels.shape[1]
+    if end >= BLOCK:  # the 64 bytes before the end are in memory, the first of them no matter
+        return nonzero_bytes(pixels, end - BLOCK) >> np.uint64(BLOCK - rest)
+    mask = np.uint64(0)
+    for c in range(rest):
+        mask |= np.uint64(pixels[i, c] != 0) << np.uint64(c)
+    return mask
+
+
+@njit
+def round_up(groups):
+    """Turn numbers of rows into numbers of groups; returns how many rows these have."""
+    listed = 0
+    for block in range(len(groups)):
+        groups[block] = (groups[block] + GROUP - 1) // GROUP
+        listed += GROUP * groups[block]
+    return listed
+
+
+@kernel(pixels_in, masks_in, form_in(GROUPS), form_out(ROWS), form_out(MASKS), form_out(VALUES))
+def fill_form(matrix, masks, groups, rows, sorted_masks, values):
+    """Fill the arrays of `NonZeros` of a matrix of bytes (n, k) from its masks, (blocks, strips, 64)."""
+    n = len(matrix)
+    begin = np.empty((2, BLOCK + 1), np.int64)
+    start = end = 0
+    for block in range(len(groups)):
+        stop = start + GROUP * groups[block]
+        filled = sort_rows(masks[block], n, block == 0, rows[start:], sorted_masks[start:], begin)
+        for position in range(start + filled, stop):
+            rows[position], sorted_masks[position] = n, 0
+        for position in range(start, start + filled):
+            mask = sorted_masks[position]
+            copy_nonzeros(matrix, rows[position], block * BLOCK, mask, values, end)
+            end += popcount(mask)
+        start = stop
+
+
+@njit
+def sort_rows(masks, n, is_first, rows, sorted_masks, begin):
+    """List the rows of a block from the most non-zeros to the fewest; returns how many.
+
+    A counting sort. Even and odd rows are counted apart, as a counter that has just been written can be read only some
+    cycles later. Numbers are unsigned, as a negative index would count from the end, which takes time to find out.
+    """
+    size = np.uint64(BLOCK)
+    begin[:] = 0
+    for i in range(np.uint64(n)):
+        begin[i & np.uint64(1), place_of(masks[i // size, i % size])] += 1
+    listed = 0
+    for place in range(BLOCK + is_first):
+        for parity in range(2):
+            begin[parity, place], listed = listed, listed + begin[parity, place]
+    for i in range(np.uint64(n)):
+        mask = masks[i // size, i % size]
+        if is_first or mask != 0:
+            parity, place = i & np.uint64(1), place_of(mask)
+            position = begin[parity, place]
+            rows[np.uint64(position)], sorted_masks[np.uint64(position)] = i, mask
+            begin[parity, place] = position + 1
+    return listed
+
+
+@njit
+def place_of(mask):
+    """0 for the rows with the most non-zeros, `BLOCK` for those without any."""
+    return np.uint64(BLOCK - popcount(mask))
+
+
+@intrinsic
+def nonzero_bytes(typing_context, pixels, start):
+    """Which of 64 bytes from the `start`-th of an array on are not zero, as the bits of a mask."""
+
+    def emit(context, builder, signature, arguments):
+        first = View.of(context, builder, signature.args[0], arguments[0]).at()
+        block = _load(builder, builder.gep(first, [arguments[1]]), _BYTES)
+        return builder.bitcast(builder.icmp_unsigned("!=", block, _BYTES([0] * BLOCK)), _MASK)
+
+    return types.uint64(pixels, start), emit
+
+
+@intrinsic
+def transpose_bits(typing_context, masks, transposed, strip, block):
+    """Transpose 64 x 64 bits of `masks[strip, block]`.
+
+    Swap the off-diagonal quarters, then those of each quarter, and so on (Warren, Hacker's Delight, section 7-3), in
+    all rows at once.
+    """
+
+    def emit(context, builder, signature, arguments):
+        source, target = (
+            builder.bitcast(
+                View.of(context, builder, signature.args[n], arguments[n]).at(*arguments[2:]), _TILE.as_pointer()
+            )
+            for n in (0, 1)
+        )
+        rows = builder.load(source, align=8)
+        for size in (32, 16, 8, 4, 2, 1):
+            low = sum(1 << c for c in range(BLOCK) if not c & size)
+            is_upper = ir.VectorType(ir.IntType(1), BLOCK)([not r & size for r in range(BLOCK)])
+            kept = _TILE([low << (size if r & size else 0) for r in range(BLOCK)])
+            moved = _TILE([low << (0 if r & size else size) for r in range(BLOCK)])
+            partners = ir.VectorType(ir.IntType(32), BLOCK)([r ^ size for r in range(BLOCK)])
+            others = builder.shuffle_vector(rows, rows, partners)
+            distance = _TILE([size] * BLOCK)
+            others = builder.select(is_upper, builder.shl(others, distance), builder.lshr(others, distance))
+            rows = builder.or_(builder.and_(rows, kept), builder.and_(others, moved))
+        builder.store(rows, target, align=8)
+        return context.get_dummy_value()
+
+    return types.void(masks, transposed, strip, block), emit
+
+
+@intrinsic
+def popcount(typing_context, mask):
+    """How many bits are set."""
+    return types.int64(types.uint64), lambda context, builder, signature, arguments: builder.ctpop(arguments[0])
+
+
+@intrinsic
+def copy_nonzeros(typing_context, matrix, i, j, mask, values, end):
+    """Copy the bytes of a row, from column `j` on, whose bits are set to `values[end:]`; up to 64 may be written."""
+
+    def emit(context, builder, signature, arguments):
+        _, i, j, mask, _, end = arguments
+        matrix, values = (View.of(context, builder, signature.args[n], arguments[n]) for n in (0, 4))
+        row = View(builder, matrix.at(builder.zext(i, j.type), j), (), matrix.strides[1:])
+        values = View(builder, values.at(end), (), [j.type(1)])
+        if HAS_COMPRESS:
+            is_contiguous = builder.icmp_signed("==", row.strides[0], j.type(1))
+            with builder.if_else(is_contiguous) as (then, otherwise):
+                with then:
+                    compress_bytes(builder, row.at(), mask, values.at())
+                with otherwise:
+                    _emit_copy(builder, row, mask, values)
+        else:
+            _emit_copy(builder, row, mask, values)
+        return context.get_dummy_value()
+
+    return types.void(matrix, i, j, mask, values, end), emit
+
+
+def _emit_copy(builder, row, mask, values):
+    """Copy byte after byte."""
+    rest = cgutils.alloca_once_value(builder, mask)
+    with cgutils.for_range(builder, builder.ctpop(mask)) as loop:
+        bits = builder.load(rest)
+        builder.store(builder.and_(bits, builder.sub(bits, _MASK(1))), rest)
+        column = builder.cttz(bits, ir.IntType(1)(1))
+        builder.store(builder.load(row.at(column)), values.at(loop.index))
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,7 +398,7 @@ def pack_panel(typing_context, b, j, panel):
 
 
 @intrinsic
-def add_block(typing_context, groups, rows, masks, values, start, end, panel, out, j, width):
+def add_block(typing_context, groups, rows, masks, values, start, end, quotients, panel, bias, is_first, out, j, width):
     """Add the products of a block of A with a panel of B to `width` vectors of the rows of the result.
 
     Parameters
@@ -192,8 +407,12 @@ def add_block(typing_context, groups, rows, masks, values, start, end, panel, ou
         How many groups the block has, and all arrays of `NonZeros` but the first.
     start, end
         Where the block's `rows` and `masks` start, and where its `values`.
+    quotients
+        What each grey value counts as.
     panel
-        The block of B, and a row of zeros after its `BLOCK` rows.
+        The block of B, and a row of negative zeros after its `BLOCK` rows.
+    bias, is_first
+        What the rows of the result start from in the first block. In the others it is what is in `out`.
     out, j
         The result, with a row more than A, and the first of the columns.
     width
@@ -206,72 +425,86 @@ def add_block(typing_context, groups, rows, masks, values, start, end, panel, ou
     """
 
     def emit(context, builder, signature, arguments):
-        groups, _, _, _, start, end, _, _, j, chosen = arguments
-        rows, masks, values, panel, out = (
-            View.of(context, builder, signature.args[n], arguments[n]) for n in (1, 2, 3, 6, 7)
+        groups, _, _, _, start, end, _, _, _, is_first, _, j, chosen = arguments
+        rows, masks, values, quotients, panel, bias, out = (
+            View.of(context, builder, signature.args[n], arguments[n]) for n in (1, 2, 3, 6, 7, 8, 10)
         )
-        vectors = Vectors(context, builder, signature.args[7].dtype)
+        vectors = Vectors(context, builder, signature.args[10].dtype)
         integer = j.type
         # Strides that are known here, which spare the innermost loop its multiplications.
         rows, masks = rows.part(start), masks.part(start)
-        values = View(builder, values.at(), (), [integer(GREY.bitwidth // 8)])
+        values = View(builder, values.at(), (), [integer(1)])
+        quotients = View(builder, quotients.at(), (), [integer(REGISTER_BYTES // vectors.lanes)])
         panel = View(builder, panel.at(), (), [integer(PANEL_BYTES)])
+        # The bias is a matrix whose rows are 0 bytes apart.
+        before = View(
+            builder,
+            builder.select(is_first, bias.at(j), out.at(integer(0), j)),
+            out.shape,
+            [builder.select(is_first, integer(0), out.strides[0])],
+        )
         end = cgutils.alloca_once_value(builder, end)
-        floats = ir.ArrayType(vectors.type, GROUP * BLOCK // vectors.lanes)
-        scratch = cgutils.alloca_once(builder, floats)
         for width in WIDTHS:
             tail = vectors.first(builder.sub(out.shape[1], j)) if width == 1 else None
             is_chosen = builder.icmp_signed("==", chosen, chosen.type(width))
             with builder.if_then(is_chosen), cgutils.for_range(builder, groups) as loop:
-                members = [builder.add(builder.mul(loop.index, integer(GROUP)), integer(r)) for r in range(GROUP)]
-                bits = [_load(builder, masks.at(member), _MASK) for member in members]
-                numbers = [builder.zext(_load(builder, rows.at(member), _ROW), integer) for member in members]
-                size = builder.mul(builder.ctpop(bits[0]), integer(GROUP))
-                grey = _emit_floats(builder, vectors, values.part(builder.load(end)), size, scratch)
-                results = [out.part(number, j) for number in numbers]
-                _emit_micro_kernel(builder, vectors, bits, grey, panel, results, width, tail)
-                builder.store(builder.add(builder.load(end), size), end)
+                ahead = builder.add(loop.index, integer(AHEAD))
+                ahead = builder.select(builder.icmp_signed("<", ahead, groups), ahead, loop.index)
+                for r in range(GROUP):
+                    member = builder.add(builder.mul(ahead, integer(GROUP)), integer(r))
+                    row = builder.zext(_load(builder, rows.at(member), _ROW), integer)
+                    for byte in range(0, width * REGISTER_BYTES, CACHE_LINE):
+                        vectors.prefetch(builder.gep(out.at(row, j), [integer(byte)]))
+                members = []
+                for r in range(GROUP):
+                    member = builder.add(builder.mul(loop.index, integer(GROUP)), integer(r))
+                    mask = _load(builder, masks.at(member), _MASK)
+                    row = builder.zext(_load(builder, rows.at(member), _ROW), integer)
+                    grey = values.part(builder.load(end))
+                    builder.store(builder.add(builder.load(end), builder.ctpop(mask)), end)
+                    members.append(_Member(mask, grey, before.part(row), out.part(row, j)))
+                _emit_micro_kernel(builder, vectors, members, quotients, panel, width, tail)
         return builder.load(end)
 
-    return types.intp(groups, rows, masks, values, start, end, panel, out, j, width), emit
+    return types.intp(groups, rows, masks, values, start, end, quotients, panel, bias, is_first, out, j, width), emit
 
 
-_MASK, _ROW, _GREY = ir.IntType(BLOCK), ir.IntType(32), ir.IntType(GREY.bitwidth)
+class _Member(NamedTuple):
+    """A row of a group, as generated code sees it."""
+
+    mask: ir.Value
+    grey: View
+    before: View
+    after: View
 
 
 def _load(builder, pointer, what):
     return builder.load(builder.bitcast(pointer, what.as_pointer()), align=1)
 
 
-def _emit_floats(builder, vectors, values, size, scratch):
-    """Divide so many grey values by 255, a vector at a time; returns a view of the floats in `scratch`."""
-    integer = size.type
-    floats = View(builder, scratch, (), [integer(REGISTER_BYTES // vectors.lanes)])
-    with cgutils.for_range_slice(builder, integer(0), size, integer(vectors.lanes), integer) as (position, _):
-        grey = _load(builder, values.at(position), ir.VectorType(_GREY, vectors.lanes))
-        vectors.store(builder.fdiv(builder.uitofp(grey, vectors.type), vectors.constant(255)), floats.at(position))
-    return floats
-
-
-def _emit_micro_kernel(builder, vectors, bits, grey, panel, results, width, tail):
+def _emit_micro_kernel(builder, vectors, members, quotients, panel, width, tail):
     """Add to rows of the result, held in registers, for the set bits of their masks; the first has the most."""
     tile = [(r, c) for r in range(GROUP) for c in range(width)]
     totals = {(r, c): vectors.variable(vectors.constant(0)) for r, c in tile}
-    masks = [cgutils.alloca_once_value(builder, mask) for mask in bits]
-    with cgutils.for_range(builder, builder.ctpop(bits[0])) as loop:
+    masks = [cgutils.alloca_once_value(builder, member.mask) for member in members]
+    with cgutils.for_range(builder, builder.ctpop(members[0].mask)) as loop:
         _keep_rolled(builder)
-        for r in range(GROUP):
+        for r, member in enumerate(members):
             mask = builder.load(masks[r])
             builder.store(builder.and_(mask, builder.sub(mask, _MASK(1))), masks[r])
-            column = builder.cttz(mask, ir.IntType(1)(0))  # 64 when the mask has run out: a row of zeros
-            x = vectors.broadcast(grey.at(builder.add(builder.mul(loop.index, _MASK(GROUP)), _MASK(r))))
+            # 64 when the mask has run out: a row of negative zeros, which change no sum, times any grey value.
+            column = builder.cttz(mask, ir.IntType(1)(0))
+            grey = builder.zext(_load(builder, member.grey.at(loop.index), _GREY), _MASK)
+            x = vectors.broadcast(quotients.at(grey))
+            # As one address: Intel's CPUs split a multiply-add from memory at the sum of two registers in two.
+            row = opaque(builder, panel.part(column))
             for c in range(width):
                 total = totals[r, c]
-                b = vectors.load(panel.at(column), column=c)
+                b = vectors.load(row.at(), column=c)
                 builder.store(vectors.fma(x, b, builder.load(total)), total)
     for r, c in tile:
-        result = vectors.load(results[r].at(), tail, column=c)
-        vectors.store(builder.fadd(result, builder.load(totals[r, c])), results[r].at(), tail, column=c)
+        sums = builder.fadd(vectors.load(members[r].before.at(), tail, column=c), builder.load(totals[r, c]))
+        vectors.store(sums, members[r].after.at(), tail, column=c)
 
 
 def _keep_rolled(builder):
@@ -293,19 +526,16 @@ def aligned_empty(n, m, like):
 empty_panel = njit(aligned_empty)
 
 
-@kernel(row_major_in, flat_in, *(lambda _, form=form: form for form in form_types(readonly=True)), matrix_out)
-def product(b, bias, groups, rows, masks, values, out):
-    """out = A B + bias, added to each row, where A is what `NonZeros` says, divided by 255.
+@kernel(row_major_in, flat_in, flat_in, *(form_in(dtype) for dtype in (GROUPS, ROWS, MASKS, VALUES)), matrix_out)
+def product(b, bias, quotients, groups, rows, masks, values, out):
+    """out = A B + bias, added to each row, where A is what `NonZeros` says, with `quotients` for the grey values.
 
     `out` has a row more than A, which is left in any state. The terms of a sum are added block by block, each from left
     to right.
     """
     m = b.shape[1]
     panel = empty_panel(BLOCK + 1, PANEL_BYTES // b.itemsize, b)
-    panel[BLOCK] = 0
-    for i in range(len(out)):
-        for j in range(m):
-            out[i, j] = bias[j]
+    panel[BLOCK] = -0.0
     j = 0
     for width in WIDTHS:
         columns = width * REGISTER_BYTES // b.itemsize
@@ -313,9 +543,15 @@ def product(b, bias, groups, rows, masks, values, out):
             start = end = 0
             for block in range(len(groups)):
                 pack_panel(b[block * BLOCK : (block + 1) * BLOCK], j, panel)
-                end = add_block(groups[block], rows, masks, values, start, end, panel, out, j, width)
+                end = add_block(
+                    groups[block], rows, masks, values, start, end, quotients, panel, bias, block == 0, out, j, width
+                )
                 start += groups[block] * GROUP
             j += columns
+
+
+# What a grey value counts as. Looked up, as a division takes as long as two steps of the innermost loop.
+QUOTIENTS = {dtype: np.divide(np.arange(256), 255, dtype=dtype) for dtype in FLOATS}
 
 
 class SparseBackend(NumbaBackend):
@@ -325,17 +561,18 @@ class SparseBackend(NumbaBackend):
     chunk = 2 * CHUNK
 
     def _prepare(self, images, dtype):
-        if images.size >= MANY_PIXELS and np.count_nonzero(images) > DENSE * images.size:
+        nonzeros, transposed = encode(images)
+        if images.size >= MANY_PIXELS and len(nonzeros.values) > DENSE * images.size:
             _warn_of_dense_images()
-        return SparseMatrix(images.shape, dtype, NonZeros(*encode(images)), NonZeros(*encode(images.T)))
+        return SparseMatrix(images.shape, dtype, nonzeros, transposed)
 
     def _matmul(self, a, b, bias):
         if not isinstance(a, SparseMatrix):
             return super()._matmul(a, b, bias)
         n, m = len(a), b.shape[1]
         out = aligned_empty(n + 1, m, b)
-        bias = np.zeros(m, a.dtype) if bias is None else np.ascontiguousarray(bias)
-        product(np.ascontiguousarray(b), bias, *a.nonzeros, out)
+        bias = np.zeros(m, b.dtype) if bias is None else np.ascontiguousarray(bias)
+        product(np.ascontiguousarray(b), bias, QUOTIENTS[b.dtype], *a.nonzeros, out)
         return out[:n]
 
 

@@ -38,17 +38,17 @@ def measure(dataset: Dataset, quick: bool) -> list[dict[str, Any]]:
     with ExitStack() as stack:
         stack.enter_context(thread_pool(1))
         sparse = get_backend("sparse")
-        single = stack.enter_context(variant(GROUP="1"))
-        floats = stack.enter_context(variant(GREY="types.uint32"))
+        regrouped = stack.enter_context(variant(GROUP=str(3 - GROUP)))
+        unfetched = stack.enter_context(variant(AHEAD="0"))
         variants: dict[str, tuple[Backend, list[Any]]] = {
             "dense, OpenBLAS": prepared(get_backend("numpy"), chunks),
             "dense, `numba`": prepared(get_backend("numba"), chunks),
             "zeros skipped by plain loops, no blocks": prepared(PlainLoops(), chunks),
-            "**`sparse`: blocks, masks, order, pairs, bytes**": prepared(sparse, chunks),
+            "**`sparse`: blocks, masks, order, prefetching**": prepared(sparse, chunks),
             "without skipping: images without zeros": prepared(sparse, without_zeros),
             "without order: groups as they come": shuffled(*prepared(sparse, chunks)),
-            "without pairs: one row at a time": prepared(single, chunks),
-            "without bytes: four for each value": prepared(floats, chunks),
+            "without prefetching of results": prepared(unfetched, chunks),
+            f"{'one row' if GROUP == 2 else 'two rows'} at a time": prepared(regrouped, chunks),
         }
         products = {
             (name, way): products_of(backend, xs, transposed)
@@ -125,13 +125,14 @@ def shuffled(backend: Backend, xs: list[Any]) -> tuple[Backend, list[Any]]:
     def reordered(form: NonZeros) -> NonZeros:
         rng = np.random.default_rng(0)
         rows, masks = (array.reshape(-1, GROUP) for array in (form.rows, form.masks))
-        ends = np.cumsum([GROUP * int(mask).bit_count() for mask in masks[:, 0]])
+        ends = np.cumsum([sum(mask.bit_count() for mask in group) for group in masks.tolist()])
         values = np.split(form.values, ends)
         bounds = np.cumsum(form.groups)
         order = np.concatenate([rng.permutation(np.arange(b - n, b)) for b, n in zip(bounds, form.groups)])
-        new_values = [values[group] for group in order]
         return form._replace(
-            rows=rows[order].ravel(), masks=masks[order].ravel(), values=np.concatenate([*new_values, values[-1]])
+            rows=rows[order].ravel(),
+            masks=masks[order].ravel(),
+            values=np.concatenate([*(values[group] for group in order), values[-1]]),
         )
 
     return backend, [replace(x, nonzeros=reordered(x.nonzeros), transposed=reordered(x.transposed)) for x in xs]

@@ -11,6 +11,7 @@ from rich.text import Text
 from model.training import History
 
 TABLE_ROWS = 10
+BAR_WIDTH = 40
 
 
 def history_table(history: History, title: str) -> Table:
@@ -35,7 +36,7 @@ def probability_bars(probabilities: NDArray[np.floating]) -> Table:
     """A bar for the probability of each digit, (10,), from nothing to certainty."""
     table = Table.grid(padding=(0, 2))
     for digit, probability in enumerate(probabilities):
-        table.add_row(f"{digit}", f"{probability:6.1%}", ProbabilityBar(1, 0, probability, width=40))
+        table.add_row(f"{digit}", f"{probability:6.1%}", ProbabilityBar(1, 0, probability, width=BAR_WIDTH))
     return table
 
 
@@ -44,5 +45,5 @@ class ProbabilityBar(Bar):
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         if options.ascii_only:
-            return iter([Text("#" * round(self.width * self.end / self.size))])
+            return iter([Text("#" * round(BAR_WIDTH * self.end / self.size))])
         return super().__rich_console__(console, options)
