@@ -317,7 +317,7 @@ def _seconds(function: Callable, *arguments: Any) -> float:
 
 def micro_kernel(a, panels, bias, out):
     """One whole tile of step 8."""
-    numba_backend.tile(a, 0, numba_backend.MR, panels, 0, bias, out, 0, True)
+    numba_backend.tile(a, 0, numba_backend.MR, a, False, panels, 0, bias, out, 0, True)
 
 
 def machine_code(name: str) -> str:

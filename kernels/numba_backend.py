@@ -3,17 +3,21 @@
 The product follows Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (2008), in the
 terms of BLIS (Van Zee and van de Geijn, 2015). The *micro-kernel* keeps a *tile* of the result, `MR` rows by
 `TILE_VECTORS` vectors, in registers while it walks along k. At each step it loads one row of B, broadcasts
-one element of A for each row of the tile, and multiplies and adds: 24 multiply-adds for 10 loads with
+one element of A for each row of the tile, and multiplies and adds: 24 multiply-adds for 10 loads on Zen with
 AVX-512. Around it, B is cut into blocks that stay in the L2 cache, and those into *panels* as wide as a tile,
 which lie one row after the other in memory.
 
-Goto packs A as well. Here A is read in place: its elements are only ever broadcast, so any strides do, and x
-and x.T are served alike by the same code.
+Goto packs A as well. Here A is read in place, as its elements are only ever broadcast, so any strides do. The
+transpose of a row-major A is the hard case: each step of k is in another page. What is done about that is in `TUNING`.
+
+However the product is cut, an element of the result is one chain of multiply-adds that starts from the bias and goes
+along k. So its bits depend on its row of A and its column of B alone.
 """
 
 import functools
 import math
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy as np
 from numba import njit, types
@@ -23,7 +27,9 @@ from numpy.lib.stride_tricks import as_strided
 
 from kernels.backend import Backend
 from kernels.simd import (
+    CPU,
     REGISTER_BYTES,
+    REGISTERS,
     Vectors,
     View,
     compile_seconds,
@@ -37,39 +43,88 @@ from kernels.simd import (
     row_major_in,
 )
 
-# Rows of a tile. Not 8: the rows of A are read side by side, and if their distance is a power of two they
-# compete for the 8 lines of one set of the L1 cache.
-MR = 6
 
-# Vectors in a row of a tile, and in a row of the narrower tile for the last columns, by the bytes of a
-# register. With a row of B and a broadcast element of A they fill the 16 registers of SSE and AVX2, or most
-# of the 32 of AVX-512.
-TILE_VECTORS, EDGE_VECTORS = {16: (2, 2), 32: (2, 2), 64: (4, 1)}[REGISTER_BYTES]
+class Tuning(NamedTuple):
+    """How the product is cut for a kind of CPU."""
+
+    rows: int
+    """Rows of a tile. With the row of B and an element of A, a tile has to fit the registers. Not 8: the rows of A are
+    read side by side, and if their distance is a power of two they compete for the 8 ways of one set of L1."""
+    vectors: int
+    """Vectors in a row of a tile."""
+    edge_vectors: int
+    """The same, of the narrower tile for the last columns."""
+    chain: int
+    """Rows of A whose addresses LLVM may find one from the other. A long chain of additions takes longer than the
+    multiply-adds."""
+    transposed_depth: int
+    """Steps of k in a block, where k runs down the columns of a row-major array, as in x.T dz."""
+    copies: bool = False
+    """Whether the elements of such an A that a row of tiles needs are copied side by side first. In place, each would
+    be in another page, and with rows of 4 KB all in the same set of the L1 cache."""
+    prefetches: bool = False
+    """Whether such an A is prefetched, one line at each step of k, evenly over the block after this one."""
+
+
+# By registers and their bytes. No measuring at run time: what is best differs by less than the noise.
+TUNING = {
+    # SSE and AVX2: 12 sums, two vectors of B and two elements of A. On Zen 3, copying takes x.T dz from 1.2 times the
+    # time of OpenBLAS to 1.0; prefetching instead did nothing there.
+    (16, 16): Tuning(6, 2, 2, chain=6, transposed_depth=256, copies=True),
+    (16, 32): Tuning(6, 2, 2, chain=6, transposed_depth=256, copies=True),
+    # NEON: 24 sums. Longer chains make LLVM update an address with each load (LD1R), which takes a multiply-add unit.
+    (32, 16): Tuning(6, 4, 2, chain=2, transposed_depth=256, copies=True),
+    # AVX-512 on Zen 4 and 5, which read x.T in place without loss.
+    (32, 64): Tuning(6, 4, 1, chain=6, transposed_depth=800),
+}[REGISTERS, REGISTER_BYTES]
+
+# AVX-512 on Intel. Only the name of the CPU tells it from Zen. On Emerald Rapids: x W1 takes 0.80 times the time of
+# OpenBLAS, and 0.88 in tiles of 6 x 4; x.T dz 0.82, and 1.2 without prefetching, 1.4 in deep blocks.
+if REGISTER_BYTES == 64 and not CPU.startswith("znver"):
+    TUNING = Tuning(14, 2, 1, chain=6, transposed_depth=64, prefetches=True)
+
+MR = TUNING.rows
+TILE_VECTORS, EDGE_VECTORS = TUNING.vectors, TUNING.edge_vectors
 TILE_BYTES = TILE_VECTORS * REGISTER_BYTES
 EDGE_BYTES = EDGE_VECTORS * REGISTER_BYTES
 
 # Rows of the narrower tile: as many sums at least as multiply-adds can be under way.
 EDGE_MR = 12 // EDGE_VECTORS
 
-# Largest block of B: KC rows of NC_BYTES are 400 KB and stay in an L2 cache of 512 KB.
+# Largest block of B: KC rows of NC_BYTES are 400 KB and stay in an L2 cache of 512 KB. Blocks that are less deep are
+# wider, so that a copy of A serves more panels.
 KC = 800
 NC_BYTES = 512
+KC_TRANSPOSED = TUNING.transposed_depth
+NC_BYTES_TRANSPOSED = 2048 if TUNING.copies else NC_BYTES
+COPIES = TUNING.copies
 
 # B is packed if at least this many rows of A share the work.
 PACK_ROWS = 16 * MR
+
+# Up to so many rows of A, the product takes as long as it takes to read B. So B is read once, from left to right and
+# KC_FEW rows at a time, in tiles of as many sums as other tiles have, but wider and lower.
+FEW_ROWS = 8
+FEW_MR = 3
+FEW_VECTORS = 4
+FEW_BYTES = FEW_VECTORS * REGISTER_BYTES
+KC_FEW = 32
 
 
 # Micro-kernels ----------------------------------------------------------------------------------------------
 
 
 @intrinsic
-def tile(typing_context, a, i, rows, panels, p, bias, out, j, first):
+def tile(typing_context, a, i, rows, copy, copied, panels, p, bias, out, j, first):
     """Add the product of A and panel `p` of B to a tile of the result.
 
     Parameters
     ----------
     a
-        (m, k) array, of which `rows` rows from `i` on count, 1 to MR of them (EDGE_MR in `edge_tile`).
+        (m, k) array, of which `rows` rows from `i` on count, 1 to MR of them (EDGE_MR in `edge_tile`, FEW_MR in
+        `few_tile`).
+    copy, copied
+        (k, MR) array, and whether it has the elements of these rows.
     panels
         (panels, k, columns) array, each row of a panel contiguous and TILE_VECTORS vectors long.
     bias
@@ -77,8 +132,15 @@ def tile(typing_context, a, i, rows, panels, p, bias, out, j, first):
     out
         (m, n) row-major array, whose element (i, j) is the tile's upper left.
     """
-    signature = types.void(a, i, rows, panels, p, bias, out, j, first)
-    return signature, functools.partial(_emit_tile, most=MR, width=TILE_VECTORS, ragged=False)
+    signature = types.void(a, i, rows, copy, copied, panels, p, bias, out, j, first)
+
+    def emit(context, builder, signature, arguments):
+        copy, copied = View.of(context, builder, signature.args[3], arguments[3]), arguments[4]
+        signature = signature.replace(args=signature.args[:3] + signature.args[5:])
+        arguments = arguments[:3] + arguments[5:]
+        _emit_tile(context, builder, signature, arguments, MR, TILE_VECTORS, copy=(copy, copied))
+
+    return signature, emit
 
 
 @intrinsic
@@ -88,7 +150,14 @@ def edge_tile(typing_context, a, i, rows, panels, p, bias, out, j, first):
     return signature, functools.partial(_emit_tile, most=EDGE_MR, width=EDGE_VECTORS, ragged=True)
 
 
-def _emit_tile(context, builder, signature, arguments, most, width, ragged):
+@intrinsic
+def few_tile(typing_context, a, i, rows, panels, p, bias, out, j, first):
+    """Do what `tile` does, for panels of FEW_VECTORS vectors and at most FEW_MR rows."""
+    signature = types.void(a, i, rows, panels, p, bias, out, j, first)
+    return signature, functools.partial(_emit_tile, most=FEW_MR, width=FEW_VECTORS)
+
+
+def _emit_tile(context, builder, signature, arguments, most, width, ragged=False, copy=None):
     """Write a micro-kernel for each number of rows from 1 to `most`, and the choice between them."""
     _, i, rows, _, p, _, _, j, first = arguments
     a, panels, bias, out = (View.of(context, builder, signature.args[n], arguments[n]) for n in (0, 3, 5, 6))
@@ -103,21 +172,41 @@ def _emit_tile(context, builder, signature, arguments, most, width, ragged):
         out.shape,
         [builder.select(first, j.type(0), out.strides[0])],
     )
+    ahead = _next_block(builder, a, i, panels, p) if copy and TUNING.prefetches else None
     a, panel, out = a.part(i), panels.part(p, drop=1), out.part(i, j)
+    if copy and COPIES:
+        copy, copied = copy
+        strides = [builder.select(copied, *pair) for pair in zip(reversed(copy.strides), a.strides, strict=True)]
+        a = View(builder, builder.select(copied, copy.at(), a.at()), a.shape, strides)
     for count in range(1, most + 1):
         with builder.if_then(builder.icmp_signed("==", rows, j.type(count))):
-            _emit_micro_kernel(builder, vectors, a, panel, start, out, count, masks)
+            _emit_micro_kernel(builder, vectors, a, panel, start, out, count, masks, ahead)
 
 
-def _emit_micro_kernel(builder, vectors, a, panel, start, out, rows, masks):
+def _next_block(builder, a, i, panels, p):
+    """The tile's share of the block of A after its own: a pointer for each step of k.
+
+    If A is row-major, the CPU itself foresees what is read, and the pointers are all the same.
+    """
+    count, k = panels.shape[:2]
+    rows = i.type(MR)
+    tiles = builder.mul(builder.sdiv(builder.add(a.shape[0], i.type(MR - 1)), rows), count)
+    piece = builder.sdiv(a.strides[1], tiles)  # bytes
+    tile = builder.add(builder.mul(builder.sdiv(i, rows), count), p)
+    start = builder.gep(a.at(0, k), [builder.mul(builder.mul(tile, k), piece)])
+    return View(builder, start, (k,), (piece,))
+
+
+def _emit_micro_kernel(builder, vectors, a, panel, start, out, rows, masks, ahead):
     """Write the loop along k for a tile of `rows` rows and a vector for each of `masks`."""
     grid = [(r, c) for r in range(rows) for c in range(len(masks))]
     totals = {(r, c): vectors.variable(vectors.load(start.at(r), masks[c], column=c)) for r, c in grid}
-    # LLVM finds each row of A from the one before. Twelve such additions would take longer than twelve multiply-adds.
-    parts = [a if r == 0 else opaque(builder, a.part(r)) for r in range(0, rows, MR)]
+    parts = [a if r == 0 else opaque(builder, a.part(r)) for r in range(0, rows, TUNING.chain)]
     with cgutils.for_range(builder, panel.shape[0]) as loop:
+        if ahead:
+            vectors.prefetch(ahead.at(loop.index), level=2)
         b = [vectors.load(panel.at(loop.index), column=c) for c in range(len(masks))]
-        x = [vectors.broadcast(parts[r // MR].at(r % MR, loop.index)) for r in range(rows)]
+        x = [vectors.broadcast(parts[r // TUNING.chain].at(r % TUNING.chain, loop.index)) for r in range(rows)]
         for r, c in grid:
             builder.store(vectors.fma(x[r], b[c], builder.load(totals[r, c])), totals[r, c])
     for r, c in grid:
@@ -143,9 +232,53 @@ def emit_packing(context, builder, signature, arguments, width):
     vectors = Vectors(context, builder, signature.args[0].dtype)
     columns = builder.sub(b.shape[1], j)
     masks = [vectors.first(builder.sub(columns, j.type(c * vectors.lanes))) for c in range(width)]
-    with cgutils.for_range(builder, b.shape[0]) as loop:
-        for c, mask in enumerate(masks):
-            vectors.store(vectors.load(b.at(loop.index, j), mask, column=c), panel.at(loop.index), column=c)
+    # A masked load is a branch for each lane on NEON.
+    with builder.if_else(builder.icmp_signed(">=", columns, j.type(width * vectors.lanes))) as (whole, ragged):
+        for branch, chosen in (whole, [None] * width), (ragged, masks):
+            with branch, cgutils.for_range(builder, b.shape[0]) as loop:
+                for c, mask in enumerate(chosen):
+                    vectors.store(vectors.load(b.at(loop.index, j), mask, column=c), panel.at(loop.index), column=c)
+
+
+@intrinsic
+def pack_transposed(typing_context, b, row, j, panel, column):
+    """Fill a square of a panel, as wide as a vector, from (row, j) of `b` on, whose columns are contiguous."""
+
+    def emit(context, builder, signature, arguments):
+        b, panel = (View.of(context, builder, signature.args[n], arguments[n]) for n in (0, 3))
+        _, row, j, _, column = arguments
+        vectors = Vectors(context, builder, signature.args[0].dtype)
+        source, target = b.part(row, j), panel.part(row, column)
+        columns = [vectors.load(source.at(0, c)) for c in range(vectors.lanes)]
+        for r, vector in enumerate(vectors.transpose(columns)):
+            vectors.store(vector, target.at(r))
+
+    return types.void(b, row, j, panel, column), emit
+
+
+@intrinsic
+def copy_columns(typing_context, a, i, copy):
+    """Set row k of `copy`, (k, MR), to elements i to i + MR of column k of `a`, whose columns are contiguous.
+
+    Whole vectors are written, so `copy` needs a vector's room behind it.
+    """
+
+    def emit(context, builder, signature, arguments):
+        a, copy = (View.of(context, builder, signature.args[n], arguments[n]) for n in (0, 2))
+        i = arguments[1]
+        vectors = Vectors(context, builder, signature.args[0].dtype)
+        starts = range(0, MR, vectors.lanes)
+        rest = builder.sub(a.shape[0], i)
+        masks = [vectors.first(builder.sub(rest, i.type(start))) for start in starts]
+        is_whole = builder.icmp_signed(">=", rest, i.type(len(starts) * vectors.lanes))
+        with builder.if_else(is_whole) as (whole, ragged):
+            for branch, chosen in (whole, [None] * len(starts)), (ragged, masks):
+                with branch, cgutils.for_range(builder, a.shape[1]) as loop:
+                    for c, mask in enumerate(chosen):
+                        vector = vectors.load(a.at(i, loop.index), mask, column=c)
+                        vectors.store(vector, copy.at(loop.index), column=c)
+
+    return types.void(a, i, copy), emit
 
 
 # The product around them ------------------------------------------------------------------------------------
@@ -166,13 +299,22 @@ def matmul(a, b, bias, out):
             result[j].fill(bias[j])
     else:
         left, right, result = a, b, out
-    k, columns = right.shape
-    kc = max(1, -(-k // -(-max(k, 1) // KC)))  # blocks of equal size, give or take a row
-    nc = NC_BYTES // b.itemsize
+    rows, k = left.shape
+    columns = right.shape[1]
+    if rows <= FEW_ROWS and right.strides[1] == right.itemsize and columns * b.itemsize >= FEW_BYTES:
+        most, nc = KC_FEW, columns
+    elif left.strides[0] == left.itemsize != left.strides[1]:
+        most, nc = KC_TRANSPOSED, NC_BYTES_TRANSPOSED // b.itemsize
+    else:
+        most, nc = KC, NC_BYTES // b.itemsize
+    kc = max(1, -(-k // -(-max(k, 1) // most)))  # blocks of equal size, give or take a row
     for j in range(0, columns, nc):
         for p in range(0, max(k, 1), kc):  # once even for k = 0, which leaves the bias
-            block = right[p : p + kc, j : j + nc]
-            add_block(left[:, p : p + kc], block, bias[j:], result[:, j : j + nc], p == 0 and not swap)
+            block, part = right[p : p + kc, j : j + nc], result[:, j : j + nc]
+            if most == KC_FEW:
+                add_few(left[:, p : p + kc], block, bias[j:], part, p == 0 and not swap)
+            else:
+                add_block(left[:, p : p + kc], block, bias[j:], part, p == 0 and not swap)
     if swap:
         for i in range(m):
             for j in range(n):
@@ -184,18 +326,43 @@ def add_block(a, b, bias, out, first):
     """Add A B, B being a block that fits the cache, to the bias if it is the `first` in k, else to `out`."""
     m, n = out.shape
     width = TILE_BYTES // b.itemsize
-    edge_width = EDGE_BYTES // b.itemsize
     edge = n - n % width
     panels = panels_of(b[:, :edge], width, m)
-    edge_panels = panels_of(b[:, edge:], edge_width, m)
+    copied = COPIES and len(panels) > 2 and a.strides[0] == a.itemsize != a.strides[1]
+    copy = np.empty((len(b) + REGISTER_BYTES if copied else 0, MR), b.dtype)
     for i in range(0, m, MR):
         rows = min(MR, m - i)
+        if copied:
+            copy_columns(a, i, copy)
         for p in range(len(panels)):
-            tile(a, i, rows, panels, p, bias, out, p * width, first)
+            tile(a, i, rows, copy, copied, panels, p, bias, out, p * width, first)
+    add_edge(a, b, bias, out, edge, first)
+
+
+@njit
+def add_few(a, b, bias, out, first):
+    """Do what `add_block` does, for at most FEW_ROWS rows of A, which share each panel of B while it is in L1."""
+    m, n = out.shape
+    width = FEW_BYTES // b.itemsize
+    edge = n - n % width
+    panels = panels_of(b[:, :edge], width, m)
+    step = -(-m // -(-m // FEW_MR)) if m else 1  # tiles of equal height, give or take a row
+    for p in range(len(panels)):
+        for i in range(0, m, step):
+            few_tile(a, i, min(step, m - i), panels, p, bias, out, p * width, first)
+    add_edge(a, b, bias, out, edge, first)
+
+
+@njit
+def add_edge(a, b, bias, out, edge, first):
+    """Do what `add_block` does, for the columns from `edge` on."""
+    m = len(out)
+    width = EDGE_BYTES // b.itemsize
+    panels = panels_of(b[:, edge:], width, m)
     for i in range(0, m, EDGE_MR):
         rows = min(EDGE_MR, m - i)
-        for p in range(len(edge_panels)):
-            edge_tile(a, i, rows, edge_panels, p, bias, out, edge + p * edge_width, first)
+        for p in range(len(panels)):
+            edge_tile(a, i, rows, panels, p, bias, out, edge + p * width, first)
 
 
 @njit
@@ -212,11 +379,24 @@ def panels_of(b, width, m):
         elif contiguous:
             pack_edge(b, p * width, panels[p])
         else:
-            panels[p] = 0
-            for j in range(p * width, min(n, (p + 1) * width)):
-                for row in range(k):
-                    panels[p, row, j - p * width] = b[row, j]
+            pack_columns(b, p * width, panels[p])
     return panels
+
+
+@njit
+def pack_columns(b, j, panel):
+    """Do what `pack` does, for rows that are not contiguous: in squares if the columns are, else one by one."""
+    k, n = b.shape
+    lanes = REGISTER_BYTES // b.itemsize
+    for column in range(0, panel.shape[1], lanes):
+        whole = 0
+        if b.strides[0] == b.itemsize and j + column + lanes <= n:
+            whole = k - k % lanes
+            for row in range(0, whole, lanes):
+                pack_transposed(b, row, j + column, panel, column)
+        for c in range(column, column + lanes):
+            for row in range(whole, k):
+                panel[row, c] = b[row, j + c] if j + c < n else 0
 
 
 # Element by element -----------------------------------------------------------------------------------------

@@ -36,6 +36,9 @@ from numba.core.registry import cpu_target
 # see them.
 _TARGET: tuple[str, str, str] = cpu_target.target_context.codegen().magic_tuple()
 
+# LLVM's name of the CPU.
+CPU = _TARGET[1]
+
 # Width of a vector register.
 REGISTER_BYTES = 64 if "+avx512f" in _TARGET[2] else 32 if "+avx" in _TARGET[2] else 16
 
@@ -185,11 +188,12 @@ class Vectors:
         else:
             self._call("masked.store", ir.VoidType(), [vector, pointer, _INT32(1), mask], suffix=".p0")
 
-    def prefetch(self, pointer: ir.Value) -> None:
-        """Have the CPU fetch a cache line into its L1 cache; no address is wrong."""
-        function_type = ir.FunctionType(ir.VoidType(), [pointer.type, *[_INT32] * 3])
-        function = cgutils.get_or_insert_function(self._builder.module, function_type, "llvm.prefetch.p0")
-        self._builder.call(function, [pointer, _INT32(0), _INT32(3), _INT32(1)])
+    def prefetch(self, pointer: ir.Value, level: int) -> None:
+        """Have the CPU fetch a cache line into its L1 cache, or L2; no address is wrong."""
+        signature = ir.FunctionType(ir.VoidType(), [pointer.type, _INT32, _INT32, _INT32])
+        function = cgutils.get_or_insert_function(self._builder.module, signature, "llvm.prefetch.p0")
+        read, locality, data = _INT32(0), _INT32(4 - level), _INT32(1)
+        self._builder.call(function, [pointer, read, locality, data])
 
     def broadcast(self, pointer: ir.Value) -> ir.Value:
         """The float at `pointer`, in every lane."""
@@ -231,6 +235,23 @@ class Vectors:
             vector = operation(vector, self._builder.shuffle_vector(vector, vector, partners))
             distance //= 2
         return vector
+
+    def transpose(self, rows: Sequence[ir.Value]) -> list[ir.Value]:
+        """The columns of a square whose rows are as many vectors as each has lanes.
+
+        Quarters change places, then quarters of the quarters, and so on (Eklundh 1972).
+        """
+        rows, lanes = list(rows), range(self.lanes)
+        distance = self.lanes // 2
+        while distance:
+            upper = [lane if not lane & distance else self.lanes + lane - distance for lane in lanes]
+            lower = [lane + distance if not lane & distance else self.lanes + lane for lane in lanes]
+            for r in (r for r in lanes if not r & distance):
+                pair = rows[r], rows[r + distance]
+                for row, numbers in (r, upper), (r + distance, lower):
+                    rows[row] = self._builder.shuffle_vector(*pair, ir.VectorType(_INT32, self.lanes)(numbers))
+            distance //= 2
+        return rows
 
     def exp(self, x: ir.Value) -> ir.Value:
         """e^x for x <= 0 or NaN, within 2 units in the last place.

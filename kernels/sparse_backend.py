@@ -454,7 +454,7 @@ def add_block(typing_context, groups, rows, masks, values, start, end, quotients
                     member = builder.add(builder.mul(ahead, integer(GROUP)), integer(r))
                     row = builder.zext(_load(builder, rows.at(member), _ROW), integer)
                     for byte in range(0, width * REGISTER_BYTES, CACHE_LINE):
-                        vectors.prefetch(builder.gep(out.at(row, j), [integer(byte)]))
+                        vectors.prefetch(builder.gep(out.at(row, j), [integer(byte)]), level=1)
                 members = []
                 for r in range(GROUP):
                     member = builder.add(builder.mul(loop.index, integer(GROUP)), integer(r))
