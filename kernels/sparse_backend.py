@@ -60,8 +60,8 @@ PANEL_VECTORS = WIDTHS[0]
 PANEL_BYTES = PANEL_VECTORS * REGISTER_BYTES
 
 # Rows of a block that are visited together, by the number of vector registers: their sums leave some for grey values.
-# Two rows on 16 registers need panels half as wide, with 5 loads for 4 multiply-adds: 1.15 times as slow with AVX2 on
-# Zen 3 and on Intel, 1.2 times with SSE.
+# Two rows on 16 registers need panels half as wide, with 5 loads for 4 multiply-adds: 1.1 to 1.25 times as slow with
+# AVX2 on Zen 3, 1.2 times with SSE.
 GROUP = {16: 1, 32: 2}[REGISTERS]
 
 # Columns of a block: the bits of a mask. With AVX-512, so many rows of a panel fill an L1 cache of 32 KB.
