@@ -50,6 +50,16 @@ REGISTERS = 16 if _TARGET[0].startswith(("x86_64", "i686")) and REGISTER_BYTES <
 HAS_COMPRESS = "+avx512vbmi2" in _TARGET[2]
 
 
+CACHE_LINE = 64  # bytes
+
+
+def aligned_empty(n, m, like):
+    """(n, m) array from a cache line's start, as vectors that lie in two lines take two accesses."""
+    memory = np.empty(n * m + CACHE_LINE // like.itemsize, like.dtype)
+    start = -memory.ctypes.data % CACHE_LINE // like.itemsize
+    return memory[start : start + n * m].reshape(n, m)
+
+
 # Emitting vectors -------------------------------------------------------------------------------------------
 
 _BYTE = ir.IntType(8)
@@ -352,6 +362,7 @@ class Kernel:
         self, function: Callable, parameters: Sequence[Callable], returns: types.Type, options: dict[str, Any]
     ):
         _require_compiler()
+        functools.update_wrapper(self, function)
         self.function = function
         self._parameters = parameters
         self._returns = returns

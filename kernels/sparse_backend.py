@@ -40,11 +40,13 @@ from numpy.typing import NDArray
 from kernels.backend import CHUNK, FLOATS
 from kernels.numba_backend import NumbaBackend, emit_packing
 from kernels.simd import (
+    CACHE_LINE,
     HAS_COMPRESS,
     REGISTER_BYTES,
     REGISTERS,
     Vectors,
     View,
+    aligned_empty,
     compress_bytes,
     flat_in,
     kernel,
@@ -70,8 +72,6 @@ BLOCK = 64
 # So many groups before its turn, a row of the result is fetched into the L1 cache. The results of a chunk fill an L2
 # cache, and are visited in an order that the CPU cannot foresee.
 AHEAD = 2
-
-CACHE_LINE = 64
 
 # From this share of non-zero pixels on, dense products are faster; fewer pixels than these are not worth a warning.
 DENSE = 0.85
@@ -514,13 +514,6 @@ def _keep_rolled(builder):
     """
     nothing = ir.InlineAsm(ir.FunctionType(ir.VoidType(), []), "", "", side_effect=True)
     builder.call(nothing, [], attrs=("convergent",))
-
-
-def aligned_empty(n, m, like):
-    """(n, m) array from a cache line's start, as vectors that lie in two lines take two accesses."""
-    memory = np.empty(n * m + CACHE_LINE // like.itemsize, like.dtype)
-    start = -memory.ctypes.data % CACHE_LINE // like.itemsize
-    return memory[start : start + n * m].reshape(n, m)
 
 
 empty_panel = njit(aligned_empty)

@@ -10,8 +10,10 @@ import pytest
 from threadpoolctl import threadpool_limits
 
 from bench.studies.roofline import CHAINS, peak
-from kernels import matmul_ladder, naive_backend, numba_backend, simd
-from kernels.matmul_ladder import STEPS, in_threads, operands
+from kernels import naive_backend, numba_backend, simd
+from kernels.ladder import steps
+from kernels.ladder.steps import STEPS, in_threads
+from kernels.ladder.timing import operands
 
 SHAPES = {"MLP": (60_000, 784, 128), "1024³": (1024, 1024, 1024)}
 QUICK_ROWS = {"MLP": 2048, "1024³": 512}
@@ -101,7 +103,7 @@ Place = tuple[str, str]
 
 def lines_of_code(step: str) -> int:
     """Lines of all that a step is made of in kernels/, without comments, docstrings and blank lines."""
-    code = {place: ast.unparse(node) for place, node in _reached((matmul_ladder.__name__, step), {}).items()}
+    code = {place: ast.unparse(node) for place, node in _reached((steps.__name__, step), {}).items()}
     return sum(bool(line.strip()) for text in code.values() for line in text.splitlines())
 
 
@@ -125,7 +127,7 @@ def _reached(place: Place, seen: dict[Place, ast.AST]) -> dict[Place, ast.AST]:
 def _definitions() -> dict[Place, ast.AST | Place]:
     """Functions, methods and constants by module and name; where imported names come from."""
     found: dict[Place, ast.AST | Place] = {}
-    for module in (matmul_ladder, naive_backend, numba_backend, simd):
+    for module in (steps, naive_backend, numba_backend, simd):
         for node in ast.walk(ast.parse(inspect.getsource(module))):
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
                 node.body = node.body[1:]

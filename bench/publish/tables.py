@@ -25,7 +25,7 @@ from model.published import comparison_table, full_batch_histories, history
 
 ROOT = Path(__file__).parents[2]
 PUBLISHED_RESULTS = ROOT / "bench" / "results"
-DOCUMENTS = ("README.md", "kernels/README.md", "bench/README.md")
+DOCUMENTS = ("README.md", "kernels/README.md", "kernels/ladder/README.md", "bench/README.md")
 
 
 def refresh(text: str, results: Path) -> str:

@@ -21,7 +21,7 @@ from bench.measure.interleave import interleave, summary
 from bench.publish.style import end_labels, note, plain_ticks, short
 from kernels import backend_names, get_backend, simd
 from kernels.backend import Backend
-from kernels.matmul_ladder import in_threads
+from kernels.ladder.steps import in_threads
 from kernels.simd import Vectors, View
 from kernels.sparse_backend import aligned_empty
 from model.data import Dataset

@@ -7,7 +7,8 @@ import sys
 import numpy as np
 import pytest
 
-from kernels.matmul_ladder import STEPS, hottest_block, in_threads, machine_code
+from kernels.ladder.assembly import hottest_block, machine_code
+from kernels.ladder.steps import STEPS, in_threads
 from tests.support.reference import assert_product
 
 # Around the tiles' 4 and 16 rows and 128 columns and the four steps of k, with remainders of all of them and without.
@@ -48,7 +49,7 @@ def test_vectors_appear_with_the_third_step(step):
 
 
 def run_ladder(*arguments):
-    command = [sys.executable, "-m", "kernels.matmul_ladder", *arguments]
+    command = [sys.executable, "-m", "kernels.ladder", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 

@@ -1,7 +1,7 @@
-"""One matrix product, from three Python loops to the speed of BLAS, one idea per step.
+"""The steps of the ladder: one matrix product, from three Python loops to the speed of BLAS, one idea per step.
 
-``python -m kernels.matmul_ladder`` runs the steps and ``--asm`` shows what the machine executes; README.md beside this
-file tells the story. All steps compute ``out = a @ b`` for arrays of any shapes, row-major and of one dtype.
+``python -m kernels.ladder`` runs them and ``--asm`` shows what the machine executes; README.md beside this file tells
+the story. All steps compute ``out = a @ b`` for arrays of any shapes, row-major and of one dtype.
 
 Numba translates a function to LLVM's language, and LLVM finds the vectors. Two things help it see them. Floats are not
 associative, and LLVM may round only as the source says; ``contract`` allows it to fuse a product and a sum into one
@@ -10,26 +10,16 @@ Numba checks for that, unless the index is unsigned or starts at 0.
 """
 
 import itertools
-import re
-import statistics
-import sys
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-import typer
-from numba import config, float32, njit
-from numpy.typing import NDArray
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.table import Table
-from threadpoolctl import threadpool_limits
+from numba import config, njit
 
-from kernels import numba_backend
 from kernels.naive_backend import matmul as naive_matmul
 from kernels.numba_backend import matmul as numba_matmul
+from kernels.simd import aligned_empty, flat_in, kernel, matrix_out, row_major_in
 
 # Rows and columns of a tile of the result: 8 KB, a quarter of the smallest L1 caches.
 TILE_ROWS = 16
@@ -38,12 +28,10 @@ TILE_COLUMNS = 128
 # Those that this process may run on.
 CORES: int = config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
 
-# Everything that the functions below use is in this file, which is all that Numba's cache watches.
-OPTIONS: dict[str, Any] = {"nogil": True, "fastmath": {"contract"}}
-jit = njit(cache=True, **OPTIONS)
-
-
-# The steps ---------------------------------------------------------------------------------------------------------
+FUSED: dict[str, Any] = {"fastmath": {"contract"}}
+product = kernel(row_major_in, row_major_in, matrix_out, **FUSED)
+jit = njit(nogil=True, **FUSED)  # what a step calls, and what is compiled with it
+aligned = jit(aligned_empty)
 
 
 def loops(a, b, out):
@@ -55,7 +43,7 @@ def loops(a, b, out):
     naive_matmul(a, b, [0.0] * len(b[0]), out)
 
 
-three_loops = njit(nogil=True, cache=True)(naive_matmul)
+three_loops = kernel(row_major_in, row_major_in, flat_in, matrix_out)(naive_matmul)
 
 
 def compiled(a, b, out):
@@ -67,7 +55,7 @@ def compiled(a, b, out):
     three_loops(a, b, np.zeros(b.shape[1], b.dtype), out)
 
 
-@jit
+@product
 def reordered(a, b, out):
     """Step 3: k before j. The inner loop walks along rows, and its additions are independent of each other.
 
@@ -81,7 +69,7 @@ def reordered(a, b, out):
                 out[i, j] += a[i, k] * b[k, j]
 
 
-@jit
+@product
 def unrolled(a, b, out):
     """Step 4: four steps of k at once, so that `out` is loaded and stored once for four multiply-adds.
 
@@ -116,7 +104,7 @@ def add_products(total, x, y):
     return total + x[0] * y[0] + x[1] * y[1] + x[2] * y[2] + x[3] * y[3]
 
 
-@jit
+@product
 def tiled(a, b, out):
     """Step 5: one tile of the result at a time, added up in a small array that stays in the L1 cache.
 
@@ -125,7 +113,7 @@ def tiled(a, b, out):
     """
     m, n = out.shape
     whole = len(b) - len(b) % 4
-    tile = np.empty((TILE_ROWS, TILE_COLUMNS), out.dtype)
+    tile = aligned(TILE_ROWS, TILE_COLUMNS, out)
     for left in range(0, n, TILE_COLUMNS):
         columns = min(TILE_COLUMNS, n - left)
         first = np.uint64(left)
@@ -151,7 +139,7 @@ def store(tile, out, top, left):
             out[top + i, np.uint64(left) + j] = tile[i, j]
 
 
-@jit
+@product
 def packed(a, b, out):
     """Step 6: the columns of `b` that a tile needs are first copied side by side, to be read in the order they lie.
 
@@ -160,8 +148,8 @@ def packed(a, b, out):
     """
     m, n = out.shape
     whole = len(b) - len(b) % 4
-    tile = np.empty((TILE_ROWS, TILE_COLUMNS), out.dtype)
-    panel = np.empty((len(b), TILE_COLUMNS), b.dtype)
+    tile = aligned(TILE_ROWS, TILE_COLUMNS, out)
+    panel = aligned(len(b), TILE_COLUMNS, b)
     for left in range(0, n, TILE_COLUMNS):
         columns = min(TILE_COLUMNS, n - left)
         pack(b, left, panel)
@@ -187,7 +175,7 @@ def pack(b, left, panel):
             panel[k, j] = b[k, np.uint64(left) + j]
 
 
-@jit
+@product
 def shared(a, b, out):
     """Step 7: four rows of the tile at once, so that each vector loaded from `b` is used four times.
 
@@ -196,8 +184,8 @@ def shared(a, b, out):
     """
     m, n = out.shape
     whole = len(b) - len(b) % 4
-    tile = np.empty((4, TILE_COLUMNS), out.dtype)
-    panel = np.empty((len(b), TILE_COLUMNS), b.dtype)
+    tile = aligned(4, TILE_COLUMNS, out)
+    panel = aligned(len(b), TILE_COLUMNS, b)
     for left in range(0, n, TILE_COLUMNS):
         columns = min(TILE_COLUMNS, n - left)
         pack(b, left, panel)
@@ -239,7 +227,8 @@ def threads(a, b, out):
 
 
 STEPS: dict[str, Any] = {
-    step.__name__: step for step in (loops, compiled, reordered, unrolled, tiled, packed, shared, vectors, threads)
+    step.__name__: step  # type: ignore[union-attr]
+    for step in (loops, compiled, reordered, unrolled, tiled, packed, shared, vectors, threads)
 }
 
 
@@ -251,165 +240,3 @@ def in_threads(step: Callable, a: Any, b: Any, out: Any, count: int) -> None:
         results = pool.map(lambda rows: step(a[rows], b, out[rows]), others)
         step(a[mine], b, out[mine])
         list(results)
-
-
-# Measuring ---------------------------------------------------------------------------------------------------------
-
-# Floating-point operations that a slow step is given to do, by leaving out rows of `a`.
-ENOUGH_FLOP = {"loops": 2e6, "compiled": 1e8, "reordered": 4e9}
-
-
-def operands(name: str, a: NDArray, b: NDArray) -> tuple[Any, Any, Any]:
-    """What to call a step with, to multiply as many rows of `a` with `b` as the step can do in reasonable time.
-
-    Parameters
-    ----------
-    name
-        Of the step, in `STEPS`.
-
-    Returns
-    -------
-    tuple
-        `a`, `b` and an empty result: lists for step 1, arrays for the others.
-    """
-    rows = max(2, round(ENOUGH_FLOP[name] / (2 * b.size))) if name in ENOUGH_FLOP else len(a)
-    a = a[:rows]
-    out = np.empty((len(a), b.shape[1]), b.dtype)
-    return (a.tolist(), b.tolist(), out.tolist()) if name == "loops" else (a, b, out)
-
-
-def measure(names: list[str], size: int, rounds: int = 5) -> dict[str, tuple[int, float, float]]:
-    """Run steps and OpenBLAS in turn, for as many rounds.
-
-    Returns
-    -------
-    dict
-        For each step the rows of the result that it computed, its GFLOP/s, and their ratio to those of OpenBLAS on as
-        many threads: medians over the rounds.
-    """
-    rng = np.random.default_rng(0)
-    a, b = (rng.standard_normal((size, size), np.float32) for _ in range(2))
-    product = np.empty_like(a)
-    measured = {}
-    for name in names:
-        arguments = operands(name, a, b)
-        rows = len(arguments[0])
-        speeds, ratios = [], []
-        with threadpool_limits(CORES if name == "threads" else 1, user_api="blas"):
-            for round_ in range(-1, rounds):
-                blas = size / _seconds(np.matmul, a, b, product)
-                speed = rows / _seconds(STEPS[name], *arguments)
-                if round_ >= 0:  # the one before compiles, and fills the caches
-                    speeds.append(2e-9 * size**2 * speed)
-                    ratios.append(speed / blas)
-        measured[name] = rows, statistics.median(speeds), statistics.median(ratios)
-    return measured
-
-
-def _seconds(function: Callable, *arguments: Any) -> float:
-    start = time.perf_counter()
-    function(*arguments)
-    return time.perf_counter() - start
-
-
-# Looking at the machine code ---------------------------------------------------------------------------------------
-
-
-def micro_kernel(a, panels, bias, out):
-    """One whole tile of step 8."""
-    numba_backend.tile(a, 0, numba_backend.MR, a, False, panels, 0, bias, out, 0, True)
-
-
-def machine_code(name: str) -> str:
-    """Assembly of a compiled step for float32.
-
-    It is compiled again for that, as Numba shows no code that comes from its cache.
-    """
-    matrix, vector = float32[:, ::1], float32[::1]
-    if name == "compiled":
-        function = njit((matrix, matrix, vector, matrix), nogil=True)(naive_matmul)
-    elif name in ("vectors", "threads"):
-        function = njit((matrix, float32[:, :, ::1], vector, matrix), **OPTIONS)(micro_kernel)
-    else:
-        function = njit((matrix, matrix, matrix), **OPTIONS)(STEPS[name].py_func)
-    (assembly,) = function.inspect_asm().values()
-    return assembly
-
-
-def hottest_block(assembly: str) -> list[str]:
-    """The stretch without a jump that multiplies the most floats: the body of the inner loop.
-
-    If LLVM knows that the loop takes few passes it writes them one after the other, and this is one or two of them.
-    """
-    blocks: list[list[str]] = [[]]
-    for line in assembly.splitlines():
-        if re.match(r"\.?LBB\w+:", line):
-            blocks.append([])
-        if not re.match(r"\s*(\.|#|//)", line.removeprefix(".LBB")):
-            blocks[-1].append(line.expandtabs(8))
-        if re.match(r"\s+(j|b\.|cbn?z|tbn?z)\w*\s", line):
-            blocks.append([])
-    return max(blocks, key=lambda block: sum(map(_floats_multiplied, block)))
-
-
-def _floats_multiplied(instruction: str) -> int:
-    if not re.search(r"\s(v?mul|vf\w*madd|fmul|fmla|fmadd)\w*", instruction):
-        return 0
-    if "zmm" in instruction:
-        return 16
-    if "ymm" in instruction:
-        return 8
-    return 4 if re.search(r"ps\s|\.4s", instruction) else 1
-
-
-# The command line --------------------------------------------------------------------------------------------------
-
-console = Console()
-errors = Console(stderr=True)
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-
-
-@app.command()
-def run(
-    step: Annotated[str | None, typer.Argument(help=f"One of {', '.join(STEPS)}. [default: all of them]")] = None,
-    size: Annotated[int, typer.Option(min=1, help="Multiply square matrices with so many rows and columns.")] = 1024,
-    asm: Annotated[bool, typer.Option("--asm", help="Show the inner loop that the machine executes, too.")] = False,
-) -> None:
-    """Climb the ladder: one matrix product, from three Python loops to the speed of BLAS.
-
-    Each step is a short function in kernels/matmul_ladder.py with one new idea, explained in kernels/README.md. Shown
-    are the billions of floating-point operations per second (GFLOP/s), and how many percent that is of what NumPy's
-    BLAS reaches on as many threads. Slow steps compute some rows of the result only.
-    """
-    if step is not None and step not in STEPS:
-        raise typer.BadParameter(f"there is no step {step!r}: choose one of {', '.join(STEPS)}")
-    names = list(STEPS) if step is None else [step]
-    title = f"{size} × {size} × {size}, float32; one thread, {CORES} for the step called threads"
-    table = Table("step", "rows", "GFLOP/s", "% of BLAS", box=SIMPLE)
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for name, (rows, speed, ratio) in measure(names, size).items():
-        table.add_row(name, f"{rows:,}", f"{speed:.3g}", f"{100 * ratio:.3g}")
-    console.print(title)
-    console.print(table)
-    for name in names if asm else ():
-        console.print(f"{name}: {(STEPS[name].__doc__ or '').splitlines()[0]}\n", soft_wrap=True, markup=False)
-        code = ["        run by Python's interpreter"] if name == "loops" else hottest_block(machine_code(name))
-        console.print("\n".join(code) + "\n", soft_wrap=True, markup=False, highlight=False)
-
-
-def main() -> None:
-    """Run the command line; a wrong option is one line on stderr and exit code 2."""
-    usage_error: Any = typer.BadParameter.__base__  # the class of all wrong options; its module has changed name
-    try:
-        sys.exit(app(standalone_mode=False))
-    except usage_error as error:
-        errors.print(f"error: {error.format_message()}", soft_wrap=True, markup=False, highlight=False)
-        sys.exit(2)
-    except (KeyboardInterrupt, typer.Abort):
-        errors.print("interrupted")
-        sys.exit(130)
-
-
-if __name__ == "__main__":
-    main()

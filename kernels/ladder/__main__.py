@@ -1,0 +1,63 @@
+"""``python -m kernels.ladder``: climb the ladder."""
+
+import sys
+from typing import Annotated, Any
+
+import typer
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from kernels.ladder.assembly import hottest_block, machine_code
+from kernels.ladder.steps import CORES, STEPS
+from kernels.ladder.timing import measure
+
+console = Console()
+errors = Console(stderr=True)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def run(
+    step: Annotated[str | None, typer.Argument(help=f"One of {', '.join(STEPS)}. [default: all of them]")] = None,
+    size: Annotated[int, typer.Option(min=1, help="Multiply square matrices with so many rows and columns.")] = 1024,
+    asm: Annotated[bool, typer.Option("--asm", help="Show the inner loop that the machine executes, too.")] = False,
+) -> None:
+    """Climb the ladder: one matrix product, from three Python loops to the speed of BLAS.
+
+    Each step is a short function in kernels/ladder/steps.py with one new idea, explained in the README beside it. The
+    table shows billions of floating-point operations per second (GFLOP/s), and what percentage that is of NumPy's BLAS
+    on as many threads. Slow steps compute only some rows of the result.
+    """
+    if step is not None and step not in STEPS:
+        raise typer.BadParameter(f"there is no step {step!r}: choose one of {', '.join(STEPS)}")
+    names = list(STEPS) if step is None else [step]
+    title = f"{size} × {size} × {size}, float32; one thread, {CORES} for the step called threads"
+    table = Table("step", "rows", "GFLOP/s", "% of BLAS", box=SIMPLE)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, (rows, speed, ratio) in measure(names, size).items():
+        table.add_row(name, f"{rows:,}", f"{speed:.3g}", f"{100 * ratio:.3g}")
+    console.print(title)
+    console.print(table)
+    for name in names if asm else ():
+        console.print(f"{name}: {(STEPS[name].__doc__ or '').splitlines()[0]}\n", soft_wrap=True, markup=False)
+        code = ["        run by Python's interpreter"] if name == "loops" else hottest_block(machine_code(name))
+        console.print("\n".join(code) + "\n", soft_wrap=True, markup=False, highlight=False)
+
+
+def main() -> None:
+    """Run the command line; a wrong option is one line on stderr and exit code 2."""
+    usage_error: Any = typer.BadParameter.__base__  # the class of all wrong options; its module has changed name
+    try:
+        sys.exit(app(standalone_mode=False))
+    except usage_error as error:
+        errors.print(f"error: {error.format_message()}", soft_wrap=True, markup=False, highlight=False)
+        sys.exit(2)
+    except (KeyboardInterrupt, typer.Abort):
+        errors.print("interrupted")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

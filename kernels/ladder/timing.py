@@ -1,0 +1,71 @@
+"""How fast the steps are: their operands, and each step interleaved with BLAS."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
+
+from kernels.ladder.steps import CORES, STEPS
+from kernels.simd import aligned_empty
+
+# Floating-point operations that a slow step is given to do, by leaving out rows of `a`.
+ENOUGH_FLOP = {"loops": 2e6, "compiled": 1e8, "reordered": 4e9}
+
+
+def operands(name: str, a: NDArray, b: NDArray) -> tuple[Any, Any, Any]:
+    """What to call a step with, to multiply as many rows of `a` with `b` as the step can do in reasonable time.
+
+    Parameters
+    ----------
+    name
+        Of the step, in `STEPS`.
+
+    Returns
+    -------
+    tuple
+        `a`, `b` and an empty result: lists for step 1, arrays for the others.
+    """
+    rows = max(2, round(ENOUGH_FLOP[name] / (2 * b.size))) if name in ENOUGH_FLOP else len(a)
+    a = a[:rows]
+    out = aligned_empty(len(a), b.shape[1], b)
+    return (a.tolist(), b.tolist(), out.tolist()) if name == "loops" else (a, b, out)
+
+
+def measure(names: list[str], size: int, rounds: int = 5) -> dict[str, tuple[int, float, float]]:
+    """Run steps and OpenBLAS interleaved round by round. All operands start at a cache line.
+
+    Returns
+    -------
+    dict
+        For each step the rows of the result that it computed, its GFLOP/s, and their ratio to those of OpenBLAS on as
+        many threads: medians over the rounds.
+    """
+    rng = np.random.default_rng(0)
+    like = np.empty(0, np.float32)
+    a, b, product = (aligned_empty(size, size, like) for _ in range(3))
+    for operand in (a, b):
+        operand[...] = rng.standard_normal((size, size), np.float32)
+    measured = {}
+    for name in names:
+        arguments = operands(name, a, b)
+        rows = len(arguments[0])
+        speeds, ratios = [], []
+        with threadpool_limits(CORES if name == "threads" else 1, user_api="blas"):
+            for round_ in range(-1, rounds):
+                blas = size / _seconds(np.matmul, a, b, product)
+                speed = rows / _seconds(STEPS[name], *arguments)
+                if round_ >= 0:  # the one before compiles, and fills the caches
+                    speeds.append(2e-9 * size**2 * speed)
+                    ratios.append(speed / blas)
+        measured[name] = rows, statistics.median(speeds), statistics.median(ratios)
+    return measured
+
+
+def _seconds(function: Callable, *arguments: Any) -> float:
+    start = time.perf_counter()
+    function(*arguments)
+    return time.perf_counter() - start
