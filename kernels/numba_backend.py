@@ -44,7 +44,6 @@ from kernels.simd import (
 )
 
 
-
 class Tuning(NamedTuple):
     """How the product is cut for a kind of CPU."""
 
@@ -103,13 +102,14 @@ COPIES = TUNING.copies
 # B is packed if at least this many rows of A share the work.
 PACK_ROWS = 16 * MR
 
-# Up to so many rows of A, the product takes as long as it takes to read B. So B is read once, from left to right and
-# KC_FEW rows at a time, in tiles of as many sums as other tiles have, but wider and lower.
+# Up to so many rows of A, the product takes as long as it takes to read B, if B is larger than a block. So B is read
+# once, from left to right and KC_FEW rows at a time, as many as the CPU can foresee, in tiles of as many sums as other
+# tiles have, but wider and lower. On Zen 3, 8 rows beat 32, and prefetching the next panels only did harm.
 FEW_ROWS = 8
 FEW_MR = 3
 FEW_VECTORS = 4
 FEW_BYTES = FEW_VECTORS * REGISTER_BYTES
-KC_FEW = 32
+KC_FEW = 8
 
 
 # Micro-kernels ----------------------------------------------------------------------------------------------
@@ -302,7 +302,8 @@ def matmul(a, b, bias, out):
         left, right, result = a, b, out
     rows, k = left.shape
     columns = right.shape[1]
-    if rows <= FEW_ROWS and right.strides[1] == right.itemsize and columns * b.itemsize >= FEW_BYTES:
+    is_large = right.size * b.itemsize > KC * NC_BYTES
+    if rows <= FEW_ROWS and right.strides[1] == b.itemsize and columns * b.itemsize >= FEW_BYTES and is_large:
         most, nc = KC_FEW, columns
     elif left.strides[0] == left.itemsize != left.strides[1]:
         most, nc = KC_TRANSPOSED, NC_BYTES_TRANSPOSED // b.itemsize
