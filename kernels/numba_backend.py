@@ -49,7 +49,7 @@ class Tuning(NamedTuple):
 
     rows: int
     """Rows of a tile. With the row of B and an element of A, a tile has to fit the registers. Not 8: the rows of A are
-    read side by side, and if their distance is a power of two they compete for the 8 lines of one set of the L1 cache."""
+    read side by side, and if their distance is a power of two they compete for the lines of one set of L1."""
     vectors: int
     """Vectors in a row of a tile."""
     edge_vectors: int
@@ -60,7 +60,7 @@ class Tuning(NamedTuple):
     transposed_depth: int
     """Steps of k in a block, where k runs down the columns of a row-major array, as in x.T dz."""
     copies: bool = False
-    """Whether the elements of such an A that a row of tiles needs are copied side by side first. In place, each would be
+    """Whether the elements of such an A that a row of tiles needs are copied side by side first. In place, each is
     in another page, and with rows of 4 KB all in the same set of the L1 cache."""
     prefetches: bool = False
     """Whether such an A is prefetched, one line at each step of k, evenly over the block after this one."""
@@ -72,7 +72,7 @@ TUNING = {
     # time of OpenBLAS to 1.0; prefetching instead did nothing there.
     (16, 16): Tuning(6, 2, 2, chain=6, transposed_depth=256, copies=True),
     (16, 32): Tuning(6, 2, 2, chain=6, transposed_depth=256, copies=True),
-    # NEON: 24 sums. Longer chains make LLVM update an address with each load (LD1R), which takes up a multiply-add unit.
+    # NEON: 24 sums. Longer chains make LLVM update an address with each load (LD1R), which takes a multiply-add unit.
     (32, 16): Tuning(6, 4, 2, chain=2, transposed_depth=256, copies=True),
     # AVX-512 on Zen 4 and 5, which read x.T in place without loss.
     (32, 64): Tuning(6, 4, 1, chain=6, transposed_depth=800),
@@ -185,7 +185,7 @@ def _emit_tile(context, builder, signature, arguments, most, width, ragged=False
 
 
 def _next_block(builder, a, i, panels, p):
-    """This tile's share of the block of A after this one: a pointer for each step of k.
+    """Find this tile's share of the block of A after this one: a pointer for each step of k.
 
     If A is row-major, the CPU itself foresees what is read, and the pointers are all the same.
     """
