@@ -49,7 +49,7 @@ class Tuning(NamedTuple):
 
     rows: int
     """Rows of a tile. With the row of B and an element of A, a tile has to fit the registers. Not 8: the rows of A are
-    read side by side, and if their distance is a power of two they compete for the 8 ways of one set of L1."""
+    read side by side, and if their distance is a power of two they compete for the lines of one set of L1."""
     vectors: int
     """Vectors in a row of a tile."""
     edge_vectors: int
@@ -60,8 +60,8 @@ class Tuning(NamedTuple):
     transposed_depth: int
     """Steps of k in a block, where k runs down the columns of a row-major array, as in x.T dz."""
     copies: bool = False
-    """Whether the elements of such an A that a row of tiles needs are copied side by side first. In place, each would
-    be in another page, and with rows of 4 KB all in the same set of the L1 cache."""
+    """Whether the elements of such an A that a row of tiles needs are copied side by side first. In place, each is
+    in another page, and with rows of 4 KB all in the same set of the L1 cache."""
     prefetches: bool = False
     """Whether such an A is prefetched, one line at each step of k, evenly over the block after this one."""
 
@@ -102,13 +102,14 @@ COPIES = TUNING.copies
 # B is packed if at least this many rows of A share the work.
 PACK_ROWS = 16 * MR
 
-# Up to so many rows of A, the product takes as long as it takes to read B. So B is read once, from left to right and
-# KC_FEW rows at a time, in tiles of as many sums as other tiles have, but wider and lower.
+# Up to so many rows of A, the product takes as long as it takes to read B, if B is larger than a block. So B is read
+# once, from left to right and KC_FEW rows at a time, as many as the CPU can foresee, in tiles of as many sums as other
+# tiles have, but wider and lower. On Zen 3, 8 rows beat 32, and prefetching the next panels only did harm.
 FEW_ROWS = 8
 FEW_MR = 3
 FEW_VECTORS = 4
 FEW_BYTES = FEW_VECTORS * REGISTER_BYTES
-KC_FEW = 32
+KC_FEW = 8
 
 
 # Micro-kernels ----------------------------------------------------------------------------------------------
@@ -184,7 +185,7 @@ def _emit_tile(context, builder, signature, arguments, most, width, ragged=False
 
 
 def _next_block(builder, a, i, panels, p):
-    """The tile's share of the block of A after its own: a pointer for each step of k.
+    """Find this tile's share of the block of A after this one: a pointer for each step of k.
 
     If A is row-major, the CPU itself foresees what is read, and the pointers are all the same.
     """
@@ -301,7 +302,8 @@ def matmul(a, b, bias, out):
         left, right, result = a, b, out
     rows, k = left.shape
     columns = right.shape[1]
-    if rows <= FEW_ROWS and right.strides[1] == right.itemsize and columns * b.itemsize >= FEW_BYTES:
+    is_large = right.size * b.itemsize > KC * NC_BYTES
+    if rows <= FEW_ROWS and right.strides[1] == b.itemsize and columns * b.itemsize >= FEW_BYTES and is_large:
         most, nc = KC_FEW, columns
     elif left.strides[0] == left.itemsize != left.strides[1]:
         most, nc = KC_TRANSPOSED, NC_BYTES_TRANSPOSED // b.itemsize

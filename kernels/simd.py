@@ -33,7 +33,7 @@ from numba.core.compiler import CompileResult
 from numba.core.registry import cpu_target
 
 # What code is generated for: LLVM's triple, the name of the CPU and its features, all as Numba was told to
-# see them.
+# see them. LLVM aborts on Snapdragon X, which it calls oryon-1 (numba issue 10388): set NUMBA_CPU_NAME=generic there.
 _TARGET: tuple[str, str, str] = cpu_target.target_context.codegen().magic_tuple()
 
 # LLVM's name of the CPU.

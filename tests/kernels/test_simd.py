@@ -14,7 +14,17 @@ import pytest
 from numba.extending import intrinsic
 
 from kernels import get_backend, numba_backend, simd
-from kernels.numba_backend import EDGE_BYTES, KC, MR, NC_BYTES, PACK_ROWS, TILE_BYTES
+from kernels.numba_backend import (
+    EDGE_BYTES,
+    FEW_BYTES,
+    FEW_ROWS,
+    KC,
+    KC_TRANSPOSED,
+    MR,
+    NC_BYTES,
+    PACK_ROWS,
+    TILE_BYTES,
+)
 from tests.support.guarded import Guarded, every_dtype, every_place, integers, needs_mprotect
 
 LAYOUTS = ["row-major", "transposed", "reversed", "strided", "misaligned"]
@@ -30,6 +40,9 @@ def shapes(dtype):
     columns = [0, 1, edge + 1, width, 2 * width - 1]
     yield from itertools.product([0, 1, MR - 1, 2 * MR + 1], [0, 1, 5], columns)
     yield from [(PACK_ROWS + 1, 33, width + 3), (2 * width + 1, 7, 10), (10, KC + 1, 10)]
+    yield (2 * MR + 1, KC_TRANSPOSED + 1, 3 * width + edge + 1)  # three panels share a copy of A's columns
+    few = FEW_BYTES // dtype().itemsize
+    yield from [(rows, 2 * KC, few * -(-NC_BYTES // FEW_BYTES) + edge + 1) for rows in (1, FEW_ROWS - 1)]
 
 
 @needs_mprotect
@@ -153,6 +166,21 @@ def test_a_row_has_the_same_bits_in_any_company(layout, dtype):
     whole = get_backend("numba").matmul(np.asarray(a, order=layout), b, bias)
     for start, stop in [(0, 1), (1, 8), (3, 80), (20, 150)]:
         part = get_backend("numba").matmul(np.asarray(a[start:stop], order=layout), b, bias)
+        np.testing.assert_array_equal(part, whole[start:stop])
+
+
+@every_dtype
+@pytest.mark.parametrize("layout_b", ["C", "F"])
+@pytest.mark.parametrize("layout_a", ["C", "F"])
+def test_bits_do_not_depend_on_how_a_product_is_cut(layout_a, layout_b, dtype):
+    """Few rows, copied columns and packed squares give what the same rows have in other company, or one by one."""
+    generator = np.random.default_rng(0)
+    k, n = 2 * KC + 3, 4 * TILE_BYTES // dtype().itemsize + 5
+    a, b, bias = (generator.standard_normal(shape).astype(dtype) for shape in [(PACK_ROWS + 9, k), (k, n), n])
+    b = np.asarray(b, order=layout_b)
+    whole = get_backend("numba").matmul(a, np.ascontiguousarray(b), bias)
+    for start, stop in [(0, 1), (1, 3), (5, 5 + FEW_ROWS), (7, 8 + FEW_ROWS), (20, 80), (0, len(a))]:
+        part = get_backend("numba").matmul(np.asarray(a[start:stop], order=layout_a), b, bias)
         np.testing.assert_array_equal(part, whole[start:stop])
 
 
