@@ -30,6 +30,7 @@ DIMMEST = 48  # of 255: paper counts as at least so bright, as noise alone is a 
 SPECK = 0.0015  # of the picture's area: smaller parts are dust
 SMALL = 0.05  # of the largest part's area: smaller ones belong to no digit
 EDGE = 0.015  # of a side: what comes so close to the picture's edge touches it
+DARK = 0.5  # of the paper's brightness: no shadow takes so much
 RECTANGLE = 0.85  # of the smallest rectangle around it: what fills more is a sheet, and no digit
 FAINT = 0.25  # of full ink: the rims of strokes end here
 ONE_COLOUR = 8  # levels of 255: rounding makes colours differ, and drawing programs
@@ -232,7 +233,7 @@ def sheet(grey: NDArray[np.floating]) -> tuple[slice, ...]:
         cut_off = sum((at.start == 0) + (at.stop == length) for at, length in zip(box, grey.shape))
         filled = ndimage.binary_fill_holes(largest)
         sides = smallest_rectangle(filled)
-        if cut_off <= 1 and filled.sum() > RECTANGLE * np.prod(sides) and min(sides) > min(grey.shape) / 3:
+        if cut_off <= 1 and filled.sum() > RECTANGLE * np.prod(sides) and min(sides) > min(grey.shape) / 2:
             return box
     return tuple(map(slice, grey.shape))
 
@@ -263,14 +264,15 @@ def inked(grey: NDArray[np.floating]) -> tuple[NDArray[np.floating], float]:
     window = np.ones((max(grey.shape) // 2 | 1,) * 2, np.uint8)
     paper = rank.median(levels, window)
     off = np.abs(paper - grey)
-    without_ink = rank.median(levels, window, mask=off <= threshold_otsu(off))  # 0 where nothing is left
+    bare = off <= threshold_otsu(off)
+    without_ink = rank.median(levels, window, mask=bare)  # 0 where nothing is left
     paper = np.where(without_ink, without_ink, paper).astype(np.float32)
     blur = max(grey.shape) / 400 if max(grey.shape) > 100 else 0
     lacking = ndimage.gaussian_filter(paper - grey, blur)
     if np.square(lacking.clip(max=0)).sum() > np.square(lacking.clip(min=0)).sum():
         lacking, paper = -lacking, 255 - paper
     ink = lacking / np.maximum(paper, DIMMEST)
-    noise = 1.4826 * np.median(np.abs(ink - np.median(ink)))
+    noise = 1.4826 * np.median(np.abs(ink[bare] - np.median(ink[bare])))
     return np.clip(ink, 0, 1), noise
 
 
@@ -290,16 +292,17 @@ def strokes(ink: NDArray[np.floating], whole: bool) -> NDArray[np.bool_]:
     areas[0] = 0
     if not areas[~at_edge].any():
         largest = labels == areas.argmax()
-        return largest if whole and like_a_digit(largest, inside) else np.zeros(ink.shape, bool)
+        dark = np.median(ink[largest]) > DARK
+        return largest if whole and dark and like_a_digit(largest, inside) else np.zeros(ink.shape, bool)
     areas[at_edge] = 0
     return (areas > SMALL * areas.max())[labels]
 
 
 def like_a_digit(part: NDArray[np.bool_], inside: NDArray[np.bool_]) -> bool:
-    """Whether a part that touches the edge may be a digit: large, mostly away from the edge, with few holes."""
+    """Whether a part that touches the edge may be a digit: no thin line, mostly away from the edge, with few holes."""
     (box,) = ndimage.find_objects(part.astype(int))
-    large = all(2 * (at.stop - at.start) > length for at, length in zip(box, part.shape))
-    return large and 2 * (part & ~inside).sum() < (~inside).sum() and euler_number(part) >= -1
+    wide = min(at.stop - at.start for at in box) > min(part.shape) / 8
+    return wide and 4 * (part & ~inside).sum() < (~inside).sum() and euler_number(part) >= -1
 
 
 def several(mask: NDArray[np.bool_]) -> bool:

@@ -264,9 +264,9 @@ def test_pictures_too_narrow_for_a_digit_are_blank(shape):
 
 @pytest.mark.parametrize("shape", [(9, 7), (7, 300), (300, 9), (30, 1000)])
 def test_odd_shapes(shape):
-    pixels = np.zeros((*shape, 4), np.uint8)
+    pixels = np.full((*shape, 3), 255, np.uint8)  # a light rectangle on dark would be a sheet on a table
     rows, columns = shape
-    pixels[rows // 3 : rows - rows // 3, columns // 3 : columns - columns // 3] = 255
+    pixels[rows // 3 : rows - rows // 3, columns // 3 : columns - columns // 3] = 0
     assert_prepared(prepare(pixels, "picture"))
 
 
