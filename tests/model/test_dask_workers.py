@@ -23,7 +23,7 @@ from model.extras import dask_workers
 from model.extras.checkpoint import load
 from model.extras.dask_workers import Cluster, ClusterError, add_subtrees, subtrees
 from model.mlp import MLP
-from model.shards import SHARDS, Sums, add_in_tree
+from model.shards import Sums, add_in_tree
 from model.training import train
 from tests.support.idx import write_idx
 from tests.support.runs import assert_same, run_model
@@ -43,7 +43,7 @@ class Processes:
         self.address = self.client.scheduler.address
 
     def _start(self, command, *options, program=None):
-        program = program or ["-m", f"dask_workers.cli.{command}"]
+        program = program or ["-m", f"distributed.cli.{command}"]
         line = [sys.executable, *program, "--scheduler-file", str(self.file), *options]
         return subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
@@ -104,7 +104,7 @@ def assert_equal(ours, theirs):
 # The tree of sums
 
 
-@pytest.mark.parametrize("count", range(1, SHARDS + 1))
+@pytest.mark.parametrize("count", [1, 2, 4, 8, 16, 32])
 def test_subtrees_give_the_bits_of_the_whole_tree(count):
     """Floats of all sizes, whose sum depends on the order of the additions, dealt in every way to up to 3 workers."""
     rng = np.random.default_rng(count)
@@ -128,8 +128,8 @@ def test_subtrees_give_the_bits_of_the_whole_tree(count):
 
 @pytest.mark.parametrize("workers", [1, 2, 4, 8, 16, 32])
 def test_powers_of_two_send_one_sum_each(workers):
-    share = SHARDS // workers
-    assert all(len(subtrees(n * share, (n + 1) * share, (0, SHARDS))) == 1 for n in range(workers))
+    share = 32 // workers
+    assert all(len(subtrees(n * share, (n + 1) * share, (0, 32))) == 1 for n in range(workers))
 
 
 # Equal bits
@@ -167,7 +167,7 @@ def test_workers_with_more_threads_get_more(processes, tiny):
     )
     threads = processes.client.nthreads()
     shares = {threads[worker]: last - first for (first, last), (worker, _) in parts.parts.items()}
-    assert shares in ({1: 1, 3: 5}, {1: 2, 3: 4})
+    assert shares == {1: 1, 3: 3}
     processes.kill_worker(1)
     processes.have(1)
 
@@ -273,7 +273,7 @@ def test_work_that_kills_again_and_again(mortal, tiny, nannies):
 
 
 def test_a_scheduler_without_the_project(tmp_path):
-    program = "import sys; sys.modules['model'] = None; from dask_workers.cli.dask_scheduler import main; main()"
+    program = "import sys; sys.modules['model'] = None; from distributed.cli.dask_scheduler import main; main()"
     processes = Processes(tmp_path, scheduler=["-c", program])
     try:
         processes.have(1)
@@ -284,7 +284,7 @@ def test_a_scheduler_without_the_project(tmp_path):
 
 
 def test_a_worker_without_the_project(mortal):
-    program = "import sys; sys.modules['model'] = None; from dask_workers.cli.dask_worker import main; main()"
+    program = "import sys; sys.modules['model'] = None; from distributed.cli.dask_worker import main; main()"
     mortal.start_worker(program=["-c", program])
     while len(mortal.client.nthreads()) < 2:
         time.sleep(0.02)
@@ -340,7 +340,7 @@ def test_scheduler_gone_and_the_checkpoint_stands(mortal, tmp_path):
 )
 def test_a_worker_that_would_compute_other_bits(mortal, tiny, name, value, message):
     program = (
-        "from dask_workers.cli.dask_worker import main; from model import distributed;"
+        "from distributed.cli.dask_worker import main; from model.extras import dask_workers;"
         f"found = dask_workers.surroundings() | {{'{name}': '{value}'}};"
         "dask_workers.surroundings = lambda: found; main()"
     )
