@@ -13,13 +13,12 @@ def predict_command(picture: opt.Picture, checkpoint: opt.Trained) -> None:
     """Say which digit a picture shows."""
     from model.extras.picture import read_picture  # SciPy takes an eighth of a second to import
 
-    mlp = load(checkpoint).mlp
-    if (mlp.layers[0][0].shape[0], len(mlp.layers[-1][1])) != (784, 10):
-        raise ValueError(
-            f"{checkpoint}: its network is not for digits of 28 x 28 pixels. Train one on mnist or digits28"
-        )
+    mlp, _, config = load(checkpoint)
+    if len(mlp.layers[0][0]) != 784:
+        raise ValueError(f"{checkpoint}: its network is not for pictures of 28 x 28 pixels. Train one on such")
+    kind = "label" if config.dataset == "idx" else "digit"
     (probabilities,) = mlp.probabilities(get_backend("numpy"), read_picture(picture)[None])
     if np.isnan(probabilities).any():
         raise ValueError(f"{checkpoint}: its parameters are too large to compute with. Use another checkpoint")
-    tell(f"{picture} shows the digit {probabilities.argmax()}")
+    tell(f"{picture} shows the {kind} {probabilities.argmax()}")
     out.print(probability_bars(probabilities))
