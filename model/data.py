@@ -201,7 +201,7 @@ def load_idx(directory: str | os.PathLike[str] | None = None) -> Dataset:
     source = _given_directory(directory)
     if source is None:
         raise DataError("The folder with the IDX files is not given: name it by --data or MNIST_DIR")
-    arrays = []
+    arrays: list[Bytes] = []
     for images_file, labels_file in (FILES[:2], FILES[2:]):
         images_path, images = _map(source, images_file)
         labels_path, labels = _map(source, labels_file)
