@@ -21,7 +21,8 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from model.extras.files import write_whole
+from model.extras.files import map_bytes, write_whole
+from model.shards import shard_ranges
 
 Bytes: TypeAlias = NDArray[np.uint8]
 
@@ -33,7 +34,7 @@ MIRRORS = (
 TIMEOUT = (5.0, 30.0)  # seconds to connect, and to wait for the next bytes
 ADVICE = f"Replace it with the original from {MIRRORS[0]}"
 IDX_ADVICE = "Write it again, in the format of MNIST's files"
-HASHED_ROWS = 2**16
+DIGEST = hashlib.sha256().digest_size
 
 
 class File(NamedTuple):
@@ -92,7 +93,7 @@ class Dataset(NamedTuple):
     train_labels, test_labels : uint8 arrays of shape (60000,) and (10000,)
         The digits, 0 to 9.
 
-    Those of ``"idx"`` are memory maps, of any number of images.
+    Those of ``"idx"`` are memory maps, of any number of images of any size, with labels from 0 to 255.
     """
 
     name: str
@@ -100,6 +101,11 @@ class Dataset(NamedTuple):
     train_labels: Bytes
     test_images: Bytes
     test_labels: Bytes
+
+    @property
+    def classes(self) -> int:
+        """Ten for digits, else one more than the largest label, so that a label is the number of its class."""
+        return 1 + int(max(self.train_labels.max(), self.test_labels.max())) if self.name == "idx" else 10
 
 
 def print_notice(text: str) -> None:
@@ -195,11 +201,15 @@ def load_idx(directory: str | os.PathLike[str] | None = None) -> Dataset:
     source = _given_directory(directory)
     if source is None:
         raise DataError("The folder with the IDX files is not given: name it by --data or MNIST_DIR")
-    arrays = []
+    arrays: list[Bytes] = []
     for images_file, labels_file in (FILES[:2], FILES[2:]):
         images_path, images = _map(source, images_file)
         labels_path, labels = _map(source, labels_file)
-        _check_pair(images_path, images, labels_path, labels, IDX_ADVICE)
+        _check_counts(images, labels_path, labels, IDX_ADVICE)
+        if arrays and images[0].size != arrays[0].shape[1]:
+            raise DataError(
+                f"{images_path}: images of {images[0].size} pixels, but {arrays[0].shape[1]} to train on. {IDX_ADVICE}"
+            )
         arrays += [images.reshape(len(images), -1), labels]
     return Dataset("idx", *arrays)
 
@@ -231,14 +241,30 @@ def limited(dataset: Dataset, count: int | None) -> Dataset:
     return dataset._replace(train_images=dataset.train_images[:count], train_labels=dataset.train_labels[:count])
 
 
-def sha256(dataset: Dataset) -> str:
-    """Return the SHA-256, in hexadecimal, of all images and labels and of their shapes."""
+def sha256(dataset: Dataset, hash_shards: Callable[[Bytes], bytes] | None = None) -> str:
+    """Return the SHA-256, in hexadecimal, of the shapes of all arrays and of the SHA-256 of each of their shards.
+
+    Parameters
+    ----------
+    dataset : Dataset
+    hash_shards : callable, optional
+        Does what `digests` does, but elsewhere: on the workers of a cluster.
+    """
     digest = hashlib.sha256()
     for array in dataset[1:]:
         digest.update(str(array.shape).encode())
-        for start in range(0, len(array), HASHED_ROWS):  # an array may be larger than memory
-            digest.update(np.ascontiguousarray(array[start : start + HASHED_ROWS]).data)
+        digest.update((hash_shards or digests)(array))
     return digest.hexdigest()
+
+
+def digests(array: Bytes) -> bytes:
+    """Return the SHA-256 of each shard, 32 bytes each, one after the other: an array may be larger than memory."""
+    return b"".join(shard_digest(array[rows]) for rows in shard_ranges(len(array)))
+
+
+def shard_digest(rows: Bytes) -> bytes:
+    """Return the SHA-256 of some images or labels."""
+    return hashlib.sha256(np.ascontiguousarray(rows).data).digest()
 
 
 def cache_directory() -> Path:
@@ -313,10 +339,14 @@ def _check_pair(images_path: Path, images: Bytes, labels_path: Path, labels: Byt
     if images.shape[1:] != (28, 28):
         size = " x ".join(map(str, images.shape[1:]))
         raise DataError(f"{images_path}: images of {size} pixels, not 28 x 28. {advice}")
-    if len(images) != len(labels):
-        raise DataError(f"{labels_path}: {len(labels)} labels for {len(images)} images. {advice}")
+    _check_counts(images, labels_path, labels, advice)
     if labels.max() > 9:
         raise DataError(f"{labels_path}: label {labels.max()} is outside 0-9. {advice}")
+
+
+def _check_counts(images: Bytes, labels_path: Path, labels: Bytes, advice: str) -> None:
+    if len(images) != len(labels):
+        raise DataError(f"{labels_path}: {len(labels)} labels for {len(images)} images. {advice}")
 
 
 def _find(directory: Path, file: File, suffixes: tuple[str, ...]) -> Path | None:
@@ -340,7 +370,7 @@ def _map(directory: Path, file: File) -> tuple[Path, Bytes]:
         with path.open("rb") as stream:
             header = stream.read(4 + 4 * ndim)
         shape = _idx_shape(header, path.stat().st_size, ndim, str(path), IDX_ADVICE)
-        return path, np.memmap(path, np.uint8, "r", offset=len(header), shape=shape)
+        return path, map_bytes(path, len(header), shape)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error}). {IDX_ADVICE}") from error
 

@@ -1,9 +1,9 @@
 """Sums over images in a fixed order: the same bits on any number of threads.
 
-A batch is cut into at most 32 **shards**, contiguous ranges that depend on its size alone, and these into **chunks** of
-as many images as the backend says, whose activations stay in a core's cache. A shard adds the gradients of its chunks
-in order, and the shards are added in a fixed binary tree, so threads change who computes a sum, never the order of its
-additions.
+A batch is cut into **shards**, contiguous ranges of about two thousand images that depend on its size alone, and these
+into **chunks** of as many images as the backend says, whose activations stay in a core's cache. A shard adds the
+gradients of its chunks in order, and the shards are added in a fixed binary tree, so threads change who computes a sum,
+never the order of its additions.
 """
 
 import itertools
@@ -15,11 +15,12 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from kernels.backend import CHUNK, Backend
+from kernels.backend import Backend
 from model.mlp import MLP
 from model.threads import exhaust
 
-SHARDS = 32
+SHARD = 2048
+"""Images of a shard at most: a batch that is no larger trains no faster on two threads than on one."""
 
 
 class Sums(NamedTuple):
@@ -187,8 +188,12 @@ class Shards:
 
 
 def shard_ranges(count: int) -> list[slice]:
-    """Where each shard of `count` images is: at most 32, and as even as can be."""
-    return even_parts(count, min(SHARDS, math.ceil(count / CHUNK)))
+    """Where each shard of `count` images is: the fewest that will do, a power of two, and as even as can be.
+
+    32 of 60,000 images, 512 of a million: enough for every core of a large machine, and as many threads or workers as
+    are a power of two have equal shares.
+    """
+    return even_parts(count, 2 ** (math.ceil(count / SHARD) - 1).bit_length())
 
 
 def even_parts(count: int, parts: int) -> list[slice]:

@@ -26,7 +26,7 @@ def digits28():
 
 @pytest.fixture(scope="session")
 def tiny():
-    """Images of 5 × 5 pixels that can be told apart, 5,200 to train on: six shards, and uneven ones."""
+    """Images of 5 × 5 pixels that can be told apart, 5,200 to train on: four shards of two chunks."""
     rng = np.random.default_rng(0)
     patterns = rng.integers(0, 256, (10, 25)) * (rng.random((10, 25)) < 0.5)
     labels = rng.integers(0, 10, 5300).astype(np.uint8)

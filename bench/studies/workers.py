@@ -27,7 +27,7 @@ from kernels import get_backend
 from model.data import FILES, Dataset, limited, load_idx
 from model.extras.dask_workers import connect
 from model.mlp import MLP
-from model.shards import SHARDS, Batch, Memory, Shards
+from model.shards import Batch, Memory, Shards, shard_ranges
 from model.threads import available_cores, thread_pool
 from model.training import descend
 
@@ -149,7 +149,7 @@ def write(dataset: Dataset, folder: Path) -> None:
 def calculation(found: dict[str, Any], workers: int, images: float) -> dict[str, float]:
     """What training on workers like this machine would take: computed, not measured.
 
-    The images are dealt in 32 shards, so no more than 32 threads have work. The parameters for each worker and its sums
+    No more threads have work than there are shards. The parameters for each worker and its sums
     pass through the scheduler, in and out. That and a fixed delay do not depend on how many images there are.
 
     Returns
@@ -159,7 +159,7 @@ def calculation(found: dict[str, Any], workers: int, images: float) -> dict[str,
         number of images with which arithmetic takes nine tenths of an epoch.
     """
     few, *_, many = [row for row in found["seconds"] if row["backend"] == "sparse"]
-    threads = min(SHARDS, workers * found["threads"])
+    threads = min(len(shard_ranges(int(images))), workers * found["threads"])
     per_image = many["places"][PROCESS]["median"] / many["images"] * found["threads"] / threads
     delay = few["places"][_name(WORKERS[-1])]["median"] - few["places"][PROCESS]["median"]
     sending = delay + 4 * workers * found["parameter_bytes"] / BANDWIDTH

@@ -15,18 +15,15 @@ def predict_command(picture: opt.Picture, checkpoint: opt.Trained) -> None:
     """Say which digit a picture shows."""
     from model.extras.picture import read_picture  # SciPy takes an eighth of a second to import
 
-    run = load(checkpoint)
-    mlp = run.mlp
-    if (mlp.layers[0][0].shape[0], len(mlp.layers[-1][1])) != (784, 10):
-        raise ValueError(
-            f"{checkpoint}: its network is not for digits of 28 x 28 pixels. Train one on mnist or digits28"
-        )
+    mlp, _, config = load(checkpoint)
+    if len(mlp.layers[0][0]) != 784:
+        raise ValueError(f"{checkpoint}: its network is not for pictures of 28 x 28 pixels. Train one on such")
     (probabilities,) = mlp.probabilities(get_backend("numpy"), read_picture(picture)[None])
     if np.isnan(probabilities).any():
         raise ValueError(f"{checkpoint}: its parameters are too large to compute with. Use another checkpoint")
-    second, first = np.argsort(probabilities)[-2:]
+    *_, second, first = [0, *np.argsort(probabilities)]  # of a single class there is no second
     unsure = f", or perhaps {second}: the network is unsure" if probabilities[first] < SURE else ""
-    tell(f"{picture} shows the digit {first}{unsure}")
-    if run.config.dataset == "digits28":
+    tell(f"{picture} shows the {'label' if config.dataset == 'idx' else 'digit'} {first}{unsure}")
+    if config.dataset == "digits28":
         say(f"{checkpoint} learned from digits28 and knows only about half of MNIST's digits: train one on mnist")
     out.print(probability_bars(probabilities))

@@ -33,10 +33,10 @@ def history_table(history: History, title: str) -> Table:
 
 
 def probability_bars(probabilities: NDArray[np.floating]) -> Table:
-    """A bar for the probability of each digit, (10,), from nothing to certainty."""
+    """A bar for the probability of each class, (classes,), from nothing to certainty."""
     table = Table.grid(padding=(0, 2))
-    for digit, probability in enumerate(probabilities):
-        table.add_row(f"{digit}", f"{probability:6.1%}", ProbabilityBar(1, 0, probability, width=BAR_WIDTH))
+    for label, probability in enumerate(probabilities):
+        table.add_row(f"{label}", f"{probability:6.1%}", ProbabilityBar(1, 0, probability, width=BAR_WIDTH))
     return table
 
 

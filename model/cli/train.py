@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from model.extras.checkpoint import Checkpoint, Config, check_same, load, save
 from model.extras.environment import environment
 from model.extras.files import check_writable, write_json
 from model.mlp import MLP
-from model.shards import Batch
 from model.threads import available_cores
 from model.training import History, State, train
 
@@ -58,14 +57,14 @@ def train_command(
     whole = load_dataset(settings["dataset"], data)
     images = limited(whole, settings["limit"])
     settings |= {"backend": kernels.name, "dataset": whole.name.lower()}
-    config = Config(**settings, data_sha256=sha256(whole) if file else "")
-    run = resumed(saved, config, resume) if saved else new_run(config, images)
     threads = available_cores() if threads is None else threads
-    title = f"{config.backend} on {images.name}"
-    with (
-        batches_on(scheduler, workers, threads) as batches,
-        training(title, *images_to_pass(run, images)) as (received, on_images),
-    ):
+    title = f"{kernels.name} on {images.name}"
+    with ExitStack() as stack:
+        cluster = stack.enter_context(cluster_of(scheduler, workers, threads))
+        digests = cluster.digests if cluster else None
+        config = Config(**settings, data_sha256=sha256(whole, digests) if file else "")
+        run = resumed(saved, config, resume) if saved else new_run(config, whole)
+        received, on_images = stack.enter_context(training(title, *images_to_pass(run, images)))
         history = train(
             run.mlp,
             kernels,
@@ -77,7 +76,7 @@ def train_command(
             eval_every=config.eval_every,
             threads=threads,
             memory_limit=memory_limit,
-            batches=batches,
+            batches=cluster.batch if cluster else None,
             state=run.state,
             on_images=on_images,
             on_step=between_steps(file, checkpoint_every, run, received),
@@ -114,7 +113,7 @@ def check_files(checkpoint: Path | None, resume: Path | None, json_file: Path | 
 
 def new_run(config: Config, images: Dataset) -> Checkpoint:
     """A run before its first step."""
-    mlp = MLP((images.train_images.shape[1], config.hidden, 10), config.seed)
+    mlp = MLP((images.train_images.shape[1], config.hidden, images.classes), config.seed)
     return Checkpoint(mlp, State.start(config.seed), config)
 
 
@@ -134,8 +133,8 @@ def images_to_pass(run: Checkpoint, images: Dataset) -> tuple[int, int]:
 
 
 @contextmanager
-def batches_on(scheduler: str | None, workers: int | None, threads: int) -> Iterator[Callable[..., Batch] | None]:
-    """For `train`: what makes batches on the workers of a cluster, or None for those in this process."""
+def cluster_of(scheduler: str | None, workers: int | None, threads: int) -> Iterator[Any]:
+    """The `model.extras.dask_workers.Cluster` to train on, or None for this process."""
     if scheduler is None and workers is None:
         yield None
         return
@@ -150,7 +149,7 @@ def batches_on(scheduler: str | None, workers: int | None, threads: int) -> Iter
     with connect(scheduler, workers, threads) as cluster:
         if workers:
             say(f"dashboard: {cluster.client.dashboard_link}")
-        yield cluster.batch
+        yield cluster
 
 
 def between_steps(

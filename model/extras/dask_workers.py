@@ -1,10 +1,13 @@
 """The trainer's shards on the workers of a Dask cluster: the same bits, on however many, whichever of them die.
 
-A worker gets a contiguous range of the shards. In an epoch it gets the network and returns sums of its shards: those
-subtrees of the fixed tree of sums that lie within its range. The client adds them along the rest of the tree.
+A worker gets a contiguous range of the shards. In an epoch it gets the network and sums its shards: those subtrees of
+the fixed tree of sums that lie within its range. Workers pass these sums on to each other, and add whatever has come
+together, until one of them holds the whole tree. The client sends the network once and receives one sum, however many
+workers there are.
 
 Everything is a task that depends on its arguments alone, so Dask may run it anywhere, and again when a worker dies: the
-images of a shard, where the client sends them; a worker's `Part`, which keeps its shards prepared; the sums of a part.
+images of a shard, where the client sends them; a worker's `Part`, which keeps its shards prepared; the sums of a part;
+those of several. So no task writes to its arguments.
 """
 
 import functools
@@ -12,13 +15,14 @@ import hashlib
 import importlib.metadata
 import itertools
 import logging
+import math
 import os
 import platform
 import signal
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +37,8 @@ from threadpoolctl import threadpool_info
 from kernels import get_backend
 from kernels.backend import Backend
 from model.cli.signals import SIGNALS
+from model.data import DIGEST, digests, shard_digest
+from model.extras.files import map_bytes
 from model.mlp import MLP
 from model.shards import Memory, Shard, Sums, add, add_in_tree, mean, shard_ranges
 from model.threads import thread_pool
@@ -44,6 +50,10 @@ LOOK = 1.0
 """Seconds between looks at whether there are workers."""
 ALLOWED_FAILURES = 3
 """How often all workers may die in one step, as in Dask's setting for a single task."""
+FAN_IN = 8
+"""Sums that meet in one task: more make fewer tasks, of which the scheduler handles some thousands in a second."""
+CHECKED = 16
+"""Shards of a file that the client hashes itself, to see that the workers have the same one."""
 
 PACKAGES = ("distributed", "numpy", "numba", "llvmlite")
 DEADLY = "worker after worker dies of the same work, of too little memory perhaps (--memory-limit helps)"
@@ -60,12 +70,6 @@ class ClusterError(TrainingError):
 # The tree of sums ----------------------------------------------------------------------------------------------------
 
 
-def middle(node: Node) -> int:
-    """Where `add_in_tree` divides a sum of two or more: the first part has the largest power of two that leaves one."""
-    start, stop = node
-    return start + 2 ** ((stop - start - 1).bit_length() - 1)
-
-
 def subtrees(first: int, last: int, node: Node) -> list[Node]:
     """The largest subtrees of a node that lie within the shards from `first` up to `last`, in order."""
     start, stop = node
@@ -73,7 +77,7 @@ def subtrees(first: int, last: int, node: Node) -> list[Node]:
         return []
     if first <= start and stop <= last:
         return [node]
-    half = middle(node)
+    half = (start + stop) // 2  # the number of shards is a power of two
     return [*subtrees(first, last, (start, half)), *subtrees(first, last, (half, stop))]
 
 
@@ -81,38 +85,60 @@ def add_subtrees(sums: dict[Node, Sums], node: Node) -> Sums:
     """What `add_in_tree` makes of the shards of a node, from the sums of its subtrees, which it uses up."""
     if node in sums:
         return sums.pop(node)
-    half = middle(node)
+    half = sum(node) // 2
     return add(add_subtrees(sums, (node[0], half)), add_subtrees(sums, (half, node[1])))
 
 
 # On the workers ------------------------------------------------------------------------------------------------------
 
 
-def send(images: NDArray, labels: NDArray) -> tuple[NDArray, NDArray]:
-    """A shard from the client. As a task, Dask can do it again, while scattered data die with their worker."""
-    return images, labels
+def send(value: Any) -> Any:
+    """What the client sends. As a task, Dask can do it again, while scattered data die with their worker."""
+    return value
 
 
 class Mapped(NamedTuple):
-    """A range of a file that a worker reads through a memory map of its own."""
+    """Rows of a file that a worker reads through a memory map of its own."""
 
     file: str
     offset: int
     shape: tuple[int, ...]
-    sha256: str
+
+    @classmethod
+    def rows(cls, array: Any, rows: slice) -> "Mapped":
+        """Some rows of a memory map."""
+        return cls(str(array.filename), array.offset + rows.start * array.strides[0], array[rows].shape)
 
     def read(self) -> NDArray:
-        """The bytes, once they are found to be those that the client has."""
+        """The rows, not yet read."""
         try:
-            array = np.memmap(self.file, np.uint8, "r", self.offset, self.shape)
+            return map_bytes(Path(self.file), self.offset, self.shape)
         except (OSError, ValueError) as error:
             raise ClusterError(
                 f"worker {get_worker().address} cannot read {self.file} ({error}): "
                 "put the files where all workers find them under the same name"
             ) from error
-        if _sha256(array) != self.sha256:
-            raise ClusterError(f"{self.file} of worker {get_worker().address} is not the file that the client has")
-        return array
+
+
+def hash_shards(mapped: Mapped, ranges: list[slice]) -> bytes:
+    """The digests of some ranges of rows, one after the other."""
+    array = mapped.read()
+    return b"".join(_run()(lambda rows: shard_digest(array[rows]), ranges))
+
+
+class Hashed(NamedTuple):
+    """Rows that are checked when they are read."""
+
+    mapped: Mapped
+    digests: bytes
+    """Of its shards."""
+
+    def read(self, ranges: list[slice]) -> list[NDArray]:
+        """The shards, once they are found to be those that were hashed before."""
+        if hash_shards(self.mapped, ranges) != self.digests:
+            raise ClusterError(f"{self.mapped.file} of worker {get_worker().address} is not the file that others have")
+        array = self.mapped.read()
+        return [array[rows] for rows in ranges]
 
 
 class Part:
@@ -120,10 +146,12 @@ class Part:
 
     Parameters
     ----------
+    images, labels
+        Of each shard, or where all of them are `Hashed`.
     shards
-        Of each the images and the labels: arrays, or where they are `Mapped`.
-    nodes
-        The subtrees that are to be summed: neighbours that cover the shards.
+        Their numbers, from the first up to the last, exclusive, and
+    count
+        the number of images of all parts.
     backend, dtype
         The kernels' name, and float32 or float64.
     memory_limit
@@ -134,15 +162,19 @@ class Part:
 
     def __init__(
         self,
-        shards: list[tuple[Any, Any]],
-        nodes: list[Node],
+        images: Any,
+        labels: Any,
+        shards: Node,
+        count: int,
         backend: str,
         dtype: np.dtype,
         memory_limit: int | None,
         expected: dict[str, str],
     ) -> None:
-        self.sources = shards
-        self.nodes = nodes
+        self.images, self.labels = images, labels
+        self.ranges = shard_ranges(count)
+        self.nodes = subtrees(*shards, (0, len(self.ranges)))
+        self.numbers = shards
         self.backend = backend
         self.dtype = dtype
         self.memory_limit = memory_limit
@@ -161,17 +193,17 @@ class Part:
         """The shards, prepared."""
         check_same(get_worker().address, surroundings(), self.expected)
         backend, memory = get_backend(self.backend), _memory(self.memory_limit)
-        shards = []
-        for images, labels in self.sources:
-            if isinstance(images, Mapped):
-                images, labels = images.read(), labels.read()
-            shards.append(Shard(backend, images, labels, self.dtype, memory))
+        sources = self.images, self.labels
+        if isinstance(self.images, Hashed):
+            ranges = relative(self.ranges[slice(*self.numbers)])
+            sources = self.images.read(ranges), self.labels.read(ranges)
+        shards = [Shard(backend, images, labels, self.dtype, memory) for images, labels in zip(*sources)]
         list(_run()(Shard.prepare, shards))
         return shards
 
-    def is_prepared(self) -> bool:
-        """Whether it is; waits until so."""
-        return len(self.shards) > 0
+    def is_prepared(self, _: None) -> list:
+        """Nothing, once it is."""
+        return self.shards[:0]
 
     def gradient(self, mlp: MLP) -> dict[Node, Sums]:
         """The sums of each node."""
@@ -188,6 +220,29 @@ def prepare(*arguments: Any) -> Part:
     part = Part(*arguments)
     _ = part.shards
     return part
+
+
+def merge(shards: int, *parts: dict[Node, Sums]) -> dict[Node, Sums]:
+    """The sums of neighbouring parts, of so many shards in all, added where two subtrees make a larger one."""
+    sums = {node: _copy(sums) for part in parts for node, sums in part.items()}
+    first, last = min(start for start, _ in sums), max(stop for _, stop in sums)
+    return {node: add_subtrees(sums, node) for node in subtrees(first, last, (0, shards))}
+
+
+def _copy(sums: Sums) -> Sums:
+    """`add` writes to its first argument, but Dask may need what it holds once more."""
+    return sums._replace(gradient=[part.copy() for part in sums.gradient])
+
+
+def chain(*parts: list) -> list:
+    """The items of all parts."""
+    return [*itertools.chain(*parts)]
+
+
+def relative(ranges: list[slice]) -> list[slice]:
+    """Ranges counted from the start of the first."""
+    start = ranges[0].start
+    return [slice(rows.start - start, rows.stop - start) for rows in ranges]
 
 
 def surroundings() -> dict[str, str]:
@@ -271,6 +326,31 @@ class Cluster:
         """For `train`: images on the workers, each of which has so much memory."""
         return Parts(self, backend, images, labels, dtype, memory)
 
+    def digests(self, array: NDArray) -> bytes:
+        """For `model.data.sha256`: the digests of the shards of an array; a file is read by the workers.
+
+        A worker hashes what its neighbour will read and then hash again, so that copies that differ are found. The
+        client hashes a few shards, as the workers may all have another file than it has.
+        """
+        if not isinstance(array, np.memmap):
+            return digests(array)
+        ranges = shard_ranges(len(array))
+        dealt = deal(len(ranges), self.threads())
+        workers = list(dealt)
+        futures = []
+        with self.explained():
+            for worker, (first, last) in zip([*workers[1:], *workers], dealt.values()):
+                part = ranges[first:last]
+                if part:
+                    mapped = Mapped.rows(array, slice(part[0].start, part[-1].stop))
+                    place = {"workers": [worker], "allow_other_workers": True, "pure": False}
+                    futures.append(self.client.submit(hash_shards, mapped, relative(part), **place))
+            found = b"".join(self.client.gather(futures))
+        for shard in range(0, len(ranges), math.ceil(len(ranges) / CHECKED)):
+            if shard_digest(array[ranges[shard]]) != found[DIGEST * shard : DIGEST * (shard + 1)]:
+                raise ClusterError(f"{array.filename} of a worker is not the file that the client has")
+        return found
+
     def threads(self) -> dict[str, int]:
         """The threads of each worker, by address; waits until there is one."""
         end = time.monotonic() + self.patience
@@ -302,6 +382,13 @@ class Cluster:
             raise ClusterError(f"the scheduler at {self.address} is gone ({type(error).__name__})") from error
 
 
+def deal(shards: int, threads: dict[str, int]) -> dict[str, Node]:
+    """The shards of each worker, in proportion to its threads."""
+    total = sum(threads.values())
+    bounds = [shards * before // total for before in itertools.accumulate(threads.values(), initial=0)]
+    return dict(zip(threads, itertools.pairwise(bounds)))
+
+
 class Parts:
     """A `Batch` on the workers of a cluster: each has shards in proportion to its threads, and keeps them."""
 
@@ -310,89 +397,113 @@ class Parts:
     ) -> None:
         self.cluster = cluster
         self.count = len(images)
-        self.images, self.labels = images, labels
         self.ranges = shard_ranges(self.count)
         self.form = backend.name, dtype, memory.limit, cluster.expected
-        self.sources = [self._source(rows) for rows in self.ranges]
+        self.sent: list[Future] = []
+        self.sources = [self._source(array) for array in (images, labels)]
         self.parts: dict[Node, tuple[str, Future]] = {}
-        for _ in self._each(Part.is_prepared):
-            pass
+        self._reduce(Part.is_prepared, chain)
 
     def gradient(self, mlp: MLP, on_images: Callable[[int], None] = lambda images: None) -> Sums:
         """Sums over all images; calls `on_images` with the images of each finished worker."""
-        sums: dict[Node, Sums] = {}
-        for (first, last), found in self._each(Part.gradient, mlp):
-            on_images(self.ranges[last - 1].stop - self.ranges[first].start)
-            sums.update(found)
-        return add_subtrees(sums, (0, len(self.ranges)))
+        (sums,) = self._reduce(Part.gradient, functools.partial(merge, len(self.ranges)), mlp, on_images).values()
+        return sums
 
     def evaluate(self, mlp: MLP) -> tuple[float, float]:
         """Mean loss and accuracy over all images."""
-        found = dict(self._each(Part.losses, mlp))
-        return mean(itertools.chain(*(found[shards] for shards in sorted(found))), self.count)
+        return mean(self._reduce(Part.losses, chain, mlp), self.count)
 
-    def _each(self, method: Callable, *arguments: Any) -> Iterator[tuple[Node, Any]]:
-        """What `method` returns of each part, as it finishes, with the numbers of its shards."""
-        submit = functools.partial(self.cluster.client.submit, method, pure=False)
-        failures = 0
-        with self.cluster.explained():
-            self._deal()
-            pending = {submit(part, *arguments): shards for shards, (_, part) in self.parts.items()}
-            while pending:
-                try:
-                    with self.cluster.client.as_current():
-                        done = wait(list(pending), timeout=LOOK, return_when="FIRST_COMPLETED").done
-                    for future in done:
-                        yield pending[future], future.result(timeout=self.cluster.patience)
-                        del pending[future]
-                except NotYet:
-                    workers = itertools.cycle(self.cluster.threads())
-                    # When the last worker dies, Dask leaves tasks that are for it alone, even when others come.
-                    if not self.cluster.computes([*pending, *self._held()]):
-                        failures += 1
-                        if failures > ALLOWED_FAILURES:
-                            raise ClusterError(f"{DEADLY}: all workers died {failures} times in one step") from None
-                        for shards in pending.values():
-                            self._place(next(workers), shards)
-                        pending = {submit(self.parts[shards][1], *arguments): shards for shards in pending.values()}
+    def _reduce(
+        self,
+        method: Callable,
+        combine: Callable,
+        mlp: MLP | None = None,
+        on_images: Callable[[int], None] = lambda images: None,
+    ) -> Any:
+        """What `method` returns of each part, combined by the workers, in order."""
+        finished = failures = 0
+        with self.cluster.explained(), self.cluster.client.as_current():
+            while True:
+                self._deal()
+                network = self._submit(send, mlp)
+                shards = sorted(self.parts)
+                leaves = [self._submit(method, self.parts[part][1], network) for part in shards]
+                pending = {leaf: self._images(part) for leaf, part in zip(leaves, shards)}
+                tree = [leaves]
+                while len(tree[-1]) > 1:
+                    groups = [tree[-1][first : first + FAN_IN] for first in range(0, len(tree[-1]), FAN_IN)]
+                    tree.append([self._submit(combine, *group) for group in groups])
+                (root,) = tree[-1]
+                submitted = [network, *itertools.chain(*tree)]
+                while self._goes_on(submitted):
+                    for leaf in [leaf for leaf in pending if leaf.done()]:
+                        del pending[leaf]
+                    passed = self.count - sum(pending.values())
+                    if passed > finished:  # not those of a second attempt
+                        on_images(passed - finished)
+                        finished = passed
+                    if root.done():
+                        with suppress(NotYet):  # its worker has died since
+                            return root.result(timeout=self.cluster.patience)
+                failures += 1
+                if failures > ALLOWED_FAILURES:
+                    raise ClusterError(f"{DEADLY}: all workers died {failures} times in one step")
+                self.parts.clear()
+
+    def _goes_on(self, submitted: list[Future]) -> bool:
+        """Waits a moment; whether a task is done or being computed. If all workers have died, Dask may stop for good.
+
+        When the last worker dies, it leaves tasks that are for that one alone, even when others come.
+        """
+        unfinished = [future for future in submitted if not future.done()]
+        if not unfinished:
+            return True
+        try:
+            wait(unfinished, timeout=LOOK, return_when="FIRST_COMPLETED")
+        except NotYet:
+            self.cluster.threads()
+            return self.cluster.computes([*unfinished, *self._held()])
+        return True
+
+    def _submit(self, function: Callable, *arguments: Any, **options: Any) -> Future:
+        return self.cluster.client.submit(function, *arguments, pure=False, **options)
+
+    def _images(self, shards: Node) -> int:
+        first, last = shards
+        return self.ranges[last - 1].stop - self.ranges[first].start
 
     def _deal(self) -> None:
         """Give each worker its shards; if they are the same as before, they keep what they have."""
-        threads = self.cluster.threads()
-        total = sum(threads.values())
-        bounds = [len(self.ranges) * before // total for before in itertools.accumulate(threads.values(), initial=0)]
-        dealt = {shards: worker for worker, shards in zip(threads, itertools.pairwise(bounds)) if shards[0] < shards[1]}
-        for shards in [shards for shards, (worker, _) in self.parts.items() if dealt.get(shards) != worker]:
+        dealt = deal(len(self.ranges), self.cluster.threads())
+        workers = {shards: worker for worker, shards in dealt.items() if shards[0] < shards[1]}
+        for shards in [shards for shards, (worker, _) in self.parts.items() if workers.get(shards) != worker]:
             del self.parts[shards]
-        for shards in dealt.keys() - self.parts.keys():
-            self._place(dealt[shards], shards)
+        for shards in workers.keys() - self.parts.keys():
+            self._place(workers[shards], shards)
 
     def _place(self, worker: str, shards: Node) -> None:
         """Have shards prepared by a worker, or by another if it dies."""
-        sources, nodes = self.sources[slice(*shards)], subtrees(*shards, (0, len(self.ranges)))
-        place = {"workers": [worker], "allow_other_workers": True, "pure": False}
-        self.parts[shards] = worker, self.cluster.client.submit(prepare, sources, nodes, *self.form, **place)
+        sources = [source(*shards) for source in self.sources]
+        place = {"workers": [worker], "allow_other_workers": True}
+        self.parts[shards] = worker, self._submit(prepare, *sources, shards, self.count, *self.form, **place)
 
-    def _source(self, rows: slice) -> Any:
-        """A shard's images and labels, for a worker."""
-        if isinstance(self.images, np.memmap):
-            return _mapped(self.images, rows), _mapped(self.labels, rows)
-        return self.cluster.client.submit(send, self.images[rows], self.labels[rows], pure=False)
+    def _source(self, array: NDArray) -> Callable[[int, int], Any]:
+        """What a worker gets of an array for the shards from the first up to the last."""
+        if isinstance(array, np.memmap):
+            found = self.cluster.digests(array)
+
+            def hashed(first: int, last: int) -> Hashed:
+                rows = slice(self.ranges[first].start, self.ranges[last - 1].stop)
+                return Hashed(Mapped.rows(array, rows), found[DIGEST * first : DIGEST * last])
+
+            return hashed
+        self.sent += (futures := [self._submit(send, array[rows]) for rows in self.ranges])
+        return lambda first, last: futures[first:last]
 
     def _held(self) -> Iterator[Future]:
         """All that the workers hold."""
         yield from (part for _, part in self.parts.values())
-        yield from (source for source in self.sources if isinstance(source, Future))
-
-
-def _mapped(array: Any, rows: slice) -> Mapped:
-    """Some rows of a memory map."""
-    part = array[rows]
-    return Mapped(str(array.filename), array.offset + rows.start * array.strides[0], part.shape, _sha256(part))
-
-
-def _sha256(array: NDArray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
+        yield from self.sent
 
 
 class LeaveSignalsToClient(WorkerPlugin):

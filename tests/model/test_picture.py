@@ -23,6 +23,7 @@ from model.extras.picture import MAX_PIXELS, PictureError, decode, prepare, read
 from model.mlp import MLP
 from model.training import State, train
 from tests.support.datasets import DATASETS
+from tests.support.idx import write_idx
 from tests.support.runs import run_model
 
 
@@ -421,6 +422,22 @@ def test_predict_shows_the_digit_and_a_bar_for_each(tmp_path, trained):
         assert len(bar) == pytest.approx(float(percent) * 40 / 100, abs=1)
 
 
+def test_letters_from_training_to_prediction(tmp_path, digits28):
+    """Labels 1 to 26, as EMNIST's letters have: a run, its continuation, and what it says of a picture."""
+    few = limited(digits28, 300)
+    labels = [(1 + np.arange(len(array)) % 26).astype(np.uint8) for array in (few.train_labels, few.test_labels)]
+    write_idx(tmp_path, few._replace(train_labels=labels[0], test_labels=labels[1]))
+    file, picture = tmp_path / "run", tmp_path / "picture.png"
+    picture.write_bytes(PICTURES["grey"])
+    options = ("--dataset", "idx", "--data", tmp_path)
+    assert run_model("train", *options, "--epochs", 1, "--limit", 20, "--checkpoint", file).returncode == 0
+    resumed = run_model("train", *options, "--epochs", 2, "--resume", file)
+    assert resumed.returncode == 0, resumed.stderr
+    result = run_model("predict", picture, "--checkpoint", file)
+    assert re.search(r"shows the label \d+\n", result.stderr + result.stdout)
+    assert re.findall(r"^ *(\d+) ", result.stdout, re.MULTILINE) == [str(label) for label in range(27)]
+
+
 def test_predict_refuses_in_one_line(tmp_path):
     good, text = tmp_path / "good.png", tmp_path / "text.png"
     good.write_bytes(PICTURES["grey"])
@@ -435,7 +452,7 @@ def test_predict_refuses_in_one_line(tmp_path):
     assert (result.returncode, result.stdout) == (2, "")
     assert re.fullmatch(rf"error: {text}: is no PNG or JPEG picture.*\n", result.stderr)
     for checkpoint, message in (
-        (small, f"^{small}: its network is not for digits of 28 x 28 pixels"),
+        (small, f"^{small}: its network is not for pictures of 28 x 28 pixels"),
         (huge, f"^{huge}: its parameters are too large"),
         (text, f"{text}.* not a checkpoint"),
     ):

@@ -12,11 +12,10 @@ from scipy.sparse import csr_array
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from kernels import get_backend
-from kernels.backend import CHUNK
 from kernels.numpy_backend import NumpyBackend
 from model.data import limited
 from model.mlp import MLP
-from model.shards import SHARDS, Memory, Shard, Shards, shard_ranges
+from model.shards import SHARD, Memory, Shard, Shards, shard_ranges
 from model.threads import thread_pool
 from model.training import TrainingError, train
 
@@ -143,13 +142,17 @@ def test_shuffling_depends_on_the_seed(tiny):
     assert not np.array_equal(runs[0][0], runs[2][0])
 
 
-@pytest.mark.parametrize("count", [1, 2, 1023, 1024, 1025, 10_000, 32_768, 32_769, 60_000, 480_001])
-def test_shards_cover_everything_once_and_evenly(count):
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [(1, 1), (2, 1), (2048, 1), (2049, 2), (4097, 4), (10_000, 8), (60_000, 32), (65_537, 64), (10**6, 512)],
+)
+def test_shards_cover_everything_once_and_evenly(count, expected):
     shards = shard_ranges(count)
     assert [index for shard in shards for index in range(count)[shard]] == list(range(count))
-    assert len(shards) == min(SHARDS, -(-count // CHUNK))
+    assert len(shards) == expected
     sizes = [shard.stop - shard.start for shard in shards]
     assert max(sizes) - min(sizes) <= 1
+    assert max(sizes) <= SHARD
 
 
 @pytest.mark.parametrize(("count", "sizes"), [(7, [7]), (8, [8]), (9, [4, 5]), (25, [6, 6, 6, 7])])
@@ -222,7 +225,7 @@ def test_same_bits_when_images_are_prepared_again(backend, tiny, limit, batch_si
 
 
 def test_no_more_is_kept_than_the_limit(tiny):
-    """Shards of 866 or 867 images of 25 pixels, a chunk each, take 100 bytes for each image in float32: three fit."""
+    """Chunks of 650 images of 25 pixels, two in each shard, take 100 bytes for each image in float32: four fit."""
     prepared = []
 
     class Counting(NumpyBackend):
@@ -237,7 +240,7 @@ def test_no_more_is_kept_than_the_limit(tiny):
         for _ in range(2):
             prepared.clear()
             shards.gradient(mlp)
-            assert prepared == [866, 867, 867]
+            assert prepared == [650] * 4
         assert memory.used == 260_000
         del shards
     assert memory.used == 0
