@@ -19,7 +19,7 @@ from model.cli.tables import history_table
 from model.data import Dataset, limited, load_dataset, sha256
 from model.extras.checkpoint import Checkpoint, Config, check_same, load, save
 from model.extras.environment import environment
-from model.extras.files import check_writable, write_json
+from model.extras.files import check_replaceable, check_writable, locked, same_file, write_json
 from model.mlp import MLP
 from model.shards import Batch
 from model.threads import available_cores
@@ -50,10 +50,12 @@ def train_command(
     resume: opt.Resume = None,
 ) -> None:
     """Train the network and show how its accuracy grows."""
+    check_files(checkpoint, resume, json_file, checkpoint_every)
+    file = checkpoint or resume
+    for written in filter(None, (file, json_file)):
+        context.with_resource(locked(written))  # before the checkpoint is read
     saved = load(resume) if resume else None
     settings = given_settings(context, saved)
-    file = checkpoint or resume
-    check_files(checkpoint, resume, json_file, checkpoint_every)
     kernels = get_backend(settings["backend"])
     whole = load_dataset(settings["dataset"], data)
     images = limited(whole, settings["limit"])
@@ -103,11 +105,18 @@ def given_settings(context: typer.Context, saved: Checkpoint | None) -> dict[str
 
 
 def check_files(checkpoint: Path | None, resume: Path | None, json_file: Path | None, every: int | None) -> None:
-    """Raise an error, before any work is done, if what is to be written cannot be."""
+    """Raise an error, before any work is done, if what is to be written cannot be, or would replace something else."""
+    if resume and not resume.is_file():
+        load(resume)  # says so
     for written in filter(None, (checkpoint or resume, json_file)):
         check_writable(written)
-    if checkpoint and checkpoint != resume and checkpoint.exists():
+    if checkpoint and checkpoint.exists() and not (resume and same_file(checkpoint, resume)):
         raise ValueError(f"{checkpoint} exists: --resume {checkpoint} goes on with it; for a new run name a new file")
+    for run in filter(None, (checkpoint, resume)):
+        if json_file and same_file(json_file, run):
+            raise ValueError(f"--json {json_file} is the checkpoint {run}: name another file for the history")
+    if json_file:
+        check_replaceable(json_file, "history")
     if every and not (checkpoint or resume):
         raise ValueError("--checkpoint-every goes with --checkpoint FILE")
 
