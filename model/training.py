@@ -186,8 +186,9 @@ def descend(
 ) -> Sums:
     """One step of gradient descent on the mean loss over `batch`; returns its sums from before the step."""
     sums = batch.gradient(mlp, on_images)
-    for parameter, gradient in zip(mlp.parameters, sums.gradient):
-        parameter -= gradient * (learning_rate / batch.count)
+    with np.errstate(over="ignore", invalid="ignore"):  # the loss tells, at the end of the epoch
+        for parameter, gradient in zip(mlp.parameters, sums.gradient):
+            parameter -= gradient * (learning_rate / batch.count)
     return sums
 
 

@@ -4,7 +4,7 @@ import numpy as np
 
 from kernels import get_backend
 from model.cli import options as opt
-from model.cli.console import out, tell
+from model.cli.console import show, tell
 from model.cli.tables import probability_bars
 from model.extras.checkpoint import load
 
@@ -22,4 +22,4 @@ def predict_command(picture: opt.Picture, checkpoint: opt.Trained) -> None:
     if np.isnan(probabilities).any():
         raise ValueError(f"{checkpoint}: its parameters are too large to compute with. Use another checkpoint")
     tell(f"{picture} shows the digit {probabilities.argmax()}")
-    out.print(probability_bars(probabilities))
+    show(probability_bars(probabilities))

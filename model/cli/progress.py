@@ -22,7 +22,7 @@ def training(title: str, images: int, passed: int = 0) -> Iterator[tuple[list[in
 
     Yields the list of the signals that wait, and how to advance the bar.
     """
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn())
     times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
     bar = Progress(*columns, *times, console=err, transient=True, disable=not err.is_terminal)
     with stoppable_between_steps() as received, bar:

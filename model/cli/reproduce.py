@@ -8,7 +8,7 @@ import typer
 
 from kernels import backend_names, get_backend
 from model.cli import options as opt
-from model.cli.console import out, tell
+from model.cli.console import show, tell
 from model.cli.progress import training
 from model.cli.signals import stop
 from model.data import load_dataset
@@ -39,7 +39,7 @@ def reproduce_command(
     images = load_dataset(dataset, data)
     found = reproduce(backends, images, starts, threads, stoppable_run)
     if histories := full_batch_histories(found):
-        out.print(comparison_table(histories, images.name))
+        show(comparison_table(histories, images.name))
         draw_curves(figure, found)
     for name in found["runs"].keys() - histories.keys():
         tell(mini_batch_line(name, found))

@@ -7,12 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import typer
 
 from kernels import get_backend
 from kernels.backend import Backend
 from model.cli import options as opt
-from model.cli.console import out, say, tell
+from model.cli.console import say, show, tell
 from model.cli.progress import training
 from model.cli.signals import stop
 from model.cli.tables import history_table
@@ -23,7 +24,7 @@ from model.extras.files import check_replaceable, check_writable, locked, same_f
 from model.mlp import MLP
 from model.shards import Batch
 from model.threads import available_cores
-from model.training import History, State, train
+from model.training import History, State, TrainingError, train
 
 SAVE_SECONDS = 60
 
@@ -84,7 +85,7 @@ def train_command(
             on_images=on_images,
             on_step=between_steps(file, checkpoint_every, run, received),
         )
-    out.print(history_table(history, f"{title}, {scheduler or f'{threads} threads'}"))
+    show(history_table(history, f"{title}, {scheduler or f'{threads} threads'}"))
     if file:
         tell(f"checkpoint written to {file}")
     if json_file:
@@ -175,12 +176,20 @@ def between_steps(
         finished = epochs == run.config.epochs
         due = time.monotonic() - saved >= SAVE_SECONDS or (every and state.steps == 0 and epochs % every == 0)
         if file and (due or finished or asked):
+            check_finite(run)
             save(file, run.mlp, state, run.config)
             saved = time.monotonic()
         if asked and not finished:
             stop(asked[0], f", saved in {file}: --resume {file} goes on" if file else "")
 
     return on_step
+
+
+def check_finite(run: Checkpoint) -> None:
+    """Raise a TrainingError if the parameters are such as no checkpoint holds: their loss may not be known yet."""
+    if not all(np.isfinite(parameter).all() for parameter in run.mlp.parameters):
+        rate = run.config.learning_rate
+        raise TrainingError(f"the parameters became infinite with learning rate {rate:g}: try a smaller learning rate")
 
 
 def run_report(history: History, backend: Backend, config: dict[str, Any]) -> dict[str, Any]:
