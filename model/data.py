@@ -32,7 +32,9 @@ MIRRORS = (
 )
 TIMEOUT = (5.0, 30.0)  # seconds to connect, and to wait for the next bytes
 ADVICE = f"Replace it with the original from {MIRRORS[0]}"
+IDX_INSTEAD = "or train on it as it is: --dataset idx"
 IDX_ADVICE = "Write it again, in the format of MNIST's files"
+HEAD_BYTES = 64
 HASHED_ROWS = 2**16
 
 
@@ -100,6 +102,39 @@ class Dataset(NamedTuple):
     train_labels: Bytes
     test_images: Bytes
     test_labels: Bytes
+
+    def __repr__(self) -> str:
+        counts = f"{len(self.train_images):,} training and {len(self.test_images):,} test images"
+        return f"<Dataset {self.name}: {counts} of {'×'.join(map(str, np.shape(self.train_images)[1:]))} pixels>"
+
+
+def check_dataset(dataset: Dataset) -> None:
+    """Check that both parts are images of one size, one a row, with a label for each.
+
+    Raises
+    ------
+    ValueError
+        If something is not an array of its kind, empty, or does not fit the rest.
+    """
+    for part in ("train", "test"):
+        images, labels = getattr(dataset, f"{part}_images"), getattr(dataset, f"{part}_labels")
+        if not (isinstance(images, np.ndarray) and images.ndim == 2 and images.dtype == np.uint8):
+            raise ValueError(f"{part}_images must be a uint8 array of shape (n, pixels), not {_kind(images)}")
+        if not (isinstance(labels, np.ndarray) and labels.ndim == 1 and labels.dtype.kind in "iu"):
+            raise ValueError(f"{part}_labels must be an array of integers of shape (n,), not {_kind(labels)}")
+        if len(images) != len(labels):
+            raise ValueError(f"there are {len(images)} {part}_images, but {len(labels)} {part}_labels")
+        if not images.size:
+            raise ValueError(f"there are no {'training' if part == 'train' else part} images")
+    pixels = dataset.train_images.shape[1], dataset.test_images.shape[1]
+    if pixels[0] != pixels[1]:
+        raise ValueError(f"train_images have {pixels[0]} pixels, but test_images {pixels[1]}")
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype} {value.shape}"
+    return f"of type {type(value).__name__}"
 
 
 def print_notice(text: str) -> None:
@@ -250,7 +285,7 @@ def cache_directory() -> Path:
 
 def _given_directory(directory: str | os.PathLike[str] | None) -> Path | None:
     given = directory or os.environ.get("MNIST_DIR")
-    return Path(given) if given else None
+    return Path(os.path.expanduser(given)) if given else None
 
 
 def _download(cache: Path) -> None:
@@ -304,7 +339,7 @@ def _read_pair(directory: Path, images_file: File, labels_file: File) -> tuple[B
         (labels_file, labels_path, labels_payload),
     ):
         if hashlib.sha256(payload).hexdigest() != file.sha256:
-            raise DataError(f"{path}: checksum mismatch, the content is not MNIST's. {ADVICE}")
+            raise DataError(f"{path}: checksum mismatch, the content is not MNIST's. {ADVICE}, {IDX_INSTEAD}")
     return images.reshape(len(images), -1), labels
 
 
@@ -316,14 +351,38 @@ def _check_pair(images_path: Path, images: Bytes, labels_path: Path, labels: Byt
     if len(images) != len(labels):
         raise DataError(f"{labels_path}: {len(labels)} labels for {len(images)} images. {advice}")
     if labels.max() > 9:
-        raise DataError(f"{labels_path}: label {labels.max()} is outside 0-9. {advice}")
+        problem = f"label {labels.max()} is outside 0-9, and ten digits are what it learns"
+        raise DataError(f"{labels_path}: {problem}. {advice}")
 
 
 def _find(directory: Path, file: File, suffixes: tuple[str, ...]) -> Path | None:
     """The file under any of its usual names."""
+    _check_folder(directory)
     stems = file.name, file.name.replace("-idx", ".idx")
     paths = [directory / (stem + suffix) for stem in stems for suffix in suffixes]
     return next((path for path in paths if os.path.isfile(path)), None)  # Path's own may raise OSError
+
+
+def _check_folder(directory: Path) -> None:
+    """Raise a DataError if there is no such folder, or it is a file."""
+    if os.path.isfile(directory):
+        raise DataError(f"{directory} is a file. Name the folder that holds it: --data {directory.absolute().parent}")
+    if not os.path.isdir(directory):
+        raise DataError(f"{directory}: there is no folder of this name. Name the one with the four files")
+
+
+def _check_head(path: Path, head: bytes, advice: str, packed: bool = False) -> None:
+    """Raise a DataError if a file begins as those do that often stand in another's place."""
+    if not head:
+        raise DataError(f"{path}: the file is empty. {advice}")
+    if head.startswith(b"version https://git-lfs"):
+        raise DataError(f"{path}: a Git LFS pointer, not the file itself; git lfs pull fetches it. {advice}")
+    if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
+        raise DataError(f"{path}: a web page (HTML or XML), as servers send in place of a file. {advice}")
+    if head.startswith(b"PK\3\4"):
+        raise DataError(f"{path}: a zip archive; unpack it. {advice}")
+    if head.startswith(b"\x1f\x8b") and not packed:
+        raise DataError(f"{path}: compressed by gzip, which its name hides; rename it to {path.name}.gz. {advice}")
 
 
 def _map(directory: Path, file: File) -> tuple[Path, Bytes]:
@@ -338,7 +397,9 @@ def _map(directory: Path, file: File) -> tuple[Path, Bytes]:
     ndim = len(file.shape)
     try:
         with path.open("rb") as stream:
-            header = stream.read(4 + 4 * ndim)
+            header = stream.read(HEAD_BYTES)
+        _check_head(path, header, IDX_ADVICE)
+        header = header[: 4 + 4 * ndim]
         shape = _idx_shape(header, path.stat().st_size, ndim, str(path), IDX_ADVICE)
         return path, np.memmap(path, np.uint8, "r", offset=len(header), shape=shape)
     except OSError as error:
@@ -355,14 +416,21 @@ def _read(directory: Path, file: File) -> tuple[Path, bytes]:
         )
     size = 4 + 4 * len(file.shape) + math.prod(file.shape)
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
-            payload = stream.read(size + 1)  # a few kilobytes of gzip can hold gigabytes
+        with path.open("rb") as raw:
+            packed = path.suffix == ".gz"
+            _check_head(path, raw.read(HEAD_BYTES), ADVICE, packed)
+            raw.seek(0)
+            with gzip.open(raw) if packed else contextlib.nullcontext(raw) as stream:
+                payload = stream.read(size)  # a few kilobytes of gzip can hold gigabytes
+                with contextlib.suppress(gzip.BadGzipFile):  # bytes after its end: the checksum decides
+                    payload += stream.read(1)
+            _check_head(path, payload[:HEAD_BYTES], ADVICE)
     except EOFError as error:
         raise DataError(f"{path}: truncated, the gzip stream breaks off. {ADVICE}") from error
     except (OSError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read ({error}). {ADVICE}") from error
     if len(payload) > size:
-        raise DataError(f"{path}: longer than MNIST's {size} bytes. {ADVICE}, or train on it as it is: --dataset idx")
+        raise DataError(f"{path}: longer than MNIST's {size} bytes. {ADVICE}, {IDX_INSTEAD}")
     return path, payload
 
 

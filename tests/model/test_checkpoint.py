@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pickle
+import pty
 import re
 import resource
 import signal
@@ -306,7 +307,7 @@ def test_threads_that_save_to_one_file_take_turns(file):
 
 def test_whoever_has_the_lock_may_write(file):
     run = load(file)
-    with locked(file), locked(file.with_name(".") / file.name):
+    with locked(file), locked(file.parent / "x" / ".." / file.name):
         save(file, *run)
         assert file.with_name(f".{file.name}.lock").exists()
     assert list(file.parent.iterdir()) == [file]
@@ -706,7 +707,7 @@ def wait_for(file, process):
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_saves_after_the_running_step(main, tmp_path, number, exit_code):
     """Sent twice at once, as some process managers do, it still counts as one."""
     file = tmp_path / "run"
@@ -762,6 +763,31 @@ def test_signals_are_ignored_once_the_program_ends_and_where_they_were():
     """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (result.returncode, result.stdout, result.stderr) == (0, "15\n", "")
+
+
+def test_a_closed_terminal_saves(tmp_path):
+    """Its system sends SIGHUP, and nothing can be written to it any more."""
+    file = tmp_path / "run"
+    child, terminal = pty.fork()
+    if child == 0:
+        command = [sys.executable, "-m", "model", *map(str, TRAIN), "--epochs", "1000000", "--checkpoint", str(file)]
+        os.execv(command[0], command)
+    os.read(terminal, 1)  # the bar
+    while not file.exists():
+        os.read(terminal, 1000)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 129
+    assert stand(load(file).state) > (0, 0)
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_parameters_that_have_overflowed_are_not_called_a_damaged_checkpoint(main, tmp_path):
+    file = tmp_path / "run"
+    options = ["--checkpoint", file, "--checkpoint-every", 1, "--epochs", 3, "--learning-rate", 3e40]
+    code, _, error = main(*TRAIN[:-4], "--eval-every", 3, *options)
+    assert code == 2
+    assert re.fullmatch(r"error: .*with learning rate 3e\+40: try a smaller learning rate\n", error)
+    assert stand(load(file).state) == (0, 0)
 
 
 # Kills
