@@ -108,35 +108,6 @@ class Dataset(NamedTuple):
         return f"<Dataset {self.name}: {counts} of {'×'.join(map(str, np.shape(self.train_images)[1:]))} pixels>"
 
 
-def check_dataset(dataset: Dataset) -> None:
-    """Check that both parts are images of one size, one a row, with a label for each.
-
-    Raises
-    ------
-    ValueError
-        If something is not an array of its kind, empty, or does not fit the rest.
-    """
-    for part in ("train", "test"):
-        images, labels = getattr(dataset, f"{part}_images"), getattr(dataset, f"{part}_labels")
-        if not (isinstance(images, np.ndarray) and images.ndim == 2 and images.dtype == np.uint8):
-            raise ValueError(f"{part}_images must be a uint8 array of shape (n, pixels), not {_kind(images)}")
-        if not (isinstance(labels, np.ndarray) and labels.ndim == 1 and labels.dtype.kind in "iu"):
-            raise ValueError(f"{part}_labels must be an array of integers of shape (n,), not {_kind(labels)}")
-        if len(images) != len(labels):
-            raise ValueError(f"there are {len(images)} {part}_images, but {len(labels)} {part}_labels")
-        if not images.size:
-            raise ValueError(f"there are no {'training' if part == 'train' else part} images")
-    pixels = dataset.train_images.shape[1], dataset.test_images.shape[1]
-    if pixels[0] != pixels[1]:
-        raise ValueError(f"train_images have {pixels[0]} pixels, but test_images {pixels[1]}")
-
-
-def _kind(value: object) -> str:
-    if isinstance(value, np.ndarray):
-        return f"{value.dtype} {value.shape}"
-    return f"of type {type(value).__name__}"
-
-
 def print_notice(text: str) -> None:
     """Print a line on standard error, which keeps it apart from a program's results."""
     print(text, file=sys.stderr)
@@ -256,8 +227,11 @@ def limited(dataset: Dataset, count: int | None) -> Dataset:
     Raises
     ------
     DataError
-        If there are not so many training images, or `count` is not positive.
+        If there are not so many training images, `count` is not positive, or labels are missing.
     """
+    images, labels = len(dataset.train_images), len(dataset.train_labels)
+    if images != labels:  # which the views would not show any more
+        raise DataError(f"{dataset.name} has {images} training images but {labels} labels: one label for each image")
     if count is None:
         return dataset
     if not 1 <= count <= len(dataset.train_images):

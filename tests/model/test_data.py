@@ -605,14 +605,10 @@ def test_a_mistaken_compressed_file_is_recognised(folder, content):
         load_mnist(folder)
 
 
-@pytest.mark.parametrize("tail", [b"\0" * 512, b"\r\n", b"<html>", gzip.compress(b"more")[:12]])
+@pytest.mark.parametrize("tail", [b"\0" * 512, b"\r\n", b"<html>"])
 def test_bytes_after_the_end_of_gzip_do_no_harm(folder, tail):
     write(folder, {name: content + tail for name, content in GZIP.items()})
-    if tail.startswith(b"\x1f"):
-        with pytest.raises(DataError, match="truncated, the gzip stream breaks off"):
-            load_mnist(folder)
-    else:
-        assert_tiny(load_mnist(folder))
+    assert_tiny(load_mnist(folder))
 
 
 def test_bytes_after_the_end_do_not_hide_other_content(folder):
@@ -649,22 +645,10 @@ def test_the_home_folder(folder, monkeypatch):
 # A dataset by itself
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"test_labels": TINY.test_labels[:2]}, "there are 3 test_images, but 2 test_labels"),
-        ({"train_images": TINY.train_images[:4]}, "there are 4 train_images, but 5 train_labels"),
-        ({"test_images": TINY.test_images[:0], "test_labels": TINY.test_labels[:0]}, "there are no test images"),
-        ({"train_images": TINY.train_images.tolist()}, "train_images must be a uint8 array .*, not of type list"),
-        ({"train_labels": TINY.train_labels.astype(float)}, "train_labels must be .*, not float64"),
-        ({"test_images": TINY.test_images.reshape(3, 28, 28)}, "test_images must be a uint8 array of shape"),
-        ({"test_images": TINY.test_images[:, 1:]}, "train_images have 784 pixels, but test_images 783"),
-    ],
-)
-def test_a_dataset_that_does_not_fit_together(change, message):
-    data.check_dataset(TINY)
-    with pytest.raises(ValueError, match=message):
-        data.check_dataset(TINY._replace(**change))
+@pytest.mark.parametrize("count", [None, 2, 4])
+def test_limiting_does_not_hide_missing_labels(count):
+    with pytest.raises(DataError, match="tiny has 5 training images but 4 labels: one label for each image"):
+        limited(TINY._replace(train_labels=TINY.train_labels[:4]), count)
 
 
 def test_a_dataset_shows_itself_in_a_line():
