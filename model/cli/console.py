@@ -22,7 +22,7 @@ def print_any_name() -> None:
 
 def tell(line: str) -> None:
     """Print a line of results on stdout, however long it is."""
-    print(line)
+    print(line, flush=True)
 
 
 def show(table: Table) -> None:
