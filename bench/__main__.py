@@ -12,20 +12,19 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from bench import REPEATS, RESULTS
 from bench.publish.figures import draw_benchmarks
 from bench.publish.style import small_print
 from bench.publish.tables import published_ratios
 from bench.studies import STUDIES, study
+from model.cli.console import tell
 from model.cli.signals import Stopped
 from model.data import DataError, limited, load_dataset
 from model.extras.environment import environment
 from model.extras.files import write_json
 
 app = typer.Typer(help="Studies that take more than a benchmark.", add_completion=False, pretty_exceptions_enable=False)
-out = Console()
 Output = Annotated[Path, typer.Option(help="Folder for the results and plots.")]
 
 
@@ -51,7 +50,7 @@ def run(
     file = output / RESULTS
     images = load_dataset(dataset)
     images = limited(images, 6_000) if quick else images
-    out.print(f"{name} ...")
+    tell(f"{name} ...")
     section = {
         "environment": environment(),
         "date": datetime.date.today().isoformat(),
@@ -92,7 +91,7 @@ def draw(
             drawn.append(output / f"{name}.png")
             study(name).draw(section["found"], origin, drawn[-1])
     for figure in drawn:
-        out.print(figure)
+        tell(str(figure))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,15 @@
 """``python -m model``: the command line, see `model.cli`."""
 
-import gc
-
-from model.cli import main
-
 if __name__ == "__main__":
+    import gc
+    import os
+    import signal
+
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # a Ctrl-C during the imports, before `model.cli` listens
+        signal.signal(signal.SIGINT, lambda *_: os._exit(128 + signal.SIGINT))
+
+    from model.cli import main
+
     # Numba makes a hundred thousand objects that stay. Looking for garbage among them takes a fifth of a second, most
     # of it when the process ends.
     gc.set_threshold(100_000)

@@ -21,7 +21,8 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from model.extras.files import map_bytes, write_whole
+from model.extras.files import write_whole
+from model.extras.mapping import map_bytes
 from model.shards import shard_ranges
 
 Bytes: TypeAlias = NDArray[np.uint8]
@@ -33,8 +34,10 @@ MIRRORS = (
 )
 TIMEOUT = (5.0, 30.0)  # seconds to connect, and to wait for the next bytes
 ADVICE = f"Replace it with the original from {MIRRORS[0]}"
+IDX_INSTEAD = "or train on it as it is: --dataset idx"
 IDX_ADVICE = "Write it again, in the format of MNIST's files"
 DIGEST = hashlib.sha256().digest_size
+HEAD_BYTES = 64
 
 
 class File(NamedTuple):
@@ -106,6 +109,10 @@ class Dataset(NamedTuple):
     def classes(self) -> int:
         """Ten for digits, else one more than the largest label, so that a label is the number of its class."""
         return 1 + int(max(self.train_labels.max(), self.test_labels.max())) if self.name == "idx" else 10
+
+    def __repr__(self) -> str:
+        counts = f"{len(self.train_images):,} training and {len(self.test_images):,} test images"
+        return f"<Dataset {self.name}: {counts} of {'×'.join(map(str, np.shape(self.train_images)[1:]))} pixels>"
 
 
 def print_notice(text: str) -> None:
@@ -231,8 +238,11 @@ def limited(dataset: Dataset, count: int | None) -> Dataset:
     Raises
     ------
     DataError
-        If there are not so many training images, or `count` is not positive.
+        If there are not so many training images, `count` is not positive, or labels are missing.
     """
+    images, labels = len(dataset.train_images), len(dataset.train_labels)
+    if images != labels:  # which the views would not show any more
+        raise DataError(f"{dataset.name} has {images} training images but {labels} labels: one label for each image")
     if count is None:
         return dataset
     if not 1 <= count <= len(dataset.train_images):
@@ -276,7 +286,7 @@ def cache_directory() -> Path:
 
 def _given_directory(directory: str | os.PathLike[str] | None) -> Path | None:
     given = directory or os.environ.get("MNIST_DIR")
-    return Path(given) if given else None
+    return Path(os.path.expanduser(given)) if given else None
 
 
 def _download(cache: Path) -> None:
@@ -330,7 +340,7 @@ def _read_pair(directory: Path, images_file: File, labels_file: File) -> tuple[B
         (labels_file, labels_path, labels_payload),
     ):
         if hashlib.sha256(payload).hexdigest() != file.sha256:
-            raise DataError(f"{path}: checksum mismatch, the content is not MNIST's. {ADVICE}")
+            raise DataError(f"{path}: checksum mismatch, the content is not MNIST's. {ADVICE}, {IDX_INSTEAD}")
     return images.reshape(len(images), -1), labels
 
 
@@ -341,7 +351,8 @@ def _check_pair(images_path: Path, images: Bytes, labels_path: Path, labels: Byt
         raise DataError(f"{images_path}: images of {size} pixels, not 28 x 28. {advice}")
     _check_counts(images, labels_path, labels, advice)
     if labels.max() > 9:
-        raise DataError(f"{labels_path}: label {labels.max()} is outside 0-9. {advice}")
+        problem = f"label {labels.max()} is outside 0-9, and ten digits are what it learns"
+        raise DataError(f"{labels_path}: {problem}. {advice}")
 
 
 def _check_counts(images: Bytes, labels_path: Path, labels: Bytes, advice: str) -> None:
@@ -351,9 +362,32 @@ def _check_counts(images: Bytes, labels_path: Path, labels: Bytes, advice: str) 
 
 def _find(directory: Path, file: File, suffixes: tuple[str, ...]) -> Path | None:
     """The file under any of its usual names."""
+    _check_folder(directory)
     stems = file.name, file.name.replace("-idx", ".idx")
     paths = [directory / (stem + suffix) for stem in stems for suffix in suffixes]
     return next((path for path in paths if os.path.isfile(path)), None)  # Path's own may raise OSError
+
+
+def _check_folder(directory: Path) -> None:
+    """Raise a DataError if there is no such folder, or it is a file."""
+    if os.path.isfile(directory):
+        raise DataError(f"{directory} is a file. Name the folder that holds it: --data {directory.absolute().parent}")
+    if not os.path.isdir(directory):
+        raise DataError(f"{directory}: there is no folder of this name. Name the one with the four files")
+
+
+def _check_head(path: Path, head: bytes, advice: str, packed: bool = False) -> None:
+    """Raise a DataError if a file begins as those do that often stand in another's place."""
+    if not head:
+        raise DataError(f"{path}: the file is empty. {advice}")
+    if head.startswith(b"version https://git-lfs"):
+        raise DataError(f"{path}: a Git LFS pointer, not the file itself; git lfs pull fetches it. {advice}")
+    if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
+        raise DataError(f"{path}: a web page (HTML or XML), as servers send in place of a file. {advice}")
+    if head.startswith(b"PK\3\4"):
+        raise DataError(f"{path}: a zip archive; unpack it. {advice}")
+    if head.startswith(b"\x1f\x8b") and not packed:
+        raise DataError(f"{path}: compressed by gzip, which its name hides; rename it to {path.name}.gz. {advice}")
 
 
 def _map(directory: Path, file: File) -> tuple[Path, Bytes]:
@@ -368,7 +402,9 @@ def _map(directory: Path, file: File) -> tuple[Path, Bytes]:
     ndim = len(file.shape)
     try:
         with path.open("rb") as stream:
-            header = stream.read(4 + 4 * ndim)
+            header = stream.read(HEAD_BYTES)
+        _check_head(path, header, IDX_ADVICE)
+        header = header[: 4 + 4 * ndim]
         shape = _idx_shape(header, path.stat().st_size, ndim, str(path), IDX_ADVICE)
         return path, map_bytes(path, len(header), shape)
     except OSError as error:
@@ -385,14 +421,21 @@ def _read(directory: Path, file: File) -> tuple[Path, bytes]:
         )
     size = 4 + 4 * len(file.shape) + math.prod(file.shape)
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
-            payload = stream.read(size + 1)  # a few kilobytes of gzip can hold gigabytes
+        with path.open("rb") as raw:
+            packed = path.suffix == ".gz"
+            _check_head(path, raw.read(HEAD_BYTES), ADVICE, packed)
+            raw.seek(0)
+            with gzip.open(raw) if packed else contextlib.nullcontext(raw) as stream:
+                payload = stream.read(size)  # a few kilobytes of gzip can hold gigabytes
+                with contextlib.suppress(gzip.BadGzipFile):  # bytes after its end: the checksum decides
+                    payload += stream.read(1)
+            _check_head(path, payload[:HEAD_BYTES], ADVICE)
     except EOFError as error:
         raise DataError(f"{path}: truncated, the gzip stream breaks off. {ADVICE}") from error
     except (OSError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read ({error}). {ADVICE}") from error
     if len(payload) > size:
-        raise DataError(f"{path}: longer than MNIST's {size} bytes. {ADVICE}, or train on it as it is: --dataset idx")
+        raise DataError(f"{path}: longer than MNIST's {size} bytes. {ADVICE}, {IDX_INSTEAD}")
     return path, payload
 
 

@@ -4,8 +4,13 @@ The derivation of the gradients stands in the README, with the same names.
 """
 
 import itertools
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from kernels.backend import Backend
 
 # The published experiment does not give its initialisation; this one was fitted to its accuracies.
 INITIAL_STD = 0.017
@@ -36,26 +41,33 @@ class MLP:
         If there are fewer than two layer sizes or one is not positive.
     """
 
-    def __init__(self, layer_sizes=(784, 128, 10), seed=0, dtype=np.float32):
+    def __init__(
+        self, layer_sizes: Sequence[int] = (784, 128, 10), seed: int = 0, dtype: DTypeLike = np.float32
+    ) -> None:
         if len(layer_sizes) < 2 or min(layer_sizes) < 1:
             raise ValueError(f"layer_sizes must be two or more positive numbers, not {layer_sizes}")
         rng = np.random.default_rng(seed)
-        self.layers = [
+        self.layers: list[tuple[NDArray, NDArray]] = [
             (rng.normal(0, INITIAL_STD, (inputs, outputs)).astype(dtype), np.zeros(outputs, dtype))
             for inputs, outputs in itertools.pairwise(layer_sizes)
         ]
 
+    def __repr__(self) -> str:
+        sizes = [len(self.layers[0][0]), *(len(bias) for _, bias in self.layers)]
+        count = sum(parameter.size for parameter in self.parameters)
+        return f"<MLP {'-'.join(map(str, sizes))}: {count:,} parameters, {self.dtype}>"
+
     @property
-    def dtype(self):
+    def dtype(self) -> np.dtype:
         """float32 or float64."""
         return self.layers[0][0].dtype
 
     @property
-    def parameters(self):
+    def parameters(self) -> list[NDArray]:
         """Every weight matrix and bias, layer by layer: the arrays themselves, to be updated in place."""
         return [parameter for layer in self.layers for parameter in layer]
 
-    def forward(self, backend, x):
+    def forward(self, backend: Backend, x: Any) -> tuple[list[Any], NDArray]:
         """Activations of every layer before the last, `x` first, and the logits.
 
         Parameters
@@ -76,7 +88,7 @@ class MLP:
             activations.append(backend.relu(backend.matmul(activations[-1], hidden_weights, hidden_bias)))
         return activations, backend.matmul(activations[-1], weights, bias)
 
-    def gradients(self, backend, x, labels):
+    def gradients(self, backend: Backend, x: Any, labels: NDArray[np.integer]) -> tuple[float, int, list[NDArray]]:
         """Summed loss over the images, how many are classified correctly, and the loss's gradient.
 
         Parameters
@@ -96,14 +108,14 @@ class MLP:
         activations, logits = self.forward(backend, x)
         loss, correct, upstream = backend.softmax_grad(logits, labels)
         ones = np.ones((1, len(labels)), upstream.dtype)  # times a matrix: the sums of its columns
-        gradient = []
+        gradient: list[NDArray] = []
         for (weights, _), activation in zip(reversed(self.layers), reversed(activations)):
             gradient = [backend.matmul(activation.T, upstream), backend.matmul(ones, upstream)[0], *gradient]
             if activation is not x:
                 upstream = backend.relu_grad(backend.matmul(upstream, weights.T), activation)
         return loss, correct, gradient
 
-    def predict(self, backend, images):
+    def predict(self, backend: Backend, images: NDArray[np.uint8]) -> NDArray[np.intp]:
         """The digit seen in each image.
 
         Parameters
@@ -121,7 +133,7 @@ class MLP:
         _, logits = self.forward(backend, backend.prepare(images, self.dtype))
         return logits.argmax(axis=1)
 
-    def probabilities(self, backend, images):
+    def probabilities(self, backend: Backend, images: NDArray[np.uint8]) -> NDArray[np.float64]:
         """How likely each digit is in each image, for what `predict` takes: (n, classes) in float64.
 
         Each row is the softmax of the logits, or NaN where parameters are so large that these overflow.

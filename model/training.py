@@ -35,7 +35,7 @@ class Epoch(NamedTuple):
     """Forward, backward and update (with mini-batches, also shuffling and preparing); no evaluation."""
 
 
-@dataclass
+@dataclass(repr=False)
 class History:
     """What a training run recorded."""
 
@@ -45,6 +45,20 @@ class History:
     def accuracies(self, kind: str) -> NDArray[np.float64]:
         """One per epoch, "train" or "test"; NaN where the epoch was not evaluated."""
         return np.array([getattr(epoch, f"{kind}_accuracy") for epoch in self.epochs], np.float64)
+
+    def selected(self, rows: int = 10) -> list[Epoch]:
+        """About so many of the epochs with a test accuracy: the first, evenly spaced ones, the last."""
+        evaluated = [epoch for epoch in self.epochs if epoch.test_accuracy is not None]
+        return list(dict.fromkeys(evaluated[:1] + evaluated[::-1][:: -(-len(evaluated) // rows) or 1][::-1]))
+
+    def __repr__(self) -> str:
+        lines = [f"<History of {len(self.epochs)} epochs>"]
+        if self.epochs:
+            lines.append("epoch    loss   train    test  seconds")
+        for epoch, loss, train, test, seconds in self.selected() or self.epochs[-1:]:
+            tested = f"{test:7.2%}" if test is not None else f"{'-':>7}"
+            lines.append(f"{epoch:5} {loss:7.4f} {train:7.2%} {tested} {seconds:8.3f}")
+        return "\n".join(lines)
 
 
 @dataclass
@@ -187,9 +201,12 @@ def descend(
 ) -> Sums:
     """One step of gradient descent on the mean loss over `batch`; returns its sums from before the step."""
     sums = batch.gradient(mlp, on_images)
-    for parameter, gradient in zip(mlp.parameters, sums.gradient):
-        gradient *= learning_rate / batch.count  # in place: a temporary as large as the weights costs half the update
-        parameter -= gradient
+    with np.errstate(over="ignore", invalid="ignore"):  # the loss tells, at the end of the epoch
+        for parameter, gradient in zip(mlp.parameters, sums.gradient):
+            gradient *= (
+                learning_rate / batch.count
+            )  # in place, as a temporary costs half the update
+            parameter -= gradient
     return sums
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import typer
 
-from model.cli.console import fail, say
+from model.cli.console import fail, print_any_name, say
 from model.cli.predict import predict_command
 from model.cli.reproduce import reproduce_command
 from model.cli.signals import Stopped, stoppable
@@ -18,6 +18,7 @@ from model.training import TrainingError
 app = typer.Typer(
     help="Train a small neural network on MNIST, with its kernels written in different ways.",
     no_args_is_help=True,
+    rich_markup_mode=None,  # which would swallow [default: ...], and shows nothing in narrow terminals
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -29,6 +30,7 @@ app.command("predict")(predict_command)
 def main() -> None:
     """Run the command line; every foreseeable error is one line on stderr and exit code 2."""
     usage_error: Any = typer.BadParameter.__base__  # the class of all wrong options; its module has changed name
+    print_any_name()
     with stoppable():
         try:
             sys.exit(app(standalone_mode=False))
@@ -36,6 +38,8 @@ def main() -> None:
             fail(error.format_message())
         except (CheckpointError, DataError, TrainingError, ValueError, OSError) as error:
             fail(str(error))
+        except (MemoryError, OverflowError) as error:
+            fail(f"too large for this machine ({str(error) or 'out of memory'}): choose smaller numbers")
         except Stopped as stopped:
             say(f"interrupted{stopped.note}")
             os._exit(128 + stopped.signal)  # worker threads would finish their shard, which takes pure Python minutes

@@ -1,22 +1,41 @@
-"""Lines on the terminal, printed as they are: a file name may look like markup."""
+"""Lines and tables on the terminal. Whatever a user has named is printed as it is: a file name may look like markup."""
 
+import contextlib
+import io
 import sys
 from typing import NoReturn
 
 from rich.console import Console
+from rich.table import Table
 
-out = Console(markup=False, highlight=False)
-err = Console(stderr=True, markup=False, highlight=False)
+out = Console(markup=False, emoji=False, highlight=False)
+err = Console(stderr=True, markup=False, emoji=False, highlight=False)
+
+
+def print_any_name() -> None:
+    """From now on stdout and stderr take every file name: its own bytes in UTF-8, else with escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            utf8 = stream.encoding.lower().replace("-", "") == "utf8"
+            stream.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
 
 
 def tell(line: str) -> None:
     """Print a line of results on stdout, however long it is."""
-    out.print(line, soft_wrap=True)
+    print(line, flush=True)
+
+
+def show(table: Table) -> None:
+    """Print a table on stdout, however wide it is: a terminal that is too narrow breaks lines, but no number is cut."""
+    wide = out.options.update(width=10_000)
+    out.width = max(out.width, out.measure(table, options=wide).maximum)
+    out.print(table)
 
 
 def say(line: str) -> None:
-    """Print a line about the run on stderr, however long it is."""
-    err.print(line, soft_wrap=True)
+    """Print a line about the run on stderr, however long it is. Nobody hears it where the terminal has been closed."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
 
 
 def fail(message: str) -> NoReturn:

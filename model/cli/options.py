@@ -1,5 +1,6 @@
 """The options of the commands: their types and help texts."""
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated
@@ -17,6 +18,11 @@ def parse_bytes(text: str) -> int:
     if not match:
         raise typer.BadParameter(f"{text!r} is no number of bytes: give one as in '500 MB' or '2 GiB'")
     return int(float(match[1]) * UNITS[match[2] or "B"])
+
+
+def parse_path(text: str) -> Path:
+    """A path; `~` is the user's home folder even where the shell leaves it, as in ``--data=~/mnist``."""
+    return Path(os.path.expanduser(text))
 
 
 BackendName = Annotated[
@@ -56,16 +62,32 @@ DatasetName = Annotated[
     ),
 ]
 DataFolder = Annotated[
-    Path | None, typer.Option(help="Folder with the files. [default: $MNIST_DIR, else MNIST is downloaded once]")
+    Path | None,
+    typer.Option(
+        parser=parse_path,
+        metavar="FOLDER",
+        help="Folder with the files. [default: $MNIST_DIR, else MNIST is downloaded once]",
+    ),
 ]
-HistoryFile = Annotated[Path | None, typer.Option("--json", help="Write the history to this file.")]
-NewCheckpoint = Annotated[Path | None, typer.Option(help="Save the run in this new file, now and then.")]
+HistoryFile = Annotated[
+    Path | None, typer.Option("--json", parser=parse_path, metavar="FILE", help="Write the history to this file.")
+]
+NewCheckpoint = Annotated[
+    Path | None, typer.Option(parser=parse_path, metavar="FILE", help="Save the run in this new file, now and then.")
+]
 CheckpointEvery = Annotated[
     int | None, typer.Option(min=1, help="Save after every so many epochs too, besides once a minute and at the end.")
 ]
 Resume = Annotated[
-    Path | None, typer.Option(help="Go on with the run in this file, with its settings, and save it there.")
+    Path | None,
+    typer.Option(
+        parser=parse_path, metavar="FILE", help="Go on with the run in this file, with its settings, and save it there."
+    ),
 ]
-Trained = Annotated[Path, typer.Option(help="The trained network, as saved by train --checkpoint.")]
+Trained = Annotated[
+    Path, typer.Option(parser=parse_path, metavar="FILE", help="The trained network, as saved by train --checkpoint.")
+]
 Picture = Annotated[Path, typer.Argument(help="PNG or JPEG of one digit, of any size, on any plain background.")]
-OutputFolder = Annotated[Path, typer.Option(help="Folder for the plot and the JSON file.")]
+OutputFolder = Annotated[
+    Path, typer.Option(parser=parse_path, metavar="FOLDER", help="Folder for the plot and the JSON file.")
+]

@@ -4,7 +4,7 @@ import numpy as np
 
 from kernels import get_backend
 from model.cli import options as opt
-from model.cli.console import out, say, tell
+from model.cli.console import say, show, tell
 from model.cli.tables import probability_bars
 from model.extras.checkpoint import load
 
@@ -26,4 +26,4 @@ def predict_command(picture: opt.Picture, checkpoint: opt.Trained) -> None:
     tell(f"{picture} shows the {'label' if config.dataset == 'idx' else 'digit'} {first}{unsure}")
     if config.dataset == "digits28":
         say(f"{checkpoint} learned from digits28 and knows only about half of MNIST's digits: train one on mnist")
-    out.print(probability_bars(probabilities))
+    show(probability_bars(probabilities))

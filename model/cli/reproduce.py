@@ -4,19 +4,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import typer
+
 from kernels import backend_names, get_backend
 from model.cli import options as opt
-from model.cli.console import out, tell
+from model.cli.console import show, tell
 from model.cli.progress import training
 from model.cli.signals import stop
 from model.data import load_dataset
 from model.extras.environment import environment
-from model.extras.files import check_writable, write_json
+from model.extras.files import check_replaceable, check_writable, locked, write_json
 from model.published import FITTED, comparison_table, full_batch_histories, mini_batch_line, reproduce
 from model.training import State
 
 
 def reproduce_command(
+    context: typer.Context,
     backend: opt.BackendNames = None,
     starts: opt.Starts = 10,
     threads: opt.Threads = None,
@@ -31,10 +34,12 @@ def reproduce_command(
     output.mkdir(parents=True, exist_ok=True)
     json_file, figure = output / "reproduction.json", output / "reproduction.png"
     check_writable(json_file)
+    check_replaceable(json_file, "runs")
+    context.with_resource(locked(json_file))
     images = load_dataset(dataset, data)
     found = reproduce(backends, images, starts, threads, stoppable_run)
     if histories := full_batch_histories(found):
-        out.print(comparison_table(histories, images.name))
+        show(comparison_table(histories, images.name))
         draw_curves(figure, found)
     for name in found["runs"].keys() - histories.keys():
         tell(mini_batch_line(name, found))

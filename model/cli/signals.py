@@ -1,9 +1,8 @@
-"""Ctrl-C and SIGTERM: they end a training run after its running step, and everything else at once."""
+"""Ctrl-C, SIGTERM and SIGHUP (a closed terminal): they end a training run after its running step, all else at once."""
 
 import contextlib
 import os
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ from typing import Any, NoReturn
 
 NOTICE = b"stopping after the running step; once more stops at once\n"
 SAME_SECONDS = 0.5
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 class Stopped(BaseException):
@@ -20,7 +19,7 @@ class Stopped(BaseException):
     Attributes
     ----------
     signal : int
-        SIGINT or SIGTERM.
+        SIGINT, SIGTERM or SIGHUP.
     note : str
         What to tell the user about it.
     """
@@ -54,7 +53,7 @@ def stoppable_between_steps() -> Iterator[list[int]]:
             received.append(number)
             first = time.monotonic()
             with contextlib.suppress(OSError):  # past the console, whose lock this thread may be holding right now
-                os.write(2, b"\n" * sys.stderr.isatty() + NOTICE)
+                os.write(2, b"\n" * os.isatty(2) + NOTICE)
         elif time.monotonic() - first > SAME_SECONDS:
             stop(number)
 
@@ -71,7 +70,7 @@ def stop(number: int, note: str = "") -> NoReturn:
 
 @contextmanager
 def _handled_by(handler: Any) -> Iterator[None]:
-    """Handles both signals within, but none that is ignored: a background job's Ctrl-C, or one after `stop`."""
+    """Handles the signals within, but none that is ignored: after nohup, a background job's Ctrl-C, or after `stop`."""
     ours = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, handler) for number in ours}
     try:

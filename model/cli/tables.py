@@ -16,12 +16,11 @@ BAR_WIDTH = 40
 
 def history_table(history: History, title: str) -> Table:
     """The history in about ten rows: the first epoch, evenly spaced ones, the last."""
-    table = Table("epoch", "loss", "train accuracy", "test accuracy", "seconds", title=title, box=SIMPLE)
+    headers = ("\nepoch", "\nloss", "train\naccuracy", "test\naccuracy", "\nseconds")
+    table = Table(*headers, title=title, box=SIMPLE, padding=0, show_edge=False)  # 38 columns
     for column in table.columns:
         column.justify = "right"
-    evaluated = [epoch for epoch in history.epochs if epoch.test_accuracy is not None]
-    shown = evaluated[:1] + evaluated[::-1][:: -(-len(evaluated) // TABLE_ROWS)][::-1]
-    for epoch in dict.fromkeys(shown):
+    for epoch in history.selected(TABLE_ROWS):
         table.add_row(
             f"{epoch.epoch}",
             f"{epoch.loss:.4f}",

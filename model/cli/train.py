@@ -7,22 +7,23 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import typer
 
 from kernels import get_backend
 from kernels.backend import Backend
 from model.cli import options as opt
-from model.cli.console import out, say, tell
+from model.cli.console import say, show, tell
 from model.cli.progress import training
 from model.cli.signals import stop
 from model.cli.tables import history_table
 from model.data import Dataset, limited, load_dataset, sha256
 from model.extras.checkpoint import Checkpoint, Config, check_same, load, save
 from model.extras.environment import environment
-from model.extras.files import check_writable, write_json
+from model.extras.files import check_replaceable, check_writable, locked, same_file, write_json
 from model.mlp import MLP
 from model.threads import available_cores
-from model.training import History, State, train
+from model.training import History, State, TrainingError, train
 
 SAVE_SECONDS = 60
 
@@ -49,10 +50,12 @@ def train_command(
     resume: opt.Resume = None,
 ) -> None:
     """Train the network and show how its accuracy grows."""
+    check_files(checkpoint, resume, json_file, checkpoint_every)
+    file = checkpoint or resume
+    for written in filter(None, (file, json_file)):
+        context.with_resource(locked(written))  # before the checkpoint is read
     saved = load(resume) if resume else None
     settings = given_settings(context, saved)
-    file = checkpoint or resume
-    check_files(checkpoint, resume, json_file, checkpoint_every)
     kernels = get_backend(settings["backend"])
     whole = load_dataset(settings["dataset"], data)
     images = limited(whole, settings["limit"])
@@ -81,7 +84,7 @@ def train_command(
             on_images=on_images,
             on_step=between_steps(file, checkpoint_every, run, received),
         )
-    out.print(history_table(history, f"{title}, {scheduler or f'{threads} threads'}"))
+    show(history_table(history, f"{title}, {scheduler or f'{threads} threads'}"))
     if file:
         tell(f"checkpoint written to {file}")
     if json_file:
@@ -102,11 +105,18 @@ def given_settings(context: typer.Context, saved: Checkpoint | None) -> dict[str
 
 
 def check_files(checkpoint: Path | None, resume: Path | None, json_file: Path | None, every: int | None) -> None:
-    """Raise an error, before any work is done, if what is to be written cannot be."""
+    """Raise an error, before any work is done, if what is to be written cannot be, or would replace something else."""
+    if resume and not resume.is_file():
+        load(resume)  # says so
     for written in filter(None, (checkpoint or resume, json_file)):
         check_writable(written)
-    if checkpoint and checkpoint != resume and checkpoint.exists():
+    if checkpoint and checkpoint.exists() and not (resume and same_file(checkpoint, resume)):
         raise ValueError(f"{checkpoint} exists: --resume {checkpoint} goes on with it; for a new run name a new file")
+    for run in filter(None, (checkpoint, resume)):
+        if json_file and same_file(json_file, run):
+            raise ValueError(f"--json {json_file} is the checkpoint {run}: name another file for the history")
+    if json_file:
+        check_replaceable(json_file, "history")
     if every and not (checkpoint or resume):
         raise ValueError("--checkpoint-every goes with --checkpoint FILE")
 
@@ -165,12 +175,20 @@ def between_steps(
         finished = epochs == run.config.epochs
         due = time.monotonic() - saved >= SAVE_SECONDS or (every and state.steps == 0 and epochs % every == 0)
         if file and (due or finished or asked):
+            check_finite(run)
             save(file, run.mlp, state, run.config)
             saved = time.monotonic()
         if asked and not finished:
             stop(asked[0], f", saved in {file}: --resume {file} goes on" if file else "")
 
     return on_step
+
+
+def check_finite(run: Checkpoint) -> None:
+    """Raise a TrainingError if the parameters are such as no checkpoint holds: their loss may not be known yet."""
+    if not all(np.isfinite(parameter).all() for parameter in run.mlp.parameters):
+        rate = run.config.learning_rate
+        raise TrainingError(f"the parameters became infinite with learning rate {rate:g}: try a smaller learning rate")
 
 
 def run_report(history: History, backend: Backend, config: dict[str, Any]) -> dict[str, Any]:

@@ -27,6 +27,8 @@ FORMAT = "vectorization-study checkpoint 1"
 MAX_BYTES = 2**28
 MAX_HEADER_BYTES = 2**16
 
+DTYPES = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
+
 # The values in the metadata by their kind, besides the layer sizes and the state of the random numbers.
 TEXTS = {"backend", "dataset", "data_sha256"}
 COUNTS = {"limit", "hidden", "batch_size", "seed", "epochs", "eval_every", "epochs_done", "steps", "correct"}
@@ -70,25 +72,21 @@ def save(file: Path, mlp: MLP, state: State, config: Config) -> None:
     file
         Where to; replaced if it exists.
     mlp, state
-        The parameters, float32, and where the run stands with them: what `train` hands to its `on_step`.
+        The parameters, float32 in any layout, and where the run stands with them: what `train` hands to its `on_step`.
     config
         The settings of the run.
 
     Raises
     ------
     CheckpointError
-        If `load` would not accept it, because a parameter is not finite, for example.
+        If `load` would not accept it, because a parameter is not finite or is float64, for example; then the file is as
+        it was.
     OSError
-        If the file cannot be written; then it is as it was.
+        If the file cannot be written, or another process is writing it; then it is as it was.
     """
-    values, tensors = _values(mlp, state, config), {**_named(mlp), "history": _table(state.history)}
-    texts = {"format": FORMAT, "run": json.dumps(values)}
-    content = safetensors.numpy.save(tensors, {**texts, "sha256": _sha256(tensors, texts)})
     try:
-        _check_values(values)
-        _check_tensors(tensors)
-        _require(len(content) <= MAX_BYTES, f"it takes more than the limit of {MAX_BYTES:,} bytes")
-    except ValueError as error:
+        content = _content(mlp, state, config)
+    except (ValueError, TypeError) as error:
         raise CheckpointError(f"cannot save {file}: {error}") from error
     write_whole(file, content)
 
@@ -160,8 +158,38 @@ def _read(file: Path) -> Checkpoint:
     return Checkpoint(mlp, state, Config(**{name: values[name] for name in Config._fields}))
 
 
+def _content(mlp: MLP, state: State, config: Config) -> bytes:
+    """What a file will hold; a ValueError or TypeError if `_read` would not accept it."""
+    run = json.dumps(_values(mlp, state, config), default=_plain)
+    values = json.loads(run)
+    _check_values(values)
+    tensors = {name: _in_order(tensor) for name, tensor in {**_named(mlp), "history": _table(state.history)}.items()}
+    for name, (dtype, shape) in _expected(values).items():
+        _require(tensors[name].dtype == DTYPES[dtype], f"{name} is {tensors[name].dtype}, not {DTYPES[dtype]}")
+        _require(tensors[name].shape == shape, f"{name} has the shape {tensors[name].shape}, not {shape}")
+    _check_tensors(tensors)
+    texts = {"format": FORMAT, "run": run}
+    content = safetensors.numpy.save(tensors, {**texts, "sha256": _sha256(tensors, texts)})
+    _require(len(content) <= MAX_BYTES, f"it takes more than the limit of {MAX_BYTES:,} bytes")
+    header_bytes = int.from_bytes(content[:8], "little")
+    _require(header_bytes <= MAX_HEADER_BYTES, f"its settings take more than the limit of {MAX_HEADER_BYTES:,} bytes")
+    return content
+
+
+def _plain(value: Any) -> Any:
+    """For JSON: NumPy's number as one of Python's."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{value!r} is of the type {type(value).__name__}, which a checkpoint cannot hold")
+
+
+def _in_order(tensor: NDArray) -> NDArray:
+    """The same values row by row in little-endian bytes, as the file holds them, from any layout."""
+    return np.ascontiguousarray(tensor, np.asarray(tensor).dtype.newbyteorder("<"))
+
+
 def _values(mlp: MLP, state: State, config: Config) -> dict[str, Any]:
-    """Everything that is not in a tensor, as JSON knows it."""
+    """Everything that is not in a tensor, as JSON will know it."""
     return {
         **config._asdict(),
         "layer_sizes": [len(mlp.layers[0][0]), *(len(bias) for _, bias in mlp.layers)],

@@ -14,6 +14,8 @@ from model.threads import available_cores
 
 PACKAGES = ("numpy", "scipy", "numba", "llvmlite", "scikit-learn", "torch", "jax", "distributed")
 
+ROOT = Path(__file__).parents[2]
+
 VARIABLES = ("OPENBLAS_", "MKL_", "OMP_", "GOMP_", "NUMBA_", "XLA_", "TORCH")
 
 
@@ -51,9 +53,12 @@ def _version(package: str) -> str | None:
 def _commit() -> str | None:
     """The commit of the project's files, with "-dirty" if one was changed since; None where git cannot tell.
 
-    Results do not count: the first of several measurements changes those of the last time.
+    A repository that only contains the project's folder, as after unpacking an archive inside it, says nothing about
+    the project. Results do not count: the first of several measurements changes those of the last time.
     """
     try:
+        if not os.path.samefile(_git("rev-parse", "--show-toplevel"), ROOT):
+            return None
         commit = _git("describe", "--always", "--exclude=*")
         changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
         return commit + ("-dirty" if changed else "")
@@ -62,5 +67,7 @@ def _commit() -> str | None:
 
 
 def _git(*arguments: str) -> str:
-    command = ["git", "-C", str(Path(__file__).parents[2]), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    """What git says in the project's folder, whatever repository the environment names, as in a git hook."""
+    command = ["git", "-C", str(ROOT), *arguments]
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=variables).stdout.strip()

@@ -1,29 +1,101 @@
-"""Files that are written whole or not at all, and files that are mapped into memory."""
+"""Files that are written whole or not at all, by one process at a time."""
 
 import contextlib
-import ctypes
-import functools
 import glob
 import json
 import os
-import signal
-import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-import numpy as np
-from numpy.typing import NDArray
+try:  # not filelock, which takes a twentieth of a second to import and leaves its lock files behind
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+PATIENCE = 5.0  # seconds that a writer waits for another, who needs a few milliseconds
+MAX_REPORT_BYTES = 2**28
+
+_held = threading.local()  # the locks of each thread: its own do not stop it
 
 
 def check_writable(file: Path) -> None:
     """Raise an OSError, before any work is done, if `file` could not be written at its end."""
-    folder = file.absolute().parent
+    folder = resolved(file).parent
     if not folder.is_dir():
         raise OSError(f"cannot write {file}: there is no folder {folder}; create it first")
-    if file.exists() and not file.is_file():
+    try:
+        exists, is_file = bool(file.stat()), file.is_file()
+    except FileNotFoundError:
+        exists = False
+    except OSError as error:  # a loop of links, for example
+        raise OSError(f"cannot write {file}: {error.strerror}; name another file") from error
+    if exists and not is_file:
         raise OSError(f"cannot write {file}: it is a folder or a device; name a file")
     if not os.access(folder, os.W_OK):
         raise OSError(f"cannot write {file}: no permission to write in {folder}")
+
+
+def check_replaceable(file: Path, key: str) -> None:
+    """Raise an OSError, before any work is done, if `file` is there and is not a report: a JSON object with `key`."""
+    if not file.exists():
+        return
+    try:
+        content = json.loads(file.read_bytes()) if file.stat().st_size <= MAX_REPORT_BYTES else None
+    except (ValueError, RecursionError):
+        content = None
+    if not (isinstance(content, dict) and key in content):
+        raise OSError(f"{file} exists and is no earlier report (JSON with {key!r}): name another file, or move it away")
+
+
+def same_file(one: Path, other: Path) -> bool:
+    """Whether two names mean one file, whether it exists or not: by another spelling, a link, or a hard link."""
+    with contextlib.suppress(OSError):
+        if os.path.samefile(one, other):
+            return True
+    return resolved(one) == resolved(other)
+
+
+def resolved(file: Path) -> Path:
+    """The absolute path, without links; one that leads in a loop ends there."""
+    return Path(os.path.realpath(file))
+
+
+@contextmanager
+def locked(file: Path, patience: float = 0.0) -> Iterator[None]:
+    """Within, only this thread writes `file`.
+
+    The lock is on a file beside it. It ends with the process, however that ends; the next one to lock takes over the
+    file that is left then. Where the system or the file system has no locks, there is none.
+
+    Parameters
+    ----------
+    file
+        Need not exist, but its folder must.
+    patience
+        Seconds to wait for another's lock.
+
+    Raises
+    ------
+    OSError
+        If another process or thread holds it, or no file can be created beside it.
+    """
+    lock = _beside(resolved(file), "lock")
+    held: dict[Path, bool] = _held.__dict__.setdefault("locks", {})
+    if lock in held:
+        yield
+        return
+    stream, exclusive = _acquired(lock, file, patience)
+    held[lock] = exclusive
+    try:
+        yield
+    finally:
+        del held[lock]
+        lock.unlink(missing_ok=True)  # before it is closed: so it is still ours
+        stream.close()
 
 
 def write_whole(file: Path, content: bytes) -> None:
@@ -36,20 +108,22 @@ def write_whole(file: Path, content: bytes) -> None:
     OSError
         If it cannot be written; then `file` is as it was, and nothing is left beside it.
     """
-    file = file.resolve()
-    for left_over in file.parent.glob(f".{glob.escape(file.name)}.*.part"):
-        left_over.unlink(missing_ok=True)
-    beside = file.with_name(f".{file.name}.{os.getpid()}.part")
-    try:
-        with beside.open("xb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())  # before the new name: some file systems would rename first and write later
-        beside.replace(file)
-    except OSError as error:
-        raise OSError(f"cannot write {file}: {error.strerror}; what was there before is untouched") from error
-    finally:
-        beside.unlink(missing_ok=True)
+    file = resolved(file)
+    part = _beside(file, f"{os.getpid()}.part")
+    with locked(file, PATIENCE):
+        alone = _held.locks[_beside(file, "lock")]  # if so, the writers of all other parts are dead
+        for left_over in file.parent.glob(f".{glob.escape(file.name)}.*.part") if alone else [part]:
+            left_over.unlink(missing_ok=True)
+        try:
+            with part.open("xb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())  # before the new name: some file systems would rename first and write later
+            part.replace(file)
+        except OSError as error:
+            raise OSError(f"cannot write {file}: {error.strerror}; what was there before is untouched") from error
+        finally:
+            part.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # not every system can do this to folders
         folder = os.open(file.parent, os.O_RDONLY)
         try:
@@ -63,42 +137,37 @@ def write_json(file: Path, content: Any) -> None:
     write_whole(file, json.dumps(content, indent=1).encode() + b"\n")
 
 
-def map_bytes(file: Path, offset: int, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    """A read-only memory map of a part of a file. If the file is cut short meanwhile, the process ends with one line.
-
-    Raises
-    ------
-    OSError, ValueError
-        If the file cannot be mapped, or is too short.
-    """
-    _end_when_cut_short()
-    array = np.memmap(file, np.uint8, "r", offset, shape)
-    _mapped[file] = max(offset + array.nbytes, _mapped.get(file, 0))
-    return array
+def _beside(file: Path, ending: str) -> Path:
+    return file.with_name(f".{file.name}.{ending}")
 
 
-_mapped: dict[Path, int] = {}
-"""The end of what is mapped of each file."""
-
-
-@functools.cache
-def _end_when_cut_short() -> Any:
-    """Handle SIGBUS, where there is such a thing: what the system sends to who reads a page that its file has no more.
-
-    Python's own handlers would run later, but the thread cannot go on: this one is called by the C library, in the
-    thread that reads, which is in the middle of a kernel and holds no lock that this would need.
-    """
-    if not hasattr(signal, "SIGBUS"):
-        return None
-    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(_end)
-    set_handler = ctypes.CDLL(None).signal
-    set_handler.restype, set_handler.argtypes = ctypes.c_void_p, (ctypes.c_int, type(handler))
-    set_handler(signal.SIGBUS, handler)
-    return handler  # which the cache keeps alive
-
-
-def _end(number: int) -> None:
-    short = [file for file, end in _mapped.items() if not file.exists() or file.stat().st_size < end]
-    line = f"error: {short[0] if short else 'a mapped file'} was cut short while it was read: put back the whole file\n"
-    os.write(2, b"\n" * sys.stderr.isatty() + line.encode())
-    os._exit(2)
+def _acquired(lock: Path, file: Path, patience: float) -> tuple[IO[bytes], bool]:
+    """The open lock file, and whether it is locked: not where there are no locks."""
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            stream = lock.open("a+b")
+        except OSError as error:
+            raise OSError(f"cannot write {file}: {error.strerror} ({lock})") from error
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(stream.fileno()), lock.stat()):
+                with contextlib.suppress(OSError):  # on a full disk, the number is missing in the message
+                    stream.truncate(0)
+                    stream.write(b"%d" % os.getpid())
+                    stream.flush()
+                return stream, True
+        except FileNotFoundError:
+            pass  # its owner removed it between our opening and locking it: try again
+        except (BlockingIOError, PermissionError) as error:
+            if time.monotonic() >= deadline:
+                with stream:
+                    stream.seek(0)
+                    owner = stream.read(20).decode("ascii", "replace") or "another"
+                raise OSError(
+                    f"{file} is in use, process {owner} writes it: wait until that has ended, or name another file"
+                ) from error
+            time.sleep(0.01)
+        except (AttributeError, OSError):
+            return stream, False
+        stream.close()

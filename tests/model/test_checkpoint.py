@@ -4,24 +4,28 @@ import errno
 import json
 import os
 import pickle
+import pty
 import re
 import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import safetensors.numpy
 
+import model.cli
+import model.cli.train as command_line
 from kernels.numpy_backend import NumpyBackend
-from model import cli as command_line
-from model.cli import train as train_module
 from model.data import limited
-from model.extras import checkpoint
+from model.extras import checkpoint, files
 from model.extras.checkpoint import Checkpoint, CheckpointError, Config, load, save
+from model.extras.files import locked
 from model.mlp import MLP
 from model.training import State, train
 from tests.soak import kill_and_resume
@@ -154,7 +158,7 @@ def test_killed_inside_a_write(file, function, steps):
     assert subprocess.run([sys.executable, "-c", program]).returncode == -signal.SIGKILL
     run = load(file)
     assert run.state.steps == steps
-    assert len(list(file.parent.iterdir())) == (2 if steps == 3 else 1)
+    assert len(list(file.parent.glob(".*.part"))) == (1 if steps == 3 else 0)
     save(file, *run)
     assert list(file.parent.iterdir()) == [file]
 
@@ -165,6 +169,161 @@ def test_saving_what_could_not_be_loaded_is_an_error(file):
     with pytest.raises(CheckpointError, match=r"cannot save .*: layers\.1\.weights is not finite"):
         save(file, *run)
     assert file.read_bytes() == before
+
+
+def transposed(array):
+    return np.ascontiguousarray(array.T).T
+
+
+def strided(array):
+    return np.repeat(array, 2, axis=0)[::2]
+
+
+def big_endian(array):
+    return array.astype(">f4")
+
+
+def read_only(array):
+    array.flags.writeable = False
+    return array
+
+
+@pytest.mark.parametrize("change", [transposed, strided, big_endian, read_only])
+def test_parameters_in_any_layout_are_saved(file, change):
+    expected = load(file)
+    mlp = MLP(SIZES)
+    mlp.layers = [(change(weights), change(bias)) for weights, bias in mlp.layers]
+    save(file, mlp, expected.state, CONFIG)
+    assert_same(load(file), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda array: array.astype(np.float64), "layers.0.weights is float64, not float32"),
+        (lambda array: array.astype(np.float16), "layers.0.weights is float16, not float32"),
+        (lambda array: array.astype(np.int32), "layers.0.weights is int32, not float32"),
+        (lambda array: array[:1], "layers.0.weights has the shape (1, 6), not (1, 1)"),
+        (lambda array: array[None], "layers.0.weights has the shape"),
+    ],
+)
+def test_parameters_that_could_not_be_loaded_are_refused(file, change, message):
+    before, run = file.read_bytes(), load(file)
+    run.mlp.layers = [(change(weights), change(bias)) for weights, bias in run.mlp.layers]
+    with pytest.raises(CheckpointError, match=re.escape(f"cannot save {file}: ") + ".*") as caught:
+        save(file, *run)
+    assert message in str(caught.value) or "its layer sizes are not those of a network" in str(caught.value)
+    assert file.read_bytes() == before
+
+
+def test_numpy_numbers_are_saved_as_pythons(file):
+    expected = load(file)
+    numbers = {"hidden": np.int64(6), "learning_rate": np.float32(0.5), "batch_size": np.uint16(1200)}
+    numbers |= {"seed": np.int32(0), "epochs": np.int8(2), "eval_every": np.int64(2)}
+    state = expected.state
+    state.steps, state.loss, state.correct, state.seconds = np.int64(3), np.float32(1.5), np.int64(7), np.float64(0.5)
+    save(file, expected.mlp, state, CONFIG._replace(**numbers))
+    again = load(file)
+    assert again.config == CONFIG._replace(learning_rate=0.5)
+    assert (again.state.steps, again.state.loss, again.state.correct, again.state.seconds) == (3, 1.5, 7, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dataset": os.fsencode("x")}, "b'x' is of the type bytes, which a checkpoint cannot hold"),
+        ({"seed": np.arange(3)}, "is of the type ndarray"),
+        ({"seed": 2**63}, "its seed is not a whole number"),
+        ({"hidden": 7}, "its layer sizes are not those"),
+        ({"learning_rate": float("nan")}, "its learning_rate is not a finite number"),
+        ({"backend": "x" * 70_000}, "its settings take more than the limit of 65,536 bytes"),
+    ],
+)
+def test_settings_that_could_not_be_loaded_are_refused(file, changes, message):
+    before, run = file.read_bytes(), load(file)
+    with pytest.raises(CheckpointError) as caught:
+        save(file, run.mlp, run.state, CONFIG._replace(**changes))
+    assert str(caught.value).startswith(f"cannot save {file}: ")
+    assert message in str(caught.value)
+    assert file.read_bytes() == before
+
+
+# Two who write one file
+
+
+HOLD = """if True:
+    import pathlib, sys
+    from model.extras.files import locked
+    with locked(pathlib.Path(sys.argv[1])):
+        print("locked", flush=True)
+        sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def holder(file):
+    """A process that has the file locked."""
+    command = [sys.executable, "-c", HOLD, str(file)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "locked\n"
+        yield process
+        process.kill()
+
+
+def test_a_file_that_another_process_writes_is_left_alone(file, holder, monkeypatch):
+    before, run = file.read_bytes(), load(file)
+    part = file.with_name(f".{file.name}.{holder.pid}.part")
+    part.touch()
+    monkeypatch.setattr(files, "PATIENCE", 0.1)
+    with pytest.raises(OSError, match=rf"run\.safetensors is in use, process {holder.pid} writes it: wait until"):
+        save(file, *run)
+    assert part.exists()
+    assert file.read_bytes() == before
+
+
+def test_a_killed_process_leaves_nothing_locked(file, holder):
+    run = load(file)
+    holder.kill()
+    holder.wait()
+    save(file, *run)
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_a_writer_waits_for_another(file, holder):
+    run = load(file)
+    threading.Timer(0.3, holder.kill).start()
+    save(file, *run)
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_threads_that_save_to_one_file_take_turns(file):
+    run = load(file)
+    with ThreadPoolExecutor(4) as pool:
+        for saved in [pool.submit(save, file, *run) for _ in range(40)]:
+            saved.result()
+    assert_same(load(file), run)
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_whoever_has_the_lock_may_write(file):
+    run = load(file)
+    with locked(file), locked(file.parent / "x" / ".." / file.name):
+        save(file, *run)
+        assert file.with_name(f".{file.name}.lock").exists()
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_where_there_are_no_locks_files_are_written_all_the_same(file, monkeypatch):
+    """Some network file systems have none; a part there may be of a living process."""
+
+    def flock(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    run, part = load(file), file.with_name(f".{file.name}.1.part")
+    part.touch()
+    save(file, *run)
+    assert sorted(file.parent.iterdir()) == [part, file]
 
 
 def test_a_link_is_followed(file):
@@ -346,7 +505,7 @@ def run_main(monkeypatch, capsys, *arguments):
     """Exit code, stdout and stderr of the command line in this process."""
     monkeypatch.setattr(sys, "argv", ["model", *map(str, arguments)])
     with pytest.raises(SystemExit) as stopped:
-        command_line.main()
+        model.cli.main()
     return stopped.value.code or 0, *capsys.readouterr()
 
 
@@ -377,6 +536,72 @@ def test_resume_into_another_file(main, tmp_path):
     assert main("train", "--resume", first, "--checkpoint", second, "--epochs", 2)[0] == 0
     assert first.read_bytes() == before
     assert len(load(second).state.history.epochs) == 2
+
+
+def test_two_runs_do_not_share_a_file(main, trained, tmp_path):
+    """Neither a checkpoint that both go on with, nor a new one, nor a history."""
+    file, history, other = tmp_path / "run", tmp_path / "history.json", tmp_path / "other"
+    file.write_bytes(trained.read_bytes())
+    process = start("train", "--resume", file, "--epochs", 10**6, "--json", history)
+    wait_for(tmp_path / ".history.json.lock", process)
+    for arguments in (["--checkpoint", other, "--json", history], ["--json", tmp_path / "." / "history.json"]):
+        code, shown, error = main(*TRAIN, *arguments)
+        assert (code, shown) == (2, "")
+        assert error.startswith(f"error: {history} is in use, process {process.pid} writes it: ")
+    assert not other.exists()
+    code, shown, error = main("train", "--resume", file, "--epochs", 2)
+    assert (code, shown) == (2, "")
+    assert error.startswith(f"error: {file} is in use, process {process.pid} writes it: wait until that has ended")
+    process.kill()
+    process.communicate()
+    assert main("train", "--resume", file, "--epochs", 10**6 + 1, "--json", history, "--learning-rate", 0)[0] == 2
+    assert main("train", "--resume", file, "--epochs", max(1, stand(load(file).state)[0]))[0] == 0
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".lock"] == []
+
+
+@pytest.mark.parametrize("option", ["--checkpoint", "--resume"])
+@pytest.mark.parametrize("name", ["run", "./run", "folder/../run", "link", "hard link", "link to link"])
+def test_the_history_does_not_replace_the_checkpoint(main, trained, tmp_path, monkeypatch, option, name):
+    monkeypatch.setattr("model.cli.train.load_dataset", lambda *_: pytest.fail("work began"))
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "run"
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("run")
+    (tmp_path / "link to link").symlink_to("link")
+    if option == "--resume" or name == "hard link":
+        file.write_bytes(trained.read_bytes())
+        (tmp_path / "hard link").hardlink_to(file)
+    before = file.exists() and file.read_bytes()
+    code, shown, error = main("train", option, "run", "--json", name)
+    assert (code, shown) == (2, "")
+    assert re.fullmatch(r"error: .*\n", error)
+    if option == "--resume" or name != "hard link":  # else --checkpoint has an error of its own
+        assert " is the checkpoint run: name another file for the history" in error
+    assert (file.exists() and file.read_bytes()) == before
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"notes", b"[]", b"{}", b'{"runs": {}}', b"[" * 100_000, b"\xff\xfe", b"\0" * 100]
+)
+def test_only_an_earlier_history_is_replaced(main, tmp_path, monkeypatch, content):
+    file = tmp_path / "history.json"
+    assert main(*TRAIN, "--epochs", 1, "--json", file)[0] == 0
+    assert main(*TRAIN, "--epochs", 2, "--json", file)[0] == 0
+    assert len(json.loads(file.read_text())["history"]) == 2
+    monkeypatch.setattr("model.cli.train.load_dataset", lambda *_: pytest.fail("work began"))
+    file.write_bytes(content)
+    code, shown, error = main(*TRAIN, "--json", file)
+    assert (code, shown) == (2, "")
+    assert error.startswith(f"error: {file} exists and is no earlier report (JSON with 'history'): name another file")
+    assert file.read_bytes() == content
+
+
+def test_a_link_to_the_resumed_checkpoint_is_that_checkpoint(main, trained, tmp_path):
+    file, link = tmp_path / "run", tmp_path / "latest"
+    file.write_bytes(trained.read_bytes())
+    link.symlink_to(file)
+    assert main("train", "--resume", file, "--checkpoint", link, "--epochs", 2)[0] == 0
+    assert len(load(file).state.history.epochs) == 2
 
 
 @pytest.fixture(scope="module")
@@ -425,10 +650,10 @@ def test_a_read_only_folder_is_an_error_before_training(main, tmp_path, monkeypa
 
 
 def test_other_images_are_another_run(main, trained, monkeypatch):
-    dataset = train_module.load_dataset("digits28")
+    dataset = command_line.load_dataset("digits28")
     images = dataset.test_images.copy()
     images[-1, -1] ^= 1
-    monkeypatch.setattr(train_module, "load_dataset", lambda name, folder: dataset._replace(test_images=images))
+    monkeypatch.setattr(command_line, "load_dataset", lambda name, folder: dataset._replace(test_images=images))
     code, _, error = main("train", "--resume", trained, "--epochs", 2)
     assert code == 2
     assert "data_sha256" in error
@@ -452,14 +677,14 @@ def test_a_backend_of_ones_own_can_be_resumed(main, tmp_path):
 
 def test_when_it_is_saved(main, monkeypatch, tmp_path):
     saved = []
-    monkeypatch.setattr(train_module, "save", lambda _, __, state, ___: saved.append(stand(state)))
+    monkeypatch.setattr(command_line, "save", lambda _, __, state, ___: saved.append(stand(state)))
     main(*TRAIN, "--epochs", 5, "--checkpoint", tmp_path / "x")
     assert saved == [(0, 0), (5, 0)]
     saved.clear()
     main(*TRAIN, "--epochs", 5, "--checkpoint", tmp_path / "x", "--checkpoint-every", 2)
     assert saved == [(0, 0), (2, 0), (4, 0), (5, 0)]
     saved.clear()
-    monkeypatch.setattr(train_module, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(command_line, "SAVE_SECONDS", 0)
     main(*TRAIN, "--epochs", 1, "--checkpoint", tmp_path / "x")
     assert saved == [*((0, step) for step in range(7)), (1, 0)]
 
@@ -482,7 +707,7 @@ def wait_for(file, process):
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_saves_after_the_running_step(main, tmp_path, number, exit_code):
     """Sent twice at once, as some process managers do, it still counts as one."""
     file = tmp_path / "run"
@@ -538,6 +763,31 @@ def test_signals_are_ignored_once_the_program_ends_and_where_they_were():
     """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (result.returncode, result.stdout, result.stderr) == (0, "15\n", "")
+
+
+def test_a_closed_terminal_saves(tmp_path):
+    """Its system sends SIGHUP, and nothing can be written to it any more."""
+    file = tmp_path / "run"
+    child, terminal = pty.fork()
+    if child == 0:
+        command = [sys.executable, "-m", "model", *map(str, TRAIN), "--epochs", "1000000", "--checkpoint", str(file)]
+        os.execv(command[0], command)
+    os.read(terminal, 1)  # the bar
+    while not file.exists():
+        os.read(terminal, 1000)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 129
+    assert stand(load(file).state) > (0, 0)
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_parameters_that_have_overflowed_are_not_called_a_damaged_checkpoint(main, tmp_path):
+    file = tmp_path / "run"
+    options = ["--checkpoint", file, "--checkpoint-every", 1, "--epochs", 3, "--learning-rate", 3e40]
+    code, _, error = main(*TRAIN[:-4], "--eval-every", 3, *options)
+    assert code == 2
+    assert re.fullmatch(r"error: .*with learning rate 3e\+40: try a smaller learning rate\n", error)
+    assert stand(load(file).state) == (0, 0)
 
 
 # Kills

@@ -68,13 +68,18 @@ def test_progress_bar_on_a_terminal():
         (["--epochs", "many"], "Invalid value for '--epochs'"),
         (["--learning-rate", "-1"], "learning_rate must be positive"),
         (["--learning-rate", "1e30"], "try a smaller learning rate"),
+        (["--learning-rate", "3e40"], "try a smaller learning rate"),
+        (["--hidden", "1000000000"], "too large for this machine"),
+        (["--hidden", "9" * 40], "Maximum allowed dimension exceeded"),
+        (["--memory-limit", "9" * 400], "too large for this machine"),
+        (["--checkpoint", "/dev/fd/loop"], "cannot write"),
         (["--batch-size", "601"], "batch_size must be from 1 to 600"),
         (["--limit", "0"], "choose 1 to 60000"),
         (["--hidden", "0"], "layer_sizes must be two or more positive numbers"),
         (["--seed", "-1"], "Invalid value for '--seed'"),
         (["--threads", "0"], "threads must be at least 1"),
         (["--dataset", "cifar"], "Unknown dataset 'cifar'"),
-        (["--dataset", "mnist", "--data", "/nowhere"], "/nowhere: train-images-idx3-ubyte is missing"),
+        (["--dataset", "mnist", "--data", "/nowhere"], "/nowhere: there is no folder of this name"),
         (["--json", "/no/such/folder/x.json"], "there is no folder /no/such/folder"),
         (["--json", "/"], "it is a folder"),
         (["--frobnicate"], "No such option: --frobnicate"),
@@ -109,6 +114,60 @@ def test_interrupt_ends_cleanly(arguments, number, exit_code):
     assert "stopping after the running step" in shown.decode()
     assert "interrupted" in shown.decode()
     assert "Traceback" not in shown.decode()
+
+
+def test_ctrl_c_during_the_imports(tmp_path):
+    """A module that waits takes Typer's place: the signal arrives while it is imported."""
+    (tmp_path / "typer.py").write_text("print(flush=True); import time; time.sleep(60)")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-m", "model", "train"]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
+    with subprocess.Popen(command, **options) as process:
+        process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=20) == ("", "")
+    assert process.returncode == 130
+
+
+@pytest.mark.parametrize("name", ["run[bold].json", "run:100:.json", "x[/run].json", "run[red]\u2588.json", "\udce9"])
+def test_file_names_are_printed_as_they_are(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    result = subprocess.run(
+        [sys.executable, "-m", "model", *TRAIN, "--checkpoint", name, "--json", f"{name}.json"],
+        cwd=tmp_path,
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+    )
+    assert (result.returncode, result.stderr) == (0, b"")
+    for line in (f"checkpoint written to {name}", f"history written to {name}.json"):
+        assert os.fsencode(line) in result.stdout.splitlines()
+    files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert files == {name, f"{name}.json"}
+
+
+def test_a_loop_of_links(tmp_path):
+    loop = tmp_path / "loop"
+    loop.symlink_to("loop")
+    for option in ("--checkpoint", "--json", "--resume"):
+        result = run_model(*TRAIN, option, loop)
+        assert (result.returncode, result.stdout) == (2, "")
+        assert re.fullmatch(r"error: .*loop.*\n", result.stderr)
+    assert loop.is_symlink()
+
+
+@pytest.mark.parametrize("columns", ["0", "10", "40"])
+def test_narrow_terminals_cut_nothing(columns):
+    command = [sys.executable, "-m", "model", *TRAIN]
+    environment = {**os.environ, "COLUMNS": columns}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    rows = re.findall(r"^ +(\d) \d\.\d{4} +\d+\.\d\d% +\d+\.\d\d% +\d\.\d{3}$", result.stdout, re.MULTILINE)
+    assert rows == ["1", "2", "3"]
+
+
+def test_help_shows_defaults_in_brackets():
+    shown = run_model("train", "--help").stdout
+    assert "[default: $MNIST_DIR" in " ".join(shown.split())
 
 
 def read_terminal(terminal):

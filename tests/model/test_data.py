@@ -558,7 +558,7 @@ def test_idx_files_may_have_any_classes_and_size(tmp_path, largest, shape):
         (TRAIN_IMAGES, PLAIN[TRAIN_IMAGES] + b"x", "too long"),
         (TRAIN_IMAGES, PLAIN[TRAIN_LABELS], "magic number 00000801 where 00000803 belongs"),
         (TEST_IMAGES, idx(np.zeros((3, 20, 20), np.uint8)), "images of 400 pixels, but 784 to train on"),
-        (TEST_LABELS, b"", "magic number"),
+        (TEST_LABELS, b"", "the file is empty"),
         (TEST_LABELS, PLAIN[TEST_LABELS][:6], "truncated inside its header of 8 bytes"),
         (TEST_LABELS, idx(np.array([], np.uint8)), "no data"),
         (TEST_LABELS, idx(np.array([1, 2], np.uint8)), "2 labels for 3 images"),
@@ -589,3 +589,85 @@ def test_files_larger_than_mnists_lead_to_idx(folder):
     write(folder, {TRAIN_IMAGES: idx(np.zeros((6, 28, 28), np.uint8))})
     with pytest.raises(DataError, match=r"longer than MNIST's .* or train on it as it is: --dataset idx"):
         load_mnist(folder)
+
+
+# What often stands in a file's place, and in a folder's
+
+PAGE = b"\n<!DOCTYPE html><title>404</title>"
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+
+
+@pytest.mark.parametrize("load", [load_mnist, load_idx])
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"", "the file is empty"),
+        (PAGE, "a web page"),
+        (POINTER, "a Git LFS pointer, not the file itself; git lfs pull fetches it"),
+        (GZIP[f"{TEST_LABELS}.gz"], f"compressed by gzip, which its name hides; rename it to {TEST_LABELS}.gz"),
+        (b"PK\3\4" + bytes(40), "a zip archive; unpack it"),
+    ],
+)
+def test_a_mistaken_file_is_recognised(tmp_path, load, content, problem):
+    write(tmp_path, {**PLAIN, TEST_LABELS: content})
+    with pytest.raises(DataError) as error:
+        load(tmp_path)
+    assert str(error.value).startswith(f"{tmp_path / TEST_LABELS}: {problem}")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", PAGE, POINTER, gzip.compress(PAGE), gzip.compress(b"")])
+def test_a_mistaken_compressed_file_is_recognised(folder, content):
+    write(folder, {f"{TEST_LABELS}.gz": content})
+    with pytest.raises(DataError, match=r"the file is empty|a web page|a Git LFS pointer"):
+        load_mnist(folder)
+
+
+@pytest.mark.parametrize("tail", [b"\0" * 512, b"\r\n", b"<html>"])
+def test_bytes_after_the_end_of_gzip_do_no_harm(folder, tail):
+    write(folder, {name: content + tail for name, content in GZIP.items()})
+    assert_tiny(load_mnist(folder))
+
+
+def test_bytes_after_the_end_do_not_hide_other_content(folder):
+    other = gzip.compress(with_element(TRAIN_LABELS, 2, 5))
+    write(folder, {f"{TRAIN_LABELS}.gz": other + b"tail"})
+    with pytest.raises(DataError, match=r"checksum mismatch.*or train on it as it is: --dataset idx"):
+        load_mnist(folder)
+
+
+def test_more_labels_than_digits_are_explained(folder):
+    write(folder, {TRAIN_LABELS: with_element(TRAIN_LABELS, 2, 46)})
+    with pytest.raises(DataError, match="label 46 is outside 0-9, and ten digits are what it learns"):
+        load_mnist(folder)
+
+
+@pytest.mark.parametrize("load", [load_mnist, load_idx])
+def test_a_file_or_nothing_in_a_folders_place(folder, load):
+    file = folder / f"{TRAIN_IMAGES}.gz"
+    with pytest.raises(DataError, match=rf"{file} is a file\. Name the folder that holds it: --data {folder}$"):
+        load(file)
+    with pytest.raises(DataError, match=r"/none: there is no folder of this name"):
+        load(folder / "none")
+
+
+def test_the_home_folder(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert_tiny(load_mnist(f"~/{folder.name}"))
+    monkeypatch.setenv("MNIST_DIR", f"~/{folder.name}")
+    assert_tiny(load_mnist())
+    with pytest.raises(DataError, match="there is no folder"):
+        load_mnist("~nobody-of-this-name/x")
+
+
+# A dataset by itself
+
+
+@pytest.mark.parametrize("count", [None, 2, 4])
+def test_limiting_does_not_hide_missing_labels(count):
+    with pytest.raises(DataError, match="tiny has 5 training images but 4 labels: one label for each image"):
+        limited(TINY._replace(train_labels=TINY.train_labels[:4]), count)
+
+
+def test_a_dataset_shows_itself_in_a_line():
+    assert repr(TINY) == "<Dataset tiny: 5 training and 3 test images of 784 pixels>"

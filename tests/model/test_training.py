@@ -17,7 +17,7 @@ from model.data import limited
 from model.mlp import MLP
 from model.shards import SHARD, Memory, Shard, Shards, shard_ranges
 from model.threads import thread_pool
-from model.training import TrainingError, train
+from model.training import Epoch, History, TrainingError, train
 
 SMALL = (25, 6, 10)
 
@@ -361,3 +361,14 @@ def test_an_error_in_a_worker_reaches_the_caller(tiny):
 
     with pytest.raises(RuntimeError, match="broken kernel"):
         trained(Broken(), tiny, threads=2)
+
+
+def test_a_history_shows_itself_in_a_small_table():
+    epochs = [Epoch(number, 2.5, 0.5, 0.25, 0.125) for number in range(1, 251)]
+    lines = repr(History(0.0, epochs)).splitlines()
+    assert lines[0] == "<History of 250 epochs>"
+    assert lines[2] == "    1  2.5000  50.00%  25.00%    0.125"
+    assert lines[-1].split()[0] == "250"
+    assert len(lines) <= 13
+    assert repr(History()) == "<History of 0 epochs>"
+    assert repr(History(0.0, [Epoch(1, 2.5, 0.5, None, 0.125)])).splitlines()[2].split()[3] == "-"

@@ -1,0 +1,48 @@
+"""What a report says about the machine and the project it was made with."""
+
+import shutil
+import subprocess
+
+import pytest
+
+from model.extras import environment
+
+
+def git(folder, *arguments):
+    identity = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
+    subprocess.run(["git", "-C", str(folder), *identity, *arguments], check=True, capture_output=True)
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A folder that plays the project's, and a repository around it with a commit of its own."""
+    if not shutil.which("git"):
+        pytest.skip("git is not installed")
+    for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    folder = tmp_path / "outer" / "project"
+    folder.mkdir(parents=True)
+    (folder / "file").write_text("text")
+    git(tmp_path / "outer", "init")
+    git(tmp_path / "outer", "add", ".")
+    git(tmp_path / "outer", "commit", "-m", "another project")
+    monkeypatch.setattr(environment, "ROOT", folder)
+    return folder
+
+
+def test_the_commit_of_a_repository_around_the_project_is_not_its_own(project):
+    assert environment._commit() is None
+
+
+def test_the_projects_own_commit(project, monkeypatch):
+    git(project, "init")
+    git(project, "add", ".")
+    git(project, "commit", "-m", "ours")
+    own = environment._commit()
+    assert own
+    assert not own.endswith("-dirty")
+    monkeypatch.setenv("GIT_DIR", str(project.parent / ".git"))
+    monkeypatch.setenv("GIT_WORK_TREE", str(project.parent))
+    assert environment._commit() == own
+    (project / "file").write_text("changed")
+    assert environment._commit() == f"{own}-dirty"
