@@ -270,7 +270,7 @@ def inked(grey: NDArray[np.floating]) -> tuple[NDArray[np.floating], float]:
     blur = max(grey.shape) / 400 if max(grey.shape) > 100 else 0
     lacking = ndimage.gaussian_filter(paper - grey, blur)
     if np.square(lacking.clip(max=0)).sum() > np.square(lacking.clip(min=0)).sum():
-        lacking, paper = -lacking, 255 - paper
+        lacking, paper = -lacking, np.maximum(255 - paper, 128)  # on bright paper a little light is no white ink
     ink = lacking / np.maximum(paper, DIMMEST)
     noise = 1.4826 * np.median(np.abs(ink[bare] - np.median(ink[bare])))
     return np.clip(ink, 0, 1), noise
@@ -290,6 +290,8 @@ def strokes(ink: NDArray[np.floating], whole: bool) -> NDArray[np.bool_]:
     inside[tuple(slice(int(EDGE * length) + 1, -int(EDGE * length) - 1) for length in ink.shape)] = True
     at_edge = np.isin(np.arange(len(areas)), labels[~inside])
     areas[0] = 0
+    if at_edge[1:].any():  # a shadow's edge leaves crumbs
+        areas[~at_edge & (areas < 2 * SPECK * ink.size)] = 0
     if not areas[~at_edge].any():
         largest = labels == areas.argmax()
         dark = np.median(ink[largest]) > DARK
