@@ -20,7 +20,7 @@ from bench.publish.figures import Results, load
 from bench.publish.style import ordered, short
 from bench.studies.break_even import break_even
 from bench.studies.head_to_head import BIG_PRODUCTS, against_fastest_framework
-from bench.studies.workers import FEW, MEMORY_LIMIT, PROCESS, calculation
+from bench.studies.workers import FEW, MEMORY_LIMIT, PROCESS
 from model.published import comparison_table, full_batch_histories, history
 
 ROOT = Path(__file__).parents[2]
@@ -248,16 +248,6 @@ def _peak_megabytes(results: Path, limit: int | None) -> str:
     return f"{peak / 1e6:,.0f}"
 
 
-def _calculated(results: Path, key: str, unit: float) -> str:
-    return short(calculation(read(results).found["workers"], 16, 1e9)[key] / unit)
-
-
-def _calculated_gigabytes(results: Path) -> str:
-    found = read(results).found
-    per_image = found["memory"]["peak_bytes"]["sparse"] / found["scaling"]["images"]
-    return short(per_image * 1e9 / 16 / 1e9)
-
-
 # Numbers within sentences.
 NUMBERS: dict[str, Callable[[Path], str]] = {
     "nanoseconds": _nanoseconds,
@@ -276,11 +266,6 @@ NUMBERS: dict[str, Callable[[Path], str]] = {
     "distributed-megabytes": _megabytes_sent,
     "distributed-peak": lambda results: _peak_megabytes(results, None),
     "distributed-peak-limited": lambda results: _peak_megabytes(results, MEMORY_LIMIT),
-    "calculated-arithmetic": lambda results: _calculated(results, "arithmetic", 1),
-    "calculated-gigabytes": _calculated_gigabytes,
-    "calculated-sending": lambda results: _calculated(results, "sending", 1e-3),
-    "calculated-hashing": lambda results: _calculated(results, "hashing", 60),
-    "calculated-worth": lambda results: _calculated(results, "worth it", 1e6),
     "runs": lambda results: f"{len(_repeated(results)[0])}",
     "spread-median": lambda results: f"{statistics.median(_spreads(results)):.0f}",
     "spread-largest": lambda results: f"{max(_spreads(results)):.0f}",

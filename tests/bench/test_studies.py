@@ -116,25 +116,24 @@ def test_images_for_workers_are_those_of_the_data_set(digits28, tmp_path):
         np.testing.assert_array_equal(written, expected)
 
 
-@pytest.mark.parametrize(("processes", "threads"), [(1, 2), (4, 8), (16, 32), (2000, 2048)])
-def test_what_more_workers_would_take(processes, threads):
-    """On two threads a million images take a second, so one thread takes 2 µs for each."""
-
-    def row(images, alone, two):
-        return {"backend": "sparse", "images": images, "places": {"one process": {"median": alone}, "2 workers": two}}
-
+@pytest.mark.parametrize(("processes", "threads", "levels"), [(1, 2, 0), (4, 8, 1), (16, 32, 2), (2000, 2048, 4)])
+def test_what_more_workers_would_take(processes, threads, levels):
+    """On two threads a million images take a second, so one thread takes 2 µs for each; a task takes 0.5 ms."""
     found = {
         "threads": 2,
-        "seconds": [row(1_024, 0.001, {"median": 0.011}), row(10**6, 1.0, {"median": 1.0})],
+        "traffic": [
+            {"workers": 1, "tasks": 2, "seconds": 0.01},
+            {"workers": 16, "tasks": 20, "seconds": 0.019},
+        ],
+        "growth": [{"images": 10**6, "microseconds": 1.0}],
         "parameter_bytes": 400_000,
         "hash_bytes_per_second": 1e9,
     }
     calculated = workers.calculation(found, processes, 3e6)
-    sending = 0.01 + processes * 1.6e6 / 1.25e9
     assert calculated["arithmetic"] == pytest.approx(3e6 * 2e-6 / threads)
-    assert calculated["sending"] == pytest.approx(sending)
-    assert calculated["hashing"] == pytest.approx(2 * 3e6 * 784 / 1e9)
-    assert calculated["worth it"] * 2e-6 / threads == pytest.approx(9 * sending)
+    assert calculated["tasks"] == pytest.approx(0.01 + 0.0005 * 1.25 * processes)
+    assert calculated["network"] == pytest.approx((2 + 16 * levels) * 4e5 / 1.25e9)
+    assert calculated["hashing"] == pytest.approx(2 * 3e6 * 784 / 1e9 / threads)
 
 
 def test_reproduction(digits28, monkeypatch):
