@@ -9,14 +9,16 @@ import importlib
 from types import ModuleType
 
 STUDIES = (
+    "epochs",
+    "ladder",
+    "roofline",
     "head_to_head",
+    "products",
     "time_to_accuracy",
     "memory",
-    "products",
     "ablation",
     "density",
     "scaling",
-    "roofline",
     "break_even",
     "workers",
     "reproduction",
