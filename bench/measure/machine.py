@@ -4,6 +4,7 @@ import datetime
 import os
 import platform
 import re
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -200,3 +201,15 @@ def _size(size: int) -> str:
 def slug(machine: Machine) -> str:
     """Its name as that of a folder."""
     return re.sub(r"[^a-z0-9]+", "-", f"{machine.name}-{machine.cores}".lower()).strip("-") or platform.machine()
+
+
+def kernels_changed(commit: str) -> str:
+    """Whether ``kernels/`` is what it was at a commit, in a sentence; nothing where git cannot tell."""
+    root = Path(__file__).parents[2]
+    command = ["git", "-C", str(root), "diff", "--quiet", commit.removesuffix("-dirty"), "--", "kernels"]
+    try:
+        code = subprocess.run(command, capture_output=True).returncode
+    except OSError:
+        return ""
+    words = {0: "kernels/ has not changed since.", 1: "kernels/ has changed since."}
+    return words.get(code, "")

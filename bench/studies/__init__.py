@@ -10,6 +10,7 @@ from types import ModuleType
 
 STUDIES = (
     "epochs",
+    "kernels",
     "ladder",
     "roofline",
     "head_to_head",
@@ -39,5 +40,5 @@ def found_class(name: str) -> type:
         If there is no such study.
     """
     if name not in STUDIES:
-        raise KeyError(name)
+        raise KeyError(f"there is no study {name}")
     return study(name).Found
