@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from bench.measure.machine import busy_now, machine, slug, under_conditions
-from bench.measure.records import Machine, RecordError, Run, Section, read, write
+from bench.measure.records import Machine, RecordError, Section, read, write
 from bench.publish.folder import MACHINE, RUN, existing_run, read_folder, save
 from bench.publish.report import write_report
 from bench.studies import STUDIES, study
@@ -37,7 +37,7 @@ def chosen(names: list[str] | None) -> list[str]:
 @app.command()
 def run(
     names: Annotated[list[str] | None, typer.Argument(help=f"{', '.join(STUDIES)} [default: all]")] = None,
-    quick: Annotated[bool, typer.Option(help="Fewer images and rounds, only to try it: into the folder quick.")] = False,
+    quick: Annotated[bool, typer.Option(help="Only to try it: little work, into the folder quick.")] = False,
     dataset: Annotated[str, typer.Option(help="mnist, digits28 or auto.")] = "auto",
     output: Output = DEFAULT,
     report: Annotated[bool, typer.Option(help="Draw the figures and write the report.")] = True,
@@ -53,7 +53,7 @@ def run(
         failed = []
         measure_into(folder, wanted[0], dataset, quick)
     if report and (folder / RUN).exists():
-        show(folder, folder, {name: "it failed; see above" for name in failed})
+        show(folder, folder, dict.fromkeys(failed, "it failed; see above"))
     if failed:
         out.print(f"failed: {', '.join(failed)}")
         raise typer.Exit(1)
@@ -88,7 +88,9 @@ def with_rates(here: Machine, sections: dict[str, Section]) -> Machine:
 def results(
     runs: Annotated[int, typer.Option(min=1, help="How many runs; claims need all to agree.")] = 3,
     dataset: Annotated[str, typer.Option(help="mnist, digits28 or auto.")] = "mnist",
-    output: Annotated[Path | None, typer.Option(help="Folder [default: bench/results/ and the machine's name].")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder [default: bench/results/ and the machine's name].")
+    ] = None,
     quick: Annotated[bool, typer.Option(help="Only to try it.")] = False,
 ) -> None:
     """Measure everything on this machine and write a folder of results that can be published."""

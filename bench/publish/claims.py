@@ -226,7 +226,7 @@ def draw(folders: list[Folder], file: Path) -> None:
         axes.set(yticks=range(len(rows)), ylim=(len(rows) - 0.4, -0.6))
         axes.set_yticklabels([f"{claim.competitor} / {claim.base}: {claim.what}" for claim in rows], fontsize=7)
         axes.grid(axis="y", color="#EEEEEE")
-        figure.legend(loc="outside upper right", ncols=3, frameon=False, fontsize=7.5)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.3, -0.12), ncols=3, frameon=False, fontsize=7)
         title(figure, "Each claim on each machine: the range of its runs")
         print_small(figure, "Medians of interleaved rounds; a dot is the median of the runs, a bar their range.")
         axes.spines["left"].set_color(BOUND_COLOUR)

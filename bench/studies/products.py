@@ -38,7 +38,7 @@ class Found:
 
 def measure(dataset: Dataset, quick: bool) -> Found:
     """The numba backend's products against OpenBLAS's, on one thread and, rows split over plain threads, on all."""
-    rounds = 3 if quick else 20
+    rounds = 3 if quick else 10
     found = []
     for shape, (left, right, transposed) in track(PRODUCTS.items(), "products", transient=True):
         rng = np.random.default_rng(0)
