@@ -23,8 +23,19 @@ out = Console(markup=False, highlight=False, soft_wrap=True)
 Output = Annotated[Path, typer.Option(help="Folder for the results and plots.")]
 DEFAULT = Path("bench/output")
 
-ONCE = ("kernels", "memory", "ablation", "density", "scaling", "break_even", "workers", "reproduction")
-"""Studies that `results` makes in the first run only: no claim rests on their spread."""
+ONCE = (
+    "kernels",
+    "roofline",
+    "time_to_accuracy",
+    "memory",
+    "ablation",
+    "density",
+    "scaling",
+    "break_even",
+    "workers",
+    "reproduction",
+)
+"""Studies that `results` makes in the first run only: deterministic, or minutes each."""
 
 
 def chosen(names: list[str] | None) -> list[str]:
@@ -88,9 +99,7 @@ def with_rates(here: Machine, sections: dict[str, Section]) -> Machine:
 def results(
     runs: Annotated[int, typer.Option(min=1, help="How many runs; claims need all to agree.")] = 3,
     dataset: Annotated[str, typer.Option(help="mnist, digits28 or auto.")] = "mnist",
-    output: Annotated[
-        Path | None, typer.Option(help="Folder [default: bench/results/ and the machine's name].")
-    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder [default: bench/results/MACHINE].")] = None,
     quick: Annotated[bool, typer.Option(help="Only to try it.")] = False,
 ) -> None:
     """Measure everything on this machine and write a folder of results that can be published."""
@@ -120,7 +129,9 @@ def results(
         same_day = len(list(folder.glob(f"run-{date}-*.json")))
         write(folder / f"run-{date}-{same_day + 1}.json", dataclasses.replace(found, skipped=skipped))
         write(folder / MACHINE, read(Machine, measured / MACHINE) if number == 0 else read(Machine, folder / MACHINE))
-    show(folder, folder, failures)
+    DEFAULT.mkdir(parents=True, exist_ok=True)
+    out.print(f"to publish: python -m bench.publish.tables, and commit {folder}")
+    show(folder, DEFAULT, failures)
     if failures:
         raise typer.Exit(1)
 
@@ -139,7 +150,7 @@ def show(folder: Path, output: Path, missing: dict[str, str]) -> None:
     """Figures and the report, which is named last."""
     file = write_report(read_folder(folder), output, out.print, missing)
     for figure in sorted(output.glob("*.png")):
-        out.print(figure)
+        out.print(str(figure))
     out.print(f"report: {file}")
 
 

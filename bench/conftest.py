@@ -1,4 +1,4 @@
-"""Options and data of the benchmarks. What is recorded is interleaved by the studies; the table is pytest-benchmark's."""
+"""Options and data of the benchmarks. The studies interleave what is recorded; the table is pytest-benchmark's."""
 
 import os
 from pathlib import Path

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.publish.claims import BY_KEY, CLAIMS, cell, cell_text, cells, draw, sentence, where
+from bench.publish.figures import draw_all
 from bench.publish.folder import Folder, read_all
 from bench.publish.style import ordered, short, small_print
 from bench.studies.break_even import break_even
@@ -333,6 +334,7 @@ def _markdown(table: Table) -> str:
 
 
 if __name__ == "__main__":
+    draw_all(main_folder(PUBLISHED_RESULTS), PUBLISHED_RESULTS, print)
     draw(folders(PUBLISHED_RESULTS), PUBLISHED_RESULTS / "claims.png")
     for document in DOCUMENTS:
         (ROOT / document).write_text(refresh((ROOT / document).read_text(), PUBLISHED_RESULTS))
