@@ -125,7 +125,7 @@ def _claims(folder: Folder) -> TableOf:
     for claim in CLAIMS:
         if found := cell(claim, folder):
             span = dict.fromkeys((two_digits(found.low), two_digits(found.high)))
-            interval = found.ratios[-1].interval
+            interval = found.ratios[0].interval
             rows.append(
                 [
                     claim.competitor,
@@ -137,7 +137,7 @@ def _claims(folder: Folder) -> TableOf:
                     found.verdict,
                 ]
             )
-    columns = ["time of", "relative to", "in", "ratio, all runs", "95 % interval, last run", "base (s)", "verdict"]
+    columns = ["time of", "relative to", "in", "ratio, all runs", "95 % interval, 1st run", "base (s)", "verdict"]
     text = "Ratios of median times of interleaved rounds. A verdict needs all runs to agree."
     return TableOf("Claims", text, columns, rows)
 
@@ -157,7 +157,7 @@ def _timings(folder: Folder) -> list[TableOf]:
             [name, f"{times.median:.4g}", _span(times), str(len(times.seconds))]
             for name, times in comparison.rounds.items()
         ]
-        tables.append(TableOf(title, "Medians of the last run.", ["", "seconds", "95 % interval", "rounds"], rows))
+        tables.append(TableOf(title, "Medians of the first run.", ["", "seconds", "95 % interval", "rounds"], rows))
     if found := folder.found("kernels"):
         rows = [
             [kernel, name, f"{1e6 * times.median:.4g}", short(found.flop[kernel] / times.median / 1e9)]
