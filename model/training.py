@@ -203,9 +203,7 @@ def descend(
     sums = batch.gradient(mlp, on_images)
     with np.errstate(over="ignore", invalid="ignore"):  # the loss tells, at the end of the epoch
         for parameter, gradient in zip(mlp.parameters, sums.gradient):
-            gradient *= (
-                learning_rate / batch.count
-            )  # in place, as a temporary costs half the update
+            gradient *= learning_rate / batch.count  # in place, as a temporary costs half the update
             parameter -= gradient
     return sums
 

@@ -1,13 +1,15 @@
 """Study: the same full-batch step on every compiled backend, in other packages, and its big products on OpenBLAS."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
-from bench.measure.interleave import Ratio, interleave, ratio, summary
+from bench.measure.interleave import interleave
+from bench.measure.records import Comparison, Ratio
 from bench.peers import COMPETITORS, expected_parameters, verified
 from bench.peers.task import Competitor, Task, UnavailableError
 from bench.publish.style import bound, in_seconds, label
@@ -26,8 +28,23 @@ FRAMEWORKS = ("PyTorch", "torch.compile", "JAX", "scikit-learn")
 REST = 0.03
 
 
-def measure(dataset: Dataset, quick: bool) -> dict[str, Any]:
-    """Seconds of a step, by form and competitor; the ratios dense, sparse and across; who was skipped and why."""
+@dataclass(frozen=True)
+class Found:
+    """What the study found."""
+
+    forms: dict[str, list[str]]
+    """Competitors that were timed, by form: dense, sparse."""
+    steps: Comparison
+    """Seconds of a step of each, and of the big products alone."""
+    compile_seconds: dict[str, float | None]
+    """By competitor; None where nothing is compiled."""
+    skipped: dict[str, str]
+    """Why a competitor was not timed."""
+    kind: Literal["head_to_head"] = "head_to_head"
+
+
+def measure(dataset: Dataset, quick: bool) -> Found:
+    """Every competitor's steps, interleaved, once their parameters have been verified."""
     threads = available_cores()
     competitors: dict[str, Competitor] = {}
     compile_seconds, skipped = {}, {}
@@ -43,20 +60,7 @@ def measure(dataset: Dataset, quick: bool) -> dict[str, Any]:
         competing = {**steps, BIG_PRODUCTS: _big_products(task)}
         seconds = interleave(competing, 3 if quick else 20, rest=REST, steps=2 if quick else 4)
     forms = {form: [name for name in names if name in seconds] for form, names in COMPETITORS.items()}
-    dense = [*forms["dense"], BIG_PRODUCTS]
-    return {
-        "seconds": {
-            form: {name: list(summary(seconds[name]).values()) for name in names}
-            for form, names in {**forms, "bound": [BIG_PRODUCTS]}.items()
-        },
-        "compile_seconds": compile_seconds,
-        "ratios": [
-            *_ratios("dense against dense", seconds, "numba", dense),
-            *_ratios("sparse against sparse", seconds, "sparse", forms["sparse"]),
-            *_ratios("sparse against dense", seconds, "sparse", dense),
-        ],
-        "skipped": skipped,
-    }
+    return Found(forms, Comparison.of("a full-batch step", seconds), compile_seconds, skipped)
 
 
 def _big_products(task: Task) -> Callable[[], None]:
@@ -74,17 +78,12 @@ def _big_products(task: Task) -> Callable[[], None]:
     return products
 
 
-def _ratios(what: str, seconds: dict[str, np.ndarray], name: str, others: list[str]) -> list[Ratio]:
-    return [ratio(what, seconds, name, other) for other in others if other != name]
+def fastest_framework(found: Found) -> str | None:
+    """The fastest of `FRAMEWORKS`; None where none of them is installed."""
+    return min((name for name in FRAMEWORKS if name in found.steps), key=found.steps.median, default=None)
 
 
-def against_fastest_framework(found: dict[str, Any]) -> Ratio | None:
-    """The ratio of sparse to the fastest of `FRAMEWORKS`; None where none of them is installed."""
-    rows = [row for row in found["ratios"] if row["competitor"] == "sparse" and row["base"] in FRAMEWORKS]
-    return min(rows, key=lambda row: row["base_seconds"], default=None)
-
-
-def draw(found: dict[str, Any], small_print: str, file: Path) -> None:
+def draw(found: Found, small_print: str, file: Path) -> None:
     """Seconds of a step of each competitor, the dense ones above the sparse ones, and the bound of dense ones."""
     words = {"dense": "dense: every pixel is multiplied", "sparse": "sparse: only what is not zero is multiplied"}
     rows: dict[str, float] = {}
@@ -93,28 +92,28 @@ def draw(found: dict[str, Any], small_print: str, file: Path) -> None:
         axes = figure.subplots()
         for form in COMPETITORS:
             label(axes, words[form], 0, y)
-            for name, (median, low, high) in sorted(found["seconds"][form].items(), key=lambda item: -item[1][0]):
+            for name in sorted(found.forms[form], key=found.steps.median, reverse=True):
                 y += 1
                 rows[name] = y
-                axes.barh(y, median, color=colour(name), height=0.75)
-                axes.plot([low, high], [y, y], color="black", linewidth=1.5)
-                label(axes, in_seconds(median), high, y)
+                times = found.steps.rounds[name]
+                axes.barh(y, times.median, color=colour(name), height=0.75)
+                axes.plot([times.low, times.high], [y, y], color="black", linewidth=1.5)
+                label(axes, in_seconds(times.median), times.high, y)
             y += 1.3
         axes.set(yticks=list(rows.values()), ylim=(y - 0.7, -1.2), xlabel="seconds per step over all images")
         for name, tick in zip(rows, axes.set_yticklabels(rows)):
             tick.set_fontweight("bold" if name in backend_names() else "normal")
-        axes.set_xlim(0, 1.15 * max(high for times in found["seconds"].values() for _, _, high in times.values()))
-        products, *_ = found["seconds"]["bound"][BIG_PRODUCTS]
+        axes.set_xlim(0, 1.15 * max(times.high for times in found.steps.rounds.values()))
+        products = found.steps.median(BIG_PRODUCTS)
         bound(axes, products, f"the two big products alone, on OpenBLAS: {in_seconds(products)}", -0.8)
         title(figure, _title(found))
         print_small(figure, small_print)
 
 
-def _title(found: dict[str, Any]) -> str:
-    fastest = against_fastest_framework(found)
-    against = fastest or next(
-        row for row in found["ratios"] if row["competitor"] == "sparse" and row["base"] == "numpy"
-    )
-    name = f"the fastest framework, {against['base']}" if fastest else "numpy"
-    interval = f"{against['low']:.2f} to {against['high']:.2f}"
-    return f"A step of sparse takes {against['ratio']:.2f} of the time of {name} ({interval})"
+def _title(found: Found) -> str:
+    """What this run shows, in the words of its own interval."""
+    framework = fastest_framework(found)
+    row: Ratio = found.steps.ratio("sparse", framework or "numpy")
+    name = f"the fastest framework, {framework}" if framework else "numpy"
+    interval = f" ({row.interval[0]:.2f} to {row.interval[1]:.2f})" if row.interval else ""
+    return f"A step of sparse takes {row.ratio:.2f} × the time of {name}{interval}"

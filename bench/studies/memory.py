@@ -14,10 +14,11 @@ import os
 import re
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 from numpy.typing import NDArray
@@ -31,7 +32,18 @@ from model.threads import available_cores, thread_pool
 PROCESS = Path("/proc/self")
 
 
-def measure(dataset: Dataset, quick: bool) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Found:
+    """What the study found."""
+
+    peak_bytes: dict[str, int]
+    """By competitor."""
+    skipped: dict[str, str]
+    """Why a competitor was not measured."""
+    kind: Literal["memory"] = "memory"
+
+
+def measure(dataset: Dataset, quick: bool) -> Found:
     """Peak bytes of each competitor; who was skipped and why."""
     peaks, skipped = {}, {}
     for name in [name for names in COMPETITORS.values() for name in names]:
@@ -39,7 +51,7 @@ def measure(dataset: Dataset, quick: bool) -> dict[str, Any]:
             peaks[name] = in_fresh_process(peak_of_competitor, name, dataset.train_images, dataset.train_labels)
         except UnavailableError as reason:
             skipped[name] = str(reason)
-    return {"peak_bytes": peaks, "skipped": skipped}
+    return Found(peaks, skipped)
 
 
 def in_fresh_process(function: Callable[..., int], *arguments: Any) -> int:
