@@ -13,6 +13,17 @@ from numpy.typing import NDArray
 from model.mlp import MLP
 
 
+def tolerance(images: int) -> float:
+    """By how much an update in float32 over so many images may differ from float64's, relative to its norm.
+
+    By the share of two images. An average image makes up at least 1/n of the update over n. On MNIST rounding errors
+    come to a tenth of such a share, and to 0.8 where the input of a unit, for one image, rounds to the other side of
+    zero. An image left out makes at least 7 in each parameter, as images pull in different directions, and 50 in the
+    last bias. Over few images, rounding needs no more than a hundredth.
+    """
+    return min(2 / images, 0.01)
+
+
 class UnavailableError(Exception):
     """A peer cannot run here; the message says why."""
 
@@ -35,6 +46,9 @@ class Competitor(ABC):
     compiles = False
     """Whether the first step compiles."""
 
+    tolerance: float | None = None
+    """Largest error of an update relative to its norm, where it is not float32's."""
+
     @abstractmethod
     def step(self) -> float:
         """One step over all images; returns the mean loss from before it."""
@@ -50,6 +64,10 @@ class Learner(Competitor):
     @abstractmethod
     def learn(self, images: NDArray[np.uint8], labels: NDArray[np.integer]) -> float:
         """Prepare the images and make one step over them; returns the mean loss from before it."""
+
+    @abstractmethod
+    def learn_rows(self, rows: NDArray[np.integer]) -> float:
+        """One step over these of its own images, which a peer keeps as floats; returns the loss as `learn` does."""
 
     @abstractmethod
     def accuracy(self) -> float:

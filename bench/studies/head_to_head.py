@@ -8,7 +8,10 @@ import numpy as np
 from threadpoolctl import ThreadpoolController
 
 from bench.measure.interleave import Ratio, interleave, ratio, summary
-from bench.peers import COMPETITORS, expected_parameters, verified
+from bench.peers import COMPETITORS, REST, Form, best_form, expected_parameters
+from bench.peers.c_csr import COMMAND
+from bench.peers.ours import compile_seconds
+from bench.peers.pytorch import mkl_code_path
 from bench.peers.task import Competitor, Task, UnavailableError
 from bench.publish.style import bound, in_seconds, label
 from kernels import backend_names, get_backend
@@ -19,41 +22,49 @@ from model.threads import available_cores, thread_pool
 
 LEARNING_RATE = 0.3
 BIG_PRODUCTS = "big products, OpenBLAS"
-FRAMEWORKS = ("PyTorch", "torch.compile", "JAX", "scikit-learn")
-
-# After their work, the idle threads of PyTorch spin for 9 ms and those of JAX for 6. To forbid PyTorch's
-# (OMP_WAIT_POLICY=passive) would slow its own steps.
-REST = 0.03
+FRAMEWORKS = ("PyTorch", "PyTorch by hand", "torch.compile", "JAX", "scikit-learn")
 
 
 def measure(dataset: Dataset, quick: bool) -> dict[str, Any]:
-    """Seconds of a step, by form and competitor; the ratios dense, sparse and across; who was skipped and why."""
+    """Seconds of a step, by category and competitor; ratios; forms tried and chosen; who was skipped and why.
+
+    About 100 seconds, half of them torch.compile's compilations; quick: 45.
+    """
     threads = available_cores()
     competitors: dict[str, Competitor] = {}
-    compile_seconds, skipped = {}, {}
+    forms: dict[str, dict[str, Form]] = {}
+    chosen, skipped = {}, {}
     with thread_pool(threads) as run:
         task = Task(MLP(), dataset.train_images, dataset.train_labels, LEARNING_RATE, threads, run)
         expected = expected_parameters(task)
         for name in [name for names in COMPETITORS.values() for name in names]:
             try:
-                competitors[name], compile_seconds[name] = verified(name, task, expected)
+                competitors[name], chosen[name], forms[name] = best_form(name, task, expected)
             except UnavailableError as reason:
                 skipped[name] = str(reason)
         steps: dict[str, Callable[[], Any]] = {name: competitor.step for name, competitor in competitors.items()}
         competing = {**steps, BIG_PRODUCTS: _big_products(task)}
-        seconds = interleave(competing, 3 if quick else 20, rest=REST, steps=2 if quick else 4)
-    forms = {form: [name for name in names if name in seconds] for form, names in COMPETITORS.items()}
-    dense = [*forms["dense"], BIG_PRODUCTS]
+        seconds = interleave(competing, 2 if quick else 8, rest=REST, warmup=0, steps=2)
+    categories = {form: [name for name in names if name in seconds] for form, names in COMPETITORS.items()}
+    dense = [*categories["dense"], BIG_PRODUCTS]
     return {
         "seconds": {
             form: {name: list(summary(seconds[name]).values()) for name in names}
-            for form, names in {**forms, "bound": [BIG_PRODUCTS]}.items()
+            for form, names in {**categories, "bound": [BIG_PRODUCTS]}.items()
         },
-        "compile_seconds": compile_seconds,
+        "compile_seconds": {
+            **{name: forms[name][form].compile_seconds for name, form in chosen.items()},
+            **{name: compile_seconds(name, dataset.train_images, dataset.train_labels) for name in ("numba", "sparse")},
+        },
+        "forms": {name: {form: tried._asdict() for form, tried in forms[name].items()} for name in forms},
+        "chosen": chosen,
+        "mkl": mkl_code_path(),
+        "c_compiler": COMMAND,
         "ratios": [
             *_ratios("dense against dense", seconds, "numba", dense),
-            *_ratios("sparse against sparse", seconds, "sparse", forms["sparse"]),
+            *_ratios("sparse against sparse", seconds, "sparse", categories["sparse"]),
             *_ratios("sparse against dense", seconds, "sparse", dense),
+            *_ratios("sparse against bfloat16", seconds, "sparse", categories["bfloat16"]),
         ],
         "skipped": skipped,
     }
@@ -86,12 +97,16 @@ def against_fastest_framework(found: dict[str, Any]) -> Ratio | None:
 
 def draw(found: dict[str, Any], small_print: str, file: Path) -> None:
     """Seconds of a step of each competitor, the dense ones above the sparse ones, and the bound of dense ones."""
-    words = {"dense": "dense: every pixel is multiplied", "sparse": "sparse: only what is not zero is multiplied"}
+    words = {
+        "dense": "dense: every pixel is multiplied",
+        "sparse": "sparse: only what is not zero is multiplied",
+        "bfloat16": "dense in bfloat16: less exact",
+    }
     rows: dict[str, float] = {}
     y = 0.0
     with figure_file(file, figsize=(8, 5)) as figure:
         axes = figure.subplots()
-        for form in COMPETITORS:
+        for form in [form for form in COMPETITORS if found["seconds"].get(form)]:
             label(axes, words[form], 0, y)
             for name, (median, low, high) in sorted(found["seconds"][form].items(), key=lambda item: -item[1][0]):
                 y += 1
