@@ -9,7 +9,7 @@ float32, divided by 255, or as what is not zero of these.
 import copy
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,7 +70,8 @@ COMPETITORS = {
 a quarter of an hour for a step."""
 
 
-class Form(NamedTuple):
+@dataclass(frozen=True)
+class Form:
     """How a form of a competitor did."""
 
     error: float | None = None
@@ -119,7 +120,7 @@ def best_form(
         raise UnavailableError(next(filter(None, (form.skipped for form in forms.values()))))
     if len(ready) > 1:
         seconds = interleave({form: each.step for form, each in ready.items()}, rounds, rest=REST, steps=2, warmup=0)
-        forms |= {form: forms[form]._replace(seconds=float(np.median(seconds[form]))) for form in ready}
+        forms |= {form: replace(forms[form], seconds=float(np.median(seconds[form]))) for form in ready}
     fastest = min(ready, key=lambda form: forms[form].seconds or 0)
     return ready[fastest], fastest, forms
 

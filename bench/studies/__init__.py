@@ -1,7 +1,8 @@
 """Studies: measurements that take more than a benchmark, one module each.
 
-A study has ``measure(dataset, quick)``, which returns plain data, and perhaps ``draw(found, small_print, file)``.
-``python -m bench run`` makes them, ``python -m bench draw`` draws them again.
+A study has a dataclass `Found` whose ``kind`` is the study's name (`bench.measure.records` says what it is made of),
+``measure(dataset, quick)``, which returns one, and perhaps ``draw(found, small_print, file)``. ``python -m bench run``
+makes them, ``python -m bench draw`` draws them again.
 """
 
 import importlib
@@ -25,3 +26,16 @@ STUDIES = (
 def study(name: str) -> ModuleType:
     """The module of a study."""
     return importlib.import_module(f"bench.studies.{name}")
+
+
+def found_class(name: str) -> type:
+    """The class of what a study finds.
+
+    Raises
+    ------
+    KeyError
+        If there is no such study.
+    """
+    if name not in STUDIES:
+        raise KeyError(name)
+    return study(name).Found

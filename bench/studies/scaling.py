@@ -3,16 +3,18 @@
 import itertools
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 from rich.progress import track
 
-from bench.measure.interleave import interleave, summary
+from bench.measure.interleave import interleave
+from bench.measure.records import Rounds, rounded
 from bench.publish.style import end_labels, note, plain_ticks
 from bench.studies.roofline import peak
 from kernels import backend_names, get_backend
@@ -59,7 +61,35 @@ Points = dict[tuple[str, int], Point]
 """By backend and number on the axis."""
 
 
-def measure(dataset: Dataset, quick: bool) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Measured(Rounds):
+    """Seconds per epoch at a place on an axis."""
+
+    at: int = 0
+    share: float = 1.0
+    """Of an epoch's images, that were measured and scaled up."""
+
+
+Axis = dict[str, list[Measured]]
+"""By competitor."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the study found."""
+
+    axes: dict[str, Axis]
+    """By what grows. All points of an axis were interleaved, so those at one place may be compared."""
+    images: int
+    pixels: int
+    threads: int
+    equal_bits_on_threads: list[int]
+    peak_gflop_per_second: dict[int, float]
+    """By number of threads."""
+    kind: Literal["scaling"] = "scaling"
+
+
+def measure(dataset: Dataset, quick: bool) -> Found:
     """Seconds per epoch along each axis, backends and points in turn."""
     rounds = 2 if quick else 5
     check(dataset)
@@ -73,20 +103,20 @@ def measure(dataset: Dataset, quick: bool) -> dict[str, Any]:
             "threads": lambda: thread_points(runs, dataset),
         }
         found = {axis: timed(axes[axis](), rounds) for axis in track(axes, "scaling", transient=True)}
-    peaks = {str(threads): peak(threads) for threads in thread_counts()}
-    seconds = interleave({threads: run_peak for threads, (run_peak, _) in peaks.items()}, 4 * rounds)
-    return {
-        "axes": found,
-        "images": len(dataset.train_images),
-        "pixels": dataset.train_images.shape[1],
-        "threads": available_cores(),
-        "equal_bits_on_threads": thread_counts(),
+    peaks = {threads: peak(threads) for threads in thread_counts()}
+    seconds = interleave({str(threads): run_peak for threads, (run_peak, _) in peaks.items()}, 4 * rounds)
+    return Found(
+        axes=found,
+        images=len(dataset.train_images),
+        pixels=dataset.train_images.shape[1],
+        threads=available_cores(),
+        equal_bits_on_threads=thread_counts(),
         # Bounds, so the best of all rounds.
-        "peak_gflop_per_second": {threads: flop / seconds[threads].min() / 1e9 for threads, (_, flop) in peaks.items()},
-    }
+        peak_gflop_per_second={n: float(flop / seconds[str(n)].min() / 1e9) for n, (_, flop) in peaks.items()},
+    )
 
 
-def timed(points: Points, rounds: int) -> dict[str, list[dict[str, Any]]]:
+def timed(points: Points, rounds: int) -> Axis:
     """Seconds per epoch by backend, with the number on the axis and the share of the epoch that was measured."""
 
     def repeat(point: Point) -> None:
@@ -95,10 +125,10 @@ def timed(points: Points, rounds: int) -> dict[str, list[dict[str, Any]]]:
 
     competitors = {f"{name} {at}": partial(repeat, point) for (name, at), point in points.items()}
     seconds = interleave(competitors, rounds, warmup=1)
-    found: dict[str, list[dict[str, Any]]] = {}
+    found: Axis = {}
     for (name, at), point in points.items():
         per_epoch = seconds[f"{name} {at}"] / (point.repeats * point.share)
-        found.setdefault(name, []).append({"at": at, "share": point.share, **summary(per_epoch)})
+        found.setdefault(name, []).append(Measured(rounded(per_epoch), at=at, share=point.share))
     return found
 
 
@@ -230,52 +260,52 @@ def stepped(name: str, dataset: Dataset, hidden: int, threads: int, images: int 
 # The figure --------------------------------------------------------------------------------------------------------
 
 
-def flop(found: dict[str, Any], axis: str, at: float) -> float:
+def flop(found: Found, axis: str, at: float) -> float:
     """Operations of the dense form in an epoch."""
-    images = at if axis == "images" else found["images"]
+    images = at if axis == "images" else found.images
     hidden = at if axis == "hidden units" else HIDDEN
-    return images * hidden * (FLOP_OF_PIXEL * found["pixels"] + FLOP_OF_CLASSES)
+    return images * hidden * (FLOP_OF_PIXEL * found.pixels + FLOP_OF_CLASSES)
 
 
-def draw(found: dict[str, Any], small_print: str, file: Path) -> None:
+def draw(found: Found, small_print: str, file: Path) -> None:
     """Seconds per epoch along each axis; straight lines are constant rates of arithmetic."""
     with figure_file(file, figsize=(8, 7.6)) as figure:
-        for axes, (axis, backends) in zip(figure.subplots(2, 2).flat, found["axes"].items()):
+        for axes, (axis, backends) in zip(figure.subplots(2, 2).flat, found.axes.items()):
             draw_axis(axes, found, axis, backends)
         title(figure, _title(found))
         print_small(figure, f"Hollow: measured on a part of an epoch, and scaled up. {small_print}")
 
 
-def draw_axis(axes: Axes, found: dict[str, Any], axis: str, backends: dict[str, list[dict[str, Any]]]) -> None:
+def draw_axis(axes: Axes, found: Found, axis: str, backends: Axis) -> None:
     """One panel: the backends, the peak, and the law that they should follow."""
     points = [point for name in backends for point in backends[name]]
-    first, last = min(point["at"] for point in points), max(point["at"] for point in points)
+    first, last = min(point.at for point in points), max(point.at for point in points)
     x, width = np.array([first, last]), last / first
     dense = np.array([flop(found, axis, at) for at in x]) / 1e9
-    peaks = found["peak_gflop_per_second"]
-    floor = dense / [peaks[str(int(at) if axis == "threads" else found["threads"])] for at in x]
+    peaks = found.peak_gflop_per_second
+    floor = dense / [peaks[int(at) if axis == "threads" else found.threads] for at in x]
     exponent, law = LAWS[axis]
-    longest = max(point["high"] for point in points) * (width if axis == "images" else 1)
+    longest = max(point.high for point in points) * (width if axis == "images" else 1)
     axes.set(xscale="log", yscale="log", xlabel=axis, ylabel="seconds per epoch")
     axes.set(xlim=(first / width**0.06, last * width**0.3), ylim=(floor.min() / 3, 2 * longest))
-    starts = np.array([floor[0], *(row[0]["median"] for row in backends.values())])
+    starts = np.array([floor[0], *(row[0].median for row in backends.values())])
     for rate in 10.0 ** np.arange(-3, 4):
         axes.plot(x, dense / rate, color="#CCCCCC", linewidth=0.6, zorder=0)
         if np.abs(np.log(starts * rate / dense[0])).min() > 1.2:  # there is room for a name
             place = (x[0], dense[0] / rate)
             note(axes, f"{rate:g} GFLOP/s", place, 1.5, fontsize=6.5, color="#777777")
     axes.plot(x, floor, color=BOUND_COLOUR, linestyle="--", linewidth=1)
-    ends = [("peak", last, floor[-1], BOUND_COLOUR)]
+    ends: list[tuple[str, float, float, str]] = [("peak", last, floor[-1], BOUND_COLOUR)]
     for name, row in backends.items():
-        at, seconds, low, high = (np.array([point[key] for point in row]) for key in ("at", "median", "low", "high"))
+        at, seconds, low, high = np.array([(point.at, point.median, point.low, point.high) for point in row]).T
         if name != "naive" or len(row) == 1:
             anchor = -1 if exponent == 1 else 0
             axes.plot(x, seconds[anchor] * (x / at[anchor]) ** exponent, ":", color=colour(name), linewidth=1)
         axes.plot(at, seconds, color=colour(name), linewidth=1.4)
         axes.vlines(at, low, high, color=colour(name), linewidth=1.4)
         for point in row:
-            fill = colour(name) if point["share"] == 1 else "white"
-            axes.plot(point["at"], point["median"], "o", color=colour(name), markerfacecolor=fill, markersize=4)
+            fill = colour(name) if point.share == 1 else "white"
+            axes.plot(point.at, point.median, "o", color=colour(name), markerfacecolor=fill, markersize=4)
         alone = len(row) == 1
         ends.append((name, last if alone else at[-1], seconds[-1] * (width if alone else 1), colour(name)))
     end_labels(axes, ends)
@@ -283,18 +313,19 @@ def draw_axis(axes: Axes, found: dict[str, Any], axis: str, backends: dict[str, 
     axes.set_title(f"dotted: {law}", fontsize=8, fontweight="normal")
 
 
-def _title(found: dict[str, Any]) -> str:
-    rows = {name: row for name, row in found["axes"]["images"].items() if len(row) > 1}
-    whole = max(n for n, point in enumerate(rows["numpy"]) if point["at"] <= found["images"])
-    times = [row[-1]["median"] / row[whole]["median"] for row in rows.values()]
-    more = rows["numpy"][-1]["at"] / rows["numpy"][whole]["at"]
-    gains = [row[0]["median"] / row[-1]["median"] for row in found["axes"]["threads"].values()]
+def _title(found: Found) -> str:
+    rows = {name: row for name, row in found.axes["images"].items() if len(row) > 1}
+    base = next(iter(rows.values()))
+    whole = max(n for n, point in enumerate(base) if point.at <= found.images)
+    times = [row[-1].median / row[whole].median for row in rows.values()]
+    more = base[-1].at / base[whole].at
+    gains = [row[-1].median / row[0].median for row in found.axes["threads"].values()]
     return (
         f"{more:g} × the images take {_range(times)} × the time; "
-        f"{found['threads']} threads are {_range(gains)} × as fast as one"
+        f"{found.threads} threads, {_range(gains)} × the time of one"
     )
 
 
 def _range(values: list[float]) -> str:
-    low, high = f"{min(values):.1f}", f"{max(values):.1f}"
+    low, high = f"{min(values):.2g}", f"{max(values):.2g}"
     return low if low == high else f"{low} to {high}"

@@ -9,14 +9,16 @@ and for each image the time that a few of them took.
 import itertools
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from rich.progress import track
 
-from bench.measure.interleave import interleave, ratios, summary
+from bench.measure.interleave import interleave
+from bench.measure.records import Comparison, Rounds
 from bench.peers import competitor
 from bench.peers.task import Learner, Task, UnavailableError
 from bench.publish.style import in_seconds, label
@@ -64,8 +66,29 @@ class Trial(NamedTuple):
     images: float | None
 
 
-def measure(dataset: Dataset, quick: bool) -> dict[str, Any]:
-    """By backend: the recipes tried and chosen, seconds to the target and curves; ratios; who was skipped and why."""
+@dataclass(frozen=True)
+class Found:
+    """What the study found."""
+
+    target: float
+    """Accuracy."""
+    trials: dict[str, list[Trial]]
+    """The recipes tried, by competitor."""
+    recipes: dict[str, Recipe]
+    """The one chosen."""
+    times: Comparison
+    """Seconds to the target, of those who always reached it."""
+    curves: dict[str, list[Curve]]
+    """Some of the runs behind them, by competitor."""
+    naive: list[Curve]
+    """NumPy's curves at the pace of pure Python: extrapolated, and no part of the comparison."""
+    skipped: dict[str, str]
+    """Why a competitor was not timed."""
+    kind: Literal["time_to_accuracy"] = "time_to_accuracy"
+
+
+def measure(dataset: Dataset, quick: bool) -> Found:
+    """Choose a recipe for each competitor, and time them all on it, interleaved."""
     rounds = 2 if quick else 40
     trials: dict[str, list[Trial]] = {}
     recipes: dict[str, Recipe] = {}
@@ -84,22 +107,20 @@ def measure(dataset: Dataset, quick: bool) -> dict[str, Any]:
         runners = {name: _run_after_run(name, dataset, recipes[name], run, curves[name]) for name in recipes}
         seconds = interleave(runners, rounds, rest=0.03)
         recipes["naive"] = min(trials["numpy"], key=lambda trial: trial.images or np.inf).recipe
-        curves["naive"] = naive_curves(dataset, recipes["naive"], run)
-    seconds["naive"] = np.array([curve[-1].seconds for curve in curves["naive"]])
+        naive = naive_curves(dataset, recipes["naive"], run)
     for name, drawn in curves.items():
         if missed := sum(curve[-1].accuracy < TARGET for curve in drawn):
             skipped[name] = f"{missed} of {len(drawn)} runs did not reach {TARGET:.2%} with {GIVE_UP_AFTER:,} images"
             del seconds[name]
-    timed = {name: times for name, times in seconds.items() if name != "naive"}
-    return {
-        "target": TARGET,
-        "trials": trials,
-        "recipes": recipes,
-        "seconds": {name: list(summary(times).values()) for name, times in seconds.items()},
-        "curves": {name: drawn[-min(rounds, DRAWN) :] for name, drawn in curves.items()},
-        "ratios": ratios(f"time to {TARGET:.2%}", timed, "numpy") if "numpy" in timed else [],
-        "skipped": skipped,
-    }
+    return Found(
+        target=TARGET,
+        trials=trials,
+        recipes=recipes,
+        times=Comparison.of(f"time to {TARGET:.2%}", seconds),
+        curves={name: drawn[-min(rounds, DRAWN) :] for name, drawn in curves.items()},
+        naive=naive,
+        skipped=skipped,
+    )
 
 
 def reach(name: str, dataset: Dataset, recipe: Recipe, seed: int, run: Callable) -> Curve:
@@ -200,30 +221,31 @@ def naive_curves(dataset: Dataset, recipe: Recipe, run: Callable) -> list[Curve]
     ]
 
 
-def draw(found: dict[str, Any], small_print: str, file: Path) -> None:
+def draw(found: Found, small_print: str, file: Path) -> None:
     """Accuracy against seconds, the median one of some runs and the ends of all these; below, seconds to the target."""
-    names = sorted(found["seconds"], key=lambda name: -found["seconds"][name][0])
-    target = 100 * found["target"]
+    times = {**found.times.rounds, "naive": Rounds([curve[-1].seconds for curve in found.naive])}
+    names = sorted(times, key=lambda name: -times[name].median)
+    every_curve = {**found.curves, "naive": found.naive}
+    target = 100 * found.target
     with figure_file(file, figsize=(8, 5.5)) as figure:
         above, below = figure.subplots(2, sharex=True, height_ratios=(2, 1))
         for name in names:
-            curves = sorted(found["curves"][name], key=lambda curve: curve[-1][0])
-            seconds, _, accuracy = zip(*curves[len(curves) // 2])
-            above.plot(seconds, 100 * np.array(accuracy), "--" if name == "naive" else "-", color=colour(name))
-            for seconds, _, accuracy in [curve[-1] for curve in curves]:
-                above.plot(seconds, 100 * accuracy, "o", color=colour(name), markersize=3)
+            curves = sorted(every_curve[name], key=lambda curve: curve[-1].seconds)
+            seconds, _, accuracies = np.array(curves[len(curves) // 2]).T
+            above.plot(seconds, 100 * accuracies, "--" if name == "naive" else "-", color=colour(name))
+            for end in [curve[-1] for curve in curves]:
+                above.plot(end.seconds, 100 * end.accuracy, "o", color=colour(name), markersize=3)
         above.axhline(target, color=BOUND_COLOUR, linestyle="--", linewidth=1)
         above.set(ylabel="test accuracy (%)", ylim=(80, 95))
         above.annotate(f"{target:.2f} %", (0.01, target), xycoords=("axes fraction", "data"), va="bottom")
         for row, name in enumerate(names):
-            median, low, high = found["seconds"][name]
-            below.plot([low, high], [row, row], color=colour(name), linewidth=2)
-            below.plot(median, row, "o", color=colour(name))
-            recipe = Recipe(*found["recipes"][name])
+            below.plot([times[name].low, times[name].high], [row, row], color=colour(name), linewidth=2)
+            below.plot(times[name].median, row, "o", color=colour(name))
+            recipe = found.recipes[name]
             note = f"batches of {recipe.batch_size}, rate {recipe.learning_rate:g}"
             extrapolated = ", extrapolated" if name == "naive" else ""
             side = -1 if name == "naive" else 1
-            label(below, f"{in_seconds(median)}  ({note}{extrapolated})", high, row, 7.5, side)
+            label(below, f"{in_seconds(times[name].median)}  ({note}{extrapolated})", times[name].high, row, 7.5, side)
         below.set(xscale="log", yticks=range(len(names)), ylim=(len(names) - 0.5, -0.5))
         below.set(xlabel=f"seconds, preparation and evaluations included (log scale); below: to {target:.2f} %")
         below.set_yticklabels(names)
@@ -231,10 +253,9 @@ def draw(found: dict[str, Any], small_print: str, file: Path) -> None:
         print_small(figure, small_print)
 
 
-def _title(found: dict[str, Any]) -> str:
-    seconds = {name: median for name, (median, *_) in found["seconds"].items()}
-    first, second = sorted(seconds, key=lambda name: seconds[name])[:2]
-    return (
-        f"{first} reaches {found['target']:.2%} test accuracy in {in_seconds(seconds[first])}, "
-        f"{second} in {in_seconds(seconds[second])}"
-    )
+def _title(found: Found) -> str:
+    """No ranking: those whose intervals overlap share the first place."""
+    times = found.times.rounds
+    first = min(times, key=lambda name: times[name].median)
+    level = [name for name in times if times[name].low <= times[first].high]
+    return f"{found.target:.2%} test accuracy in {in_seconds(times[first].median)}: {', '.join(level)}"
