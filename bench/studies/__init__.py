@@ -10,6 +10,7 @@ from types import ModuleType
 
 STUDIES = (
     "head_to_head",
+    "mini_batches",
     "time_to_accuracy",
     "memory",
     "products",
