@@ -32,8 +32,8 @@ SIZES = (1, 8, 32, 128, 512, 2_048)
 NAMES = ("numpy", "numba", "sparse", "PyTorch", "PyTorch by hand", "JAX")
 LEARNING_RATE = 0.1
 IMAGES = 20_000  # batches are of these, as frameworks take a second to copy all; 63 MB of floats, more than most caches
-IMAGES_IN_A_TURN = 4_096
-MOST_STEPS_IN_A_TURN = 32
+IMAGES_IN_A_TURN = 2_048
+MOST_STEPS_IN_A_TURN = 16
 FULL_BATCH = "sparse, all images"
 
 
@@ -81,6 +81,7 @@ def _on_threads(dataset: Dataset, threads: int, quick: bool) -> tuple[dict[int, 
                     if name == "JAX" and available_cores() != threads:
                         raise UnavailableError("JAX takes no number of threads, and this system no number of cores")
                     learner, _ = verified(name, task, expected, batches=first)
+                    assert isinstance(learner, Learner)
                     turns[name] = partial(turn, learner, batches(len(task.images), size), steps_in_a_turn(size))
                 except UnavailableError as reason:
                     skipped[name] = str(reason)
