@@ -5,9 +5,3 @@ import os
 # After a product, OpenBLAS's idle threads spin for 26 ms before they sleep, and take a core from whoever is measured
 # next. Must be set before NumPy is imported; products in a row are not slower for it.
 os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
-
-RESULTS = "results.json"
-"""What the benchmarks and studies write their results to, in the folder of their ``--output``."""
-
-REPEATS = "repeats.json"
-"""Beside it: the ratios of further runs."""

@@ -1,11 +1,6 @@
-"""``python -m bench run`` makes the studies, ``python -m bench draw`` draws results again.
+"""``python -m bench run`` makes studies, ``results`` a whole folder for a machine, ``draw`` figures and a report."""
 
-What a study found goes into ``results.json``, the file of the benchmarks, under the study's name, with the environment
-of that run.
-"""
-
-import datetime
-import json
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -14,85 +9,144 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from bench import REPEATS, RESULTS
-from bench.publish.figures import draw_benchmarks
-from bench.publish.style import small_print
-from bench.publish.tables import published_ratios
+from bench.measure.machine import busy_now, machine, slug, under_conditions
+from bench.measure.records import Machine, RecordError, Run, Section, read, write
+from bench.publish.folder import MACHINE, RUN, existing_run, read_folder, save
+from bench.publish.report import write_report
 from bench.studies import STUDIES, study
 from model.cli.signals import Stopped
 from model.data import DataError, limited, load_dataset
 from model.extras.environment import environment
-from model.extras.files import write_json
 
 app = typer.Typer(help="Studies that take more than a benchmark.", add_completion=False, pretty_exceptions_enable=False)
-out = Console()
+out = Console(markup=False, highlight=False, soft_wrap=True)
 Output = Annotated[Path, typer.Option(help="Folder for the results and plots.")]
+DEFAULT = Path("bench/output")
+
+ONCE = ("kernels", "memory", "ablation", "density", "scaling", "break_even", "workers", "reproduction")
+"""Studies that `results` makes in the first run only: no claim rests on their spread."""
+
+
+def chosen(names: list[str] | None) -> list[str]:
+    """The studies to make."""
+    if unknown := set(names or ()).difference(STUDIES):
+        raise typer.BadParameter(f"no study is named {', '.join(sorted(unknown))}; there are {', '.join(STUDIES)}")
+    return list(names or STUDIES)
 
 
 @app.command()
 def run(
     names: Annotated[list[str] | None, typer.Argument(help=f"{', '.join(STUDIES)} [default: all]")] = None,
-    quick: Annotated[bool, typer.Option(help="Fewer images and rounds, only to try it.")] = False,
+    quick: Annotated[
+        bool, typer.Option(help="Fewer images and rounds, only to try it: into the folder quick.")
+    ] = False,
     dataset: Annotated[str, typer.Option(help="mnist, digits28 or auto.")] = "auto",
-    output: Output = Path("bench/output"),
+    output: Output = DEFAULT,
+    report: Annotated[bool, typer.Option(help="Draw the figures and write the report.")] = True,
 ) -> None:
-    """Make studies, add what they found to results.json, and draw it."""
-    if unknown := set(names or ()).difference(STUDIES):
-        raise typer.BadParameter(f"no study is named {', '.join(sorted(unknown))}; there are {', '.join(STUDIES)}")
-    chosen = list(names or STUDIES)
-    if len(chosen) > 1:  # each in a process of its own, without the threads of another's packages
-        options = ["--dataset", dataset, "--output", str(output), *["--quick"] * quick]
-        for name in chosen:
-            if code := subprocess.run([sys.executable, "-m", "bench", "run", name, *options]).returncode:
-                raise typer.Exit(code)
-        return
-    (name,) = chosen
-    output.mkdir(parents=True, exist_ok=True)
-    file = output / RESULTS
+    """Make studies and add what they found to the run in the folder, each with the conditions it met."""
+    wanted = chosen(names)
+    folder = output / "quick" if quick else output
+    existing_run(folder)
+    if len(wanted) > 1:  # each in a process of its own, without the threads of another's packages
+        options = ["--dataset", dataset, "--output", str(output), "--no-report", *["--quick"] * quick]
+        failed = [name for name in wanted if subprocess.run(_bench("run", name, *options)).returncode]
+    else:
+        failed = []
+        measure_into(folder, wanted[0], dataset, quick)
+    if report and (folder / RUN).exists():
+        show(folder, folder, {name: "it failed; see above" for name in failed})
+    if failed:
+        out.print(f"failed: {', '.join(failed)}")
+        raise typer.Exit(1)
+
+
+def measure_into(folder: Path, name: str, dataset: str, quick: bool) -> None:
+    """Make one study and write the run again with it."""
     images = load_dataset(dataset)
     images = limited(images, 6_000) if quick else images
+    if busy := busy_now():
+        out.print(f"warning: {busy}; the timings will be marked")
     out.print(f"{name} ...")
-    section = {
-        "environment": environment(),
-        "date": datetime.date.today().isoformat(),
-        "dataset": images.name,
-        "quick": quick,
-        "found": study(name).measure(images, quick),
-    }
-    content = json.loads(file.read_text()) if file.exists() else {}
-    content.setdefault("studies", {})[name] = section
-    write_json(file, content)
-    draw(file, output, name)
+    found, conditions = under_conditions(lambda: study(name).measure(images, quick), images.name, quick)
+    before = existing_run(folder)
+    sections = {**before.sections, name: Section(conditions, found)}
+    save(folder, with_rates(machine(), sections), dataclasses.replace(before, sections=sections))
+
+
+def with_rates(here: Machine, sections: dict[str, Section]) -> Machine:
+    """The machine with its peak and bandwidths, where they have been measured."""
+    if "roofline" not in sections:
+        return here
+    found = sections["roofline"].found
+    return dataclasses.replace(
+        here,
+        peak_gflop_per_second=found.peak_gflop_per_second,
+        bandwidth_gb_per_second=found.bandwidth_gb_per_second,
+    )
 
 
 @app.command()
-def repeats(
-    files: Annotated[list[Path], typer.Argument(help="The results.json of further runs.")],
-    output: Output = Path("bench/output"),
+def results(
+    runs: Annotated[int, typer.Option(min=1, help="How many runs; claims need all to agree.")] = 3,
+    dataset: Annotated[str, typer.Option(help="mnist, digits28 or auto.")] = "mnist",
+    output: Annotated[
+        Path | None, typer.Option(help="Folder [default: bench/results/ and the machine's name].")
+    ] = None,
+    quick: Annotated[bool, typer.Option(help="Only to try it.")] = False,
 ) -> None:
-    """Keep the ratios of further runs, to see how far the published ones repeat."""
-    output.mkdir(parents=True, exist_ok=True)
-    studies = [json.loads(file.read_text())["studies"] for file in files]
-    write_json(output / REPEATS, [published_ratios({name: run[name]["found"] for name in run}) for run in studies])
+    """Measure everything on this machine and write a folder of results that can be published."""
+    commit = environment()["commit"]
+    if not quick and (not commit or commit.endswith("-dirty")):
+        raise RecordError(f"published runs need a clean commit, and this is {commit or 'none'}: commit first")
+    here = machine()
+    folder = output or Path(__file__).parent / "results" / slug(here)
+    existing_run(folder)
+    load_dataset(dataset)
+    failures: dict[str, str] = {}
+    for number in range(runs):
+        scratch = Path("bench/output/measuring") / f"{number + 1}"
+        for file in (scratch / RUN, scratch / "quick" / RUN):
+            file.unlink(missing_ok=True)
+        names = [name for name in STUDIES if number == 0 or name not in ONCE]
+        out.print(f"run {number + 1} of {runs}: {', '.join(names)}")
+        options = ["--dataset", dataset, "--output", str(scratch), "--no-report", *["--quick"] * quick]
+        subprocess.run(_bench("run", *names, *options))
+        measured = scratch / "quick" if quick else scratch
+        found = existing_run(measured)
+        skipped = {name: "the study failed" for name in names if name not in found.sections}
+        failures |= skipped
+        if not found.sections:
+            continue
+        date = min(section.conditions.date for section in found.sections.values())[:10]
+        same_day = len(list(folder.glob(f"run-{date}-*.json")))
+        write(folder / f"run-{date}-{same_day + 1}.json", dataclasses.replace(found, skipped=skipped))
+        write(folder / MACHINE, read(Machine, measured / MACHINE) if number == 0 else read(Machine, folder / MACHINE))
+    show(folder, folder, failures)
+    if failures:
+        raise typer.Exit(1)
 
 
 @app.command()
 def draw(
-    file: Annotated[Path, typer.Argument(help="A results.json, from this machine or another.")],
-    output: Output = Path("bench/output"),
-    only: Annotated[str | None, typer.Option(help="Only this study.")] = None,
+    folder: Annotated[Path, typer.Argument(help="A folder of results, from this machine or another.")],
+    output: Output = DEFAULT,
 ) -> None:
-    """Draw every figure that the results have data for."""
+    """Draw every figure that the results have data for, and write the report."""
     output.mkdir(parents=True, exist_ok=True)
-    content = json.loads(file.read_text())
-    drawn = draw_benchmarks(file, output) if "benchmarks" in content and not only else []
-    for name, section in content.get("studies", {}).items():
-        if name == (only or name) and hasattr(study(name), "draw"):
-            origin = small_print(section["environment"], section["date"], section["dataset"], section["quick"])
-            drawn.append(output / f"{name}.png")
-            study(name).draw(section["found"], origin, drawn[-1])
-    for figure in drawn:
+    show(folder, output, {})
+
+
+def show(folder: Path, output: Path, missing: dict[str, str]) -> None:
+    """Figures and the report, which is named last."""
+    file = write_report(read_folder(folder), output, out.print, missing)
+    for figure in sorted(output.glob("*.png")):
         out.print(figure)
+    out.print(f"report: {file}")
+
+
+def _bench(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "bench", *arguments]
 
 
 if __name__ == "__main__":
@@ -100,9 +154,6 @@ if __name__ == "__main__":
         app()
     except Stopped as stopped:
         sys.exit(128 + stopped.signal)
-    except (DataError, OSError) as error:
+    except (DataError, RecordError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except json.JSONDecodeError as error:
-        print(f"error: this is no results file, or a damaged one ({error})", file=sys.stderr)
         sys.exit(2)

@@ -1,15 +1,17 @@
-"""Options and data of the benchmarks; afterwards their results are drawn."""
+"""Options and data of the benchmarks. What is recorded is interleaved by the studies; the table is pytest-benchmark's."""
 
-import json
 import os
 from pathlib import Path
 
 import pytest
 
-from bench import RESULTS
+from kernels import backend_names
 from model.data import DataError, limited, load_dataset
 from model.extras.environment import environment
 from model.threads import available_cores, thread_pool
+
+RECORDED = ("kernels", "epochs", "ladder")
+SECTIONS = pytest.StashKey[dict]()
 
 
 def pytest_addoption(parser):
@@ -20,12 +22,25 @@ def pytest_addoption(parser):
     )
 
 
+def measures(config):
+    """Whether benchmarks will be timed."""
+    if not config.pluginmanager.hasplugin("benchmark"):
+        raise pytest.UsageError("the benchmarks need pytest-benchmark: leave out -p no:benchmark")
+    return not (config.option.collectonly or config.option.benchmark_disable)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config):
-    option = config.option
-    if not (option.collectonly or option.benchmark_disable or option.benchmark_json):
-        option.output.mkdir(parents=True, exist_ok=True)
-        option.benchmark_json = str(option.output / RESULTS)
+    config.stash[SECTIONS] = {}
+    if measures(config):
+        from bench.measure.records import RecordError
+        from bench.publish.folder import existing_run
+
+        try:  # before anything is measured
+            for folder in (config.option.output, config.option.output / "quick", config.option.output / "partial"):
+                existing_run(folder)
+        except (RecordError, OSError) as error:
+            raise pytest.UsageError(str(error)) from error
 
 
 def pytest_benchmark_update_machine_info(machine_info):
@@ -33,24 +48,80 @@ def pytest_benchmark_update_machine_info(machine_info):
     machine_info.update(environment())
 
 
-def pytest_benchmark_update_json(config, output_json):
-    output_json["quick"] = config.option.quick
-    file = Path(config.option.benchmark_json)
-    if file.exists():  # the studies in it were not made again
-        output_json["studies"] = json.loads(file.read_text()).get("studies", {})
-    for result in output_json["benchmarks"]:
-        info = result["extra_info"]
-        info["gflop_per_second"] = info["flop"] / result["stats"]["median"] / 1e9
+def pytest_deselected(items):
+    if items:
+        items[0].config.stash[SECTIONS]["deselected"] = True
 
 
-def pytest_terminal_summary(terminalreporter, config):
-    file = config.option.benchmark_json
-    if file and config._benchmarksession.benchmarks:
-        from bench.publish.figures import draw_benchmarks  # matplotlib takes a second to import
+def record(request, name, dataset, quick, **options):
+    """Make a study for the benchmarks that were selected, unless it has been made."""
+    from bench.measure.machine import busy_now, under_conditions
+    from bench.measure.records import Section
+    from bench.studies import study
 
-        figures = draw_benchmarks(Path(file), Path(file).parent)
-        names = ", ".join(figure.name for figure in figures)
-        terminalreporter.write_line(f"Results and plots: {os.path.relpath(file)}, {names}")
+    config = request.config
+    if config.option.benchmark_disable:
+        return
+    if busy := busy_now():
+        reporter = config.pluginmanager.get_plugin("terminalreporter")
+        reporter.write_line(f"\nwarning: {busy}; the timings will be marked")
+    found, conditions = under_conditions(lambda: study(name).measure(dataset, quick, **options), dataset.name, quick)
+    config.stash[SECTIONS][name] = Section(conditions, found)
+
+
+def selected(request, fixture, parameter):
+    """Values of a parameter in the benchmarks that use a fixture and were selected, in order."""
+    items = [item for item in request.session.items if fixture in item.fixturenames]
+    return list(dict.fromkeys(item.callspec.params[parameter] for item in items))
+
+
+@pytest.fixture(scope="session")
+def kernels(request, dataset, quick):
+    names, which = selected(request, "kernels", "backend"), selected(request, "kernels", "name")
+    record(request, "kernels", dataset, quick, names=names, kernels=which)
+
+
+@pytest.fixture(scope="session")
+def epochs(request, dataset, quick):
+    record(request, "epochs", dataset, quick, names=selected(request, "epochs", "backend"))
+
+
+@pytest.fixture(scope="session")
+def ladder(request, dataset, quick):
+    record(request, "ladder", dataset, quick)
+
+
+def pytest_terminal_summary(terminalreporter, exitstatus, config):
+    """Write what was recorded, draw it, and name the report last. What goes wrong here costs a line, not the table."""
+    stash = config.stash[SECTIONS]
+    sections = {name: stash[name] for name in RECORDED if name in stash}
+    if not sections:
+        return
+    from bench.__main__ import with_rates
+    from bench.measure.machine import machine
+    from bench.measure.records import Run
+    from bench.publish.folder import existing_run, read_folder, save
+    from bench.publish.report import write_report
+
+    all_backends = "epochs" in sections and set(backend_names()) <= set(sections["epochs"].found.epochs.seconds)
+    complete = exitstatus == 0 and all_backends and len(sections) == len(RECORDED) and "deselected" not in stash
+    folder = (
+        config.option.output / ("quick" if config.option.quick else "")
+        if complete
+        else config.option.output / "partial"
+    )
+    missing = {name: "it was not selected, or the run ended before it" for name in RECORDED if name not in sections}
+    try:
+        run = existing_run(folder) if complete else Run()
+        run.sections.update(sections)
+        save(folder, with_rates(machine(), run.sections), run)
+        if not complete:
+            terminalreporter.write_line("A partial run: kept apart, the last complete one stands.")
+        report = write_report(read_folder(folder), folder, terminalreporter.write_line, missing)
+        terminalreporter.write_line(f"Results and plots: {os.path.relpath(folder)}{os.sep}")
+        terminalreporter.write_line(f"Report: {os.path.relpath(report)}")
+    except Exception as error:
+        terminalreporter.write_line(f"The results were not kept: {type(error).__name__}: {error}")
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import from_json
 from scipy.stats import bootstrap
 
 from model.extras.files import write_whole
@@ -243,15 +244,18 @@ def read(kind: type[Record], file: Path) -> Record:
         If it cannot be read.
     """
     try:
-        record = TypeAdapter(kind).validate_json(file.read_bytes())
+        content = from_json(file.read_bytes())
+        if not isinstance(content, dict) or content.get("kind") != kind.__name__.lower():
+            raise KeyError("its kind is another")
+        record = TypeAdapter(kind).validate_python(content)
         if isinstance(record, Run):
             from bench.studies import found_class  # the studies import this module
 
             for name, section in record.sections.items():
                 found = TypeAdapter[Any](found_class(name)).validate_python(section.found)
                 record.sections[name] = dataclasses.replace(section, found=found)
-    except (ValidationError, KeyError) as error:
-        why = f"there is no study {error}"
+    except (ValueError, KeyError) as error:
+        why = str(error)
         if isinstance(error, ValidationError):
             first = error.errors()[0]
             why = ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))

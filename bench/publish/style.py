@@ -1,5 +1,6 @@
 """Labels, bounds, ticks and numbers that the figures share."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -7,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from bench.measure.records import Conditions, Machine
 from kernels import backend_names
 from model.extras.figure import BOUND_COLOUR
 
@@ -88,6 +90,14 @@ def end_labels(axes: Axes, ends: list[tuple[str, float, float, str]], fontsize: 
         label(axes, text, x, y, fontsize, side, lowest - height, shade)
 
 
+def right_labels(axes: Axes, texts: Sequence[str], fontsize: float = 8.5) -> None:
+    """A text for each row, in a column right of the axes, where no line runs through it."""
+    right = axes.secondary_yaxis("right")
+    right.set_yticks(range(len(texts)), texts, fontsize=fontsize)
+    right.tick_params(length=0)
+    right.spines["right"].set_visible(False)
+
+
 def ordered(names: Any) -> list[str]:
     """Backends in the order of the study, foreign ones last."""
     known = backend_names()
@@ -98,12 +108,20 @@ def in_seconds(seconds: float) -> str:
     return f"{short(seconds)} s"
 
 
-def small_print(environment: dict[str, Any], date: str, dataset: str, quick: bool) -> str:
-    """Where results come from, in two lines: what `model.extras.environment` found, day, images."""
-    packages = environment["packages"]
+def small_print(conditions: Conditions, machine: Machine) -> str:
+    """Where results come from, in two lines."""
+    found = conditions.environment
+    packages = found["packages"]
     versions = ", ".join(f"{name} {packages[name]}" for name in ("numpy", "numba", "llvmlite") if name in packages)
+    first = [
+        "QUICK RUN, not for quoting" * conditions.quick,
+        "BUSY MACHINE" * bool(conditions.busy),
+        conditions.note or "",
+        f"{conditions.dataset}; {machine.name} ({machine.cpu}), {found['cores']} threads; float32",
+        "medians with 95 % intervals",
+    ]
     return (
-        f"{'QUICK RUN, not for quoting. ' if quick else ''}{f'{dataset}; ' if dataset else ''}"
-        f"{environment['cpu']}, {environment['cores']} threads; float32; medians with 95 % intervals\n"
-        f"Python {environment['python']}, {versions}, {', '.join(environment['blas'])}; {date[:10]}"
+        f"{'; '.join(filter(None, first))}\n"
+        f"Python {found['python']}, {versions}, {', '.join(found['blas'])}; "
+        f"commit {conditions.commit or 'unknown'}, {conditions.date[:10]}"
     )

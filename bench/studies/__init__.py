@@ -9,15 +9,18 @@ import importlib
 from types import ModuleType
 
 STUDIES = (
+    "epochs",
+    "kernels",
+    "ladder",
+    "roofline",
     "head_to_head",
     "mini_batches",
+    "products",
     "time_to_accuracy",
     "memory",
-    "products",
     "ablation",
     "density",
     "scaling",
-    "roofline",
     "break_even",
     "workers",
     "reproduction",
@@ -38,5 +41,5 @@ def found_class(name: str) -> type:
         If there is no such study.
     """
     if name not in STUDIES:
-        raise KeyError(name)
+        raise KeyError(f"there is no study {name}")
     return study(name).Found

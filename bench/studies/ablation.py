@@ -7,9 +7,9 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numba
 import numpy as np
@@ -19,6 +19,7 @@ from rich.progress import track
 from scipy.sparse import csr_array
 
 from bench.measure.interleave import interleave
+from bench.measure.records import Comparison
 from kernels import get_backend, sparse_backend
 from kernels.backend import CHUNK, Backend
 from kernels.numba_backend import NumbaBackend
@@ -30,7 +31,20 @@ CHUNKS = 20
 UNITS = 128
 
 
-def measure(dataset: Dataset, quick: bool) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Found:
+    """What the study found."""
+
+    forward: Comparison
+    """Seconds of the forward product over the data set, by variant."""
+    backward: Comparison
+    """Of the backward product, in the same rounds."""
+    megabytes: dict[str, float]
+    """Of the images in both forms, by variant."""
+    kind: Literal["ablation"] = "ablation"
+
+
+def measure(dataset: Dataset, quick: bool) -> Found:
     """Milliseconds of both products over the data set, by variant, and megabytes of its images in both forms."""
     images = dataset.train_images[: CHUNKS * CHUNK]
     chunks = np.array_split(images, -(-len(images) // CHUNK))
@@ -58,12 +72,15 @@ def measure(dataset: Dataset, quick: bool) -> list[dict[str, Any]]:
         check_equal({key: product for key, product in products.items() if "without skipping" not in key[0]})
         seconds = interleave({" · ".join(key): product for key, product in products.items()}, 3 if quick else 25)
     scale = len(dataset.train_images) / len(images)
-    found = []
-    for name, (_, xs) in track(variants.items(), "memory", transient=True):
-        forward, backward = (scale * float(np.median(seconds[f"{name} · {way}"])) for way in ("forward", "backward"))
-        megabytes = scale * sum(nbytes(x) for x in xs) / 1e6
-        found.append({"variant": name, "forward": forward, "backward": backward, "megabytes": megabytes})
-    return found
+    forward, backward = (
+        Comparison.of(f"{way} product", {name: scale * seconds[f"{name} · {way}"] for name in variants})
+        for way in ("forward", "backward")
+    )
+    megabytes = {
+        name: scale * sum(nbytes(x) for x in xs) / 1e6
+        for name, (_, xs) in track(variants.items(), "memory", transient=True)
+    }
+    return Found(forward, backward, megabytes)
 
 
 def prepared(backend: Backend, chunks: list[NDArray]) -> tuple[Backend, list[Any]]:

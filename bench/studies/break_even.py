@@ -5,14 +5,16 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from bench.measure.interleave import Ratio, interleave, ratios, summary
+from bench.measure.interleave import interleave
+from bench.measure.records import Comparison, Ratio, Rounds
 from bench.publish.style import end_labels
 from model.data import Dataset
 from model.extras.figure import colour, figure_file, print_small, title
@@ -23,7 +25,34 @@ FIRST_RUN = ", first run"  # nothing is in the cache of compiled kernels
 STARTS = ("numpy", f"numba{FIRST_RUN}", "numba", f"sparse{FIRST_RUN}", "sparse")
 
 
-def measure(dataset: Dataset, quick: bool) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Start:
+    """A way to start, and what it costs."""
+
+    total: Rounds
+    """Seconds of a short run, from the start of the process to its end."""
+    epoch: float
+    """Seconds of an epoch, the median of all runs."""
+    epochs: int
+    """In a short run."""
+
+    @property
+    def fixed(self) -> float:
+        """Seconds before and after the epochs."""
+        return self.total.median - self.epochs * self.epoch
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the study found."""
+
+    starts: dict[str, Start]
+    command: Comparison
+    """Seconds of all 250 epochs with their evaluations."""
+    kind: Literal["break_even"] = "break_even"
+
+
+def measure(dataset: Dataset, quick: bool) -> Found:
     """Seconds that a short run takes before and after its epochs, and for each; and the whole 250 epochs.
 
     From the start of the process to its end: loading, preparing, compiling if nothing is cached, evaluating the test
@@ -41,18 +70,14 @@ def measure(dataset: Dataset, quick: bool) -> dict[str, Any]:
         for start in ("numba", "sparse"):
             train(start, "--epochs", 1)  # fills the cache
         short = {start: partial(train, start, "--epochs", EPOCHS, "--eval-every", EPOCHS) for start in STARTS}
-        totals = interleave(short, 2 if quick else 5, warmup=0)
+        totals = interleave(short, 1 if quick else 5, warmup=0)
         long = {start: partial(train, start, *LONG) for start in ("numpy", "sparse")}
-        long_totals = interleave(long, 2 if quick else 3, warmup=0)
-    starts = {}
-    for start in STARTS:
-        total, epoch = summary(totals[start]), float(np.median(seconds[start.removesuffix(FIRST_RUN)]))
-        starts[start] = {"fixed": total["median"] - EPOCHS * epoch, "epoch": epoch, "total": total}
-    return {
-        "epochs": EPOCHS,
-        "starts": starts,
-        "command": ratios("250 epochs, from the start of the process", long_totals, "numpy")[0],
-    }
+        long_totals = interleave(long, 1 if quick else 3, warmup=0)
+    epochs = {start: float(np.median(seconds[start.removesuffix(FIRST_RUN)])) for start in STARTS}
+    return Found(
+        starts={start: Start(Rounds.of(totals[start]), epochs[start], EPOCHS) for start in STARTS},
+        command=Comparison.of("250 epochs, from the start of the process", long_totals),
+    )
 
 
 def train_in_process(*options: Any, cache: Path) -> list[float]:
@@ -64,48 +89,45 @@ def train_in_process(*options: Any, cache: Path) -> list[float]:
     return [epoch["seconds"] for epoch in json.loads(history.read_text())["history"]]
 
 
-def break_even(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
+def break_even(ours: Start, theirs: Start) -> float:
     """The number of epochs after which both took as long; infinite if ours never catches up."""
-    late, gain = ours["fixed"] - theirs["fixed"], theirs["epoch"] - ours["epoch"]
+    late, gain = ours.fixed - theirs.fixed, theirs.epoch - ours.epoch
     return max(0.0, late / gain) if gain > 0 else 0.0 if late <= 0 else math.inf
 
 
-def draw(found: dict[str, Any], small_print: str, file: Path) -> None:
+def draw(found: Found, small_print: str, file: Path) -> None:
     """Total seconds against epochs, and where the lines cross NumPy's."""
-    starts = found["starts"]
+    starts = found.starts
     points = {start: break_even(starts[start], starts["numpy"]) for start in starts if start != "numpy"}
     most = 1.3 * max([10.0, *(point for point in points.values() if point < 250)])
     with figure_file(file, figsize=(8, 4.2)) as figure:
         axes = figure.subplots()
-        longest = max(line["fixed"] + most * line["epoch"] for line in starts.values())
-        axes.set(xlim=(0, 1.5 * most), ylim=(0, 1.02 * longest))
+        longest = max(line.fixed + most * line.epoch for line in starts.values())
+        axes.set(xlim=(0, most), ylim=(0, 1.02 * longest))
         axes.set(xlabel="epochs", ylabel="seconds since the start of the process")
         ends = []
         for order, (start, line) in enumerate(starts.items()):
-            end = line["fixed"] + most * line["epoch"]
+            end = line.fixed + most * line.epoch
             shade, style = colour(start.removesuffix(FIRST_RUN)), "--" if start.endswith(FIRST_RUN) else "-"
-            axes.plot([0, most], [line["fixed"], end], style, color=shade, linewidth=1.8)
-            beside = found["epochs"] + 0.006 * most * order  # where intervals do not hide each other
-            axes.plot([beside] * 2, [line["total"]["low"], line["total"]["high"]], color=shade, linewidth=1.2)
+            axes.plot([0, most], [line.fixed, end], style, color=shade, linewidth=1.8)
+            beside = line.epochs + 0.006 * most * order  # where intervals do not hide each other
+            axes.plot([beside] * 2, [line.total.low, line.total.high], color=shade, linewidth=1.2)
             epochs = points.get(start, math.inf)
             if 0 < epochs < most:
-                total = line["fixed"] + epochs * line["epoch"]
+                total = line.fixed + epochs * line.epoch
                 axes.plot(epochs, total, "o", color="black", markersize=5, markerfacecolor="white", zorder=6)
             ends.append((start if start == "numpy" else f"{start}: {_ahead(epochs)}", most, end, shade))
         end_labels(axes, ends)
-        title(figure, _title(points, found["command"]))
+        title(figure, _title(points, found.command.ratio("sparse", "numpy")))
         print_small(figure, small_print)
+
+
+def _title(points: dict[str, float], command: Ratio) -> str:
+    warm, first = (_ahead(points[start]) for start in ("sparse", f"sparse{FIRST_RUN}"))
+    return f"sparse against numpy: {warm}, on its first run {first}; 250 epochs take it {command.ratio:.2f} × the time"
 
 
 def _ahead(epochs: float) -> str:
     if epochs in (0, math.inf):
         return "never ahead" if epochs else "always ahead"
-    return f"ahead after {math.ceil(epochs)}"
-
-
-def _title(points: dict[str, float], command: Ratio) -> str:
-    first_run = points[f"sparse{FIRST_RUN}"]
-    return (
-        f"sparse is ahead of numpy after {math.ceil(points['sparse'])} epochs, the first time after "
-        f"{math.ceil(first_run)}; 250 take it {command['ratio']:.2f} × the time"
-    )
+    return f"ahead after {math.ceil(epochs)} epochs"

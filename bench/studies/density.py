@@ -1,13 +1,15 @@
 """Study: from which share of non-zero pixels on dense products are faster, both products on one thread."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from bench.measure.interleave import interleave, summary
+from bench.measure.interleave import interleave
+from bench.measure.records import Rounds
 from bench.publish.style import short
 from bench.studies.ablation import prepared, products_of
 from kernels import get_backend
@@ -20,7 +22,24 @@ PERCENT = (1, 2, 3, 5, 7, 10, 15, 20, 30, 40, 50, 60, 70, 80, 90, 100)
 CHUNKS = 4
 
 
-def measure(dataset: Dataset, quick: bool) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Found:
+    """What the study found: seconds per image, all interleaved."""
+
+    percent: list[int]
+    """Of pixels that are not zero, in random images."""
+    sparse: list[Rounds]
+    """Sparse on these."""
+    dense: dict[str, Rounds]
+    """The dense backends, which do not care."""
+    dataset: str
+    dataset_percent: float
+    dataset_rounds: Rounds
+    """Sparse on the images of the data set."""
+    kind: Literal["density"] = "density"
+
+
+def measure(dataset: Dataset, quick: bool) -> Found:
     """Seconds per image of both products, by backend; of sparse by percent of non-zero pixels."""
     rng = np.random.default_rng(0)
     pixels = dataset.train_images.shape[1]
@@ -39,17 +58,15 @@ def measure(dataset: Dataset, quick: bool) -> dict[str, Any]:
             {name: partial(in_turn, both) for name, both in ways.items()},
             5 if quick else 40,
         )
-    timings = {name: list(summary(times / (CHUNKS * CHUNK)).values()) for name, times in seconds.items()}
-    return {
-        "percent": PERCENT,
-        "sparse": [timings[f"sparse {percent}"] for percent in PERCENT],
-        "dense": {name: timings[name] for name in ("numpy", "numba")},
-        "images": {
-            "name": dataset.name,
-            "percent": 100 * float(np.count_nonzero(images) / images.size),
-            "timing": timings["images"],
-        },
-    }
+    per_image = {name: Rounds.of(times / (CHUNKS * CHUNK)) for name, times in seconds.items()}
+    return Found(
+        percent=list(PERCENT),
+        sparse=[per_image[f"sparse {percent}"] for percent in PERCENT],
+        dense={name: per_image[name] for name in ("numpy", "numba")},
+        dataset=dataset.name,
+        dataset_percent=100 * float(np.count_nonzero(images) / images.size),
+        dataset_rounds=per_image["images"],
+    )
 
 
 def in_turn(functions: list[Callable[[], Any]]) -> None:
@@ -58,27 +75,28 @@ def in_turn(functions: list[Callable[[], Any]]) -> None:
         function()
 
 
-def break_even(found: dict[str, Any], backend: str) -> float:
+def break_even(found: Found, backend: str) -> float:
     """Percent of non-zero pixels at which sparse takes as long as `backend`, between measured points; 100 if never."""
-    difference = np.array([timing[0] for timing in found["sparse"]]) - found["dense"][backend][0]
+    difference = np.array([timing.median for timing in found.sparse]) - found.dense[backend].median
     if not (difference > 0).any():
         return 100.0
     after = int(np.argmax(difference > 0))
-    return float(np.interp(0, difference[after - 1 : after + 1], found["percent"][after - 1 : after + 1]))
+    return float(np.interp(0, difference[after - 1 : after + 1], found.percent[after - 1 : after + 1]))
 
 
-def draw(found: dict[str, Any], small_print: str, file: Path) -> None:
+def draw(found: Found, small_print: str, file: Path) -> None:
     """Microseconds per image against the share of non-zero pixels."""
-    percent = np.array(found["percent"])
-    median, low, high = 1e6 * np.array(found["sparse"]).T
+    percent = np.array(found.percent)
+    median, low, high = 1e6 * np.array([(times.median, times.low, times.high) for times in found.sparse]).T
     with figure_file(file, figsize=(8, 4)) as figure:
         axes = figure.subplots()
         axes.fill_between(percent, low, high, color=colour("sparse"), alpha=0.3, linewidth=0)
         axes.plot(percent, median, "o-", color=colour("sparse"), markersize=3)
         axes.text(percent[4], 1.5 * median[4], "sparse, random images  ", color=colour("sparse"), ha="right")
-        ranked = sorted(found["dense"].items(), key=lambda item: item[1][0])
-        for (name, (seconds, *interval)), place in zip(ranked, ("top", "bottom")):  # below the lower, above the upper
-            axes.axhspan(*1e6 * np.array(interval), color=colour(name), alpha=0.3, linewidth=0)
+        ranked = sorted(found.dense.items(), key=lambda item: item[1].median)
+        for (name, times), place in zip(ranked, ("top", "bottom")):  # below the lower, above the upper
+            seconds = times.median
+            axes.axhspan(1e6 * times.low, 1e6 * times.high, color=colour(name), alpha=0.3, linewidth=0)
             axes.axhline(1e6 * seconds, color=colour(name))
             axes.annotate(
                 f"{name}, whatever the images",
@@ -98,11 +116,11 @@ def draw(found: dict[str, Any], small_print: str, file: Path) -> None:
                     textcoords="offset points",
                     va="top",
                 )
-        images = found["images"]
-        axes.plot(images["percent"], 1e6 * images["timing"][0], "D", color=colour("sparse"), markersize=7)
+        place_of_images = (found.dataset_percent, 1e6 * found.dataset_rounds.median)
+        axes.plot(*place_of_images, "D", color=colour("sparse"), markersize=7)
         axes.annotate(
-            f"{images['name']}, {images['percent']:.0f} %",
-            (images["percent"], 1e6 * images["timing"][0]),
+            f"{found.dataset}, {found.dataset_percent:.0f} %",
+            place_of_images,
             xytext=(9, -5),
             textcoords="offset points",
             color=BOUND_COLOUR,
@@ -120,9 +138,8 @@ def draw(found: dict[str, Any], small_print: str, file: Path) -> None:
         print_small(figure, small_print)
 
 
-def _title(found: dict[str, Any]) -> str:
-    ratio = found["dense"]["numba"][0] / found["images"]["timing"][0]
-    return (
-        f"Skipping zeros pays below {break_even(found, 'numba'):.0f} % of non-zero pixels; "
-        f"on {found['images']['name']} it is {short(ratio)} × as fast as dense numba"
-    )
+def _title(found: Found) -> str:
+    ratio = found.dataset_rounds.median / found.dense["numba"].median
+    below = break_even(found, "numba")
+    pays = f"up to {below:.0f} % of non-zero pixels" if below < 100 else "at any share of non-zero pixels"
+    return f"Skipping zeros pays {pays}; on {found.dataset} it takes {short(ratio)} × the time of dense numba"

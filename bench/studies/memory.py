@@ -12,9 +12,10 @@ import ctypes
 import gc
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from numpy.typing import NDArray
 
@@ -28,7 +29,18 @@ from model.threads import available_cores, thread_pool
 PROCESS = Path("/proc/self")
 
 
-def measure(dataset: Dataset, quick: bool) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Found:
+    """What the study found."""
+
+    peak_bytes: dict[str, int]
+    """By competitor."""
+    skipped: dict[str, str]
+    """Why a competitor was not measured."""
+    kind: Literal["memory"] = "memory"
+
+
+def measure(dataset: Dataset, quick: bool) -> Found:
     """Peak bytes of each competitor; who was skipped and why."""
     peaks, skipped = {}, {}
     for name in [name for names in COMPETITORS.values() for name in names]:
@@ -38,7 +50,7 @@ def measure(dataset: Dataset, quick: bool) -> dict[str, Any]:
             )
         except UnavailableError as reason:
             skipped[name] = str(reason)
-    return {"peak_bytes": peaks, "skipped": skipped}
+    return Found(peaks, skipped)
 
 
 def peak_of_competitor(name: str, images: NDArray, labels: NDArray) -> int:

@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.progress import Progress
 
@@ -14,12 +15,21 @@ from model.published import reproduce
 from model.training import State
 
 
-def measure(dataset: Dataset, quick: bool) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Found:
+    """What the study found."""
+
+    reproduced: dict[str, Any]
+    """What `model.published.reproduce` returned."""
+    kind: Literal["reproduction"] = "reproduction"
+
+
+def measure(dataset: Dataset, quick: bool) -> Found:
     """Accuracies by epoch; pure Python's minutes are left out if `quick`."""
     backends = {name: get_backend(name) for name in backend_names()}
     if quick:
         backends = {name: backend for name, backend in backends.items() if not backend.too_slow_for_full_batches}
-    return reproduce(backends, dataset, 2 if quick else 10, None, with_bar)
+    return Found(reproduce(backends, dataset, 2 if quick else 10, None, with_bar))
 
 
 @contextmanager
@@ -30,6 +40,6 @@ def with_bar(title: str, images: int) -> Iterator[tuple[Callable[[int], None], C
         yield lambda passed: bar.advance(task, passed), lambda state: None
 
 
-def draw(found: dict[str, Any], small_print: str, file: Path) -> None:
+def draw(found: Found, small_print: str, file: Path) -> None:
     """The accuracy curves over the published points."""
-    draw_curves(file, found, small_print)
+    draw_curves(file, found.reproduced, small_print)

@@ -4,12 +4,15 @@ What the machine can do is measured here too: multiply-adds on registers, and re
 """
 
 import functools
+import platform
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from llvmlite import ir
 from matplotlib.axes import Axes
 from numba import njit, types
 from numba.core import cgutils
@@ -17,7 +20,8 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 from rich.progress import track
 
-from bench.measure.interleave import interleave, summary
+from bench.measure.interleave import interleave
+from bench.measure.records import Rounds
 from bench.publish.style import end_labels, note, plain_ticks, short
 from kernels import backend_names, get_backend, simd
 from kernels.backend import Backend
@@ -31,26 +35,44 @@ from model.threads import thread_pool
 
 # What the machine can do -------------------------------------------------------------------------------------------
 
-CHAINS = 12  # independent of each other: a multiply-add takes 4 cycles, and two can start in each
+# Sums independent of each other: a multiply-add takes 4 cycles and two start in each, on some ARM cores four. With the
+# factor, all must fit the registers: 32 of them with AVX-512 and on ARM, else 16.
+CHAINS = 16 if simd.REGISTER_BYTES == 64 or platform.machine() in ("aarch64", "arm64") else 12
 PASSES = 5_000_000
 
 
-@intrinsic
-def multiply_add_chains(typing_context, values, passes):
-    """Multiply-adds on as many registers as there are chains, and nothing else; one number of the result is kept."""
+def _chains(advance: Callable[[Vectors, ir.IRBuilder, ir.Value, ir.Value, int], ir.Value]) -> Callable:
+    """An intrinsic that starts as many sums as there are chains and advances each, again and again."""
 
-    def emit(context, builder, signature, arguments):
-        pointer = View.of(context, builder, signature.args[0], arguments[0]).at(0)
-        vectors = Vectors(context, builder, signature.args[0].dtype)
-        factor = vectors.broadcast(pointer)
-        totals = [vectors.variable(vectors.constant(float(chain))) for chain in range(CHAINS)]
-        with cgutils.for_range(builder, arguments[1]):
-            for total in totals:
-                builder.store(vectors.fma(builder.load(total), factor, factor), total)
-        sums = [builder.load(total) for total in totals]
-        vectors.store(functools.reduce(builder.fadd, sums), pointer)
+    def typed(typing_context, values, passes):
+        def emit(context, builder, signature, arguments):
+            view = View.of(context, builder, signature.args[0], arguments[0])
+            vectors = Vectors(context, builder, signature.args[0].dtype)
+            totals = [vectors.variable(vectors.constant(float(chain))) for chain in range(CHAINS)]
+            factor = vectors.broadcast(view.at(0))
+            with cgutils.for_range(builder, arguments[1]) as loop:
+                for chain, total in enumerate(totals):
+                    now = builder.load(total)
+                    builder.store(advance(vectors, builder, view, now, factor, loop.index, chain), total)
+            sums = [builder.load(total) for total in totals]
+            vectors.store(functools.reduce(builder.fadd, sums), view.at(0))
 
-    return types.void(values, passes), emit
+        return types.void(values, passes), emit
+
+    return intrinsic(typed)
+
+
+def _multiply_add(vectors, builder, view, total, factor, index, chain):
+    # The sum is what is overwritten, as by FMA instructions that destroy an operand: no move is needed.
+    return vectors.fma(factor, factor, total)
+
+
+def _add_loaded(vectors, builder, view, total, factor, index, chain):
+    place = builder.add(builder.mul(index, index.type(CHAINS)), index.type(chain))
+    return builder.fadd(total, vectors.load(view.at(builder.mul(place, index.type(vectors.lanes)))))
+
+
+multiply_add_chains, load_chains = _chains(_multiply_add), _chains(_add_loaded)
 
 
 @njit(nogil=True)
@@ -58,39 +80,38 @@ def run_chains(values, passes):
     multiply_add_chains(values, passes)
 
 
+@njit(nogil=True)
+def add_up(values, passes, again):
+    for _ in range(again):
+        load_chains(values, passes)
+
+
 def peak(threads: int) -> tuple[Callable[[], None], int]:
     """A function that does multiply-adds on registers on so many threads, and how many operations those are."""
     lanes = simd.REGISTER_BYTES // 4
-    # One row for each thread; the fixed point of x = x / 2 + 1 / 2 keeps the numbers finite.
-    values = np.full((threads, 1, lanes), 0.5, np.float32)
+    values = np.full((threads, 1, lanes), 2.0**-12, np.float32)  # a row for each thread; sums stay small
     run_chains(values[0, 0].copy(), 1)  # compiles
 
     def run() -> None:
+        values.fill(2.0**-12)
         in_threads(lambda rows, _, out: run_chains(out[0, 0], PASSES), values, None, values, threads)
 
     return run, 2 * threads * CHAINS * lanes * PASSES
 
 
-@njit(nogil=True, fastmath={"reassoc"})
-def add_up(values, passes):
-    total = np.float32(0)
-    for _ in range(passes):
-        for i in range(len(values)):
-            total += values[i]
-    return total
-
-
-# Bytes read: more than any L1 cache has and less than L2; many times the L3 cache.
-MEMORY = {"L2": 384 * 1024, "DRAM": 384 * 1024**2}
+# Bytes read: half of any L1 cache; more than any L1 has and less than L2; many times the L3 cache.
+MEMORY = {"L1": 16 * 1024, "L2": 384 * 1024, "DRAM": 384 * 1024**2}
 
 
 def reader(level: str) -> tuple[Callable[[], None], int]:
     """A function that adds up an array that fits `level` of memory and no nearer one, and how many bytes it reads."""
-    values = aligned_empty(1, MEMORY[level] // 4, np.float32(0))[0]
+    pass_bytes = CHAINS * simd.REGISTER_BYTES
+    passes = MEMORY[level] // pass_bytes
+    values = aligned_empty(1, passes * pass_bytes // 4, np.float32(0))[0]
     values.fill(0)  # pages that were never written are all the same one, which is in the cache
-    passes = max(1, 2**26 // values.nbytes)
-    add_up(values[:1], 1)  # compiles
-    return partial(add_up, values, passes), passes * values.nbytes
+    again = max(1, 2**27 // values.nbytes)
+    add_up(values[: pass_bytes // 4], 1, 1)  # compiles
+    return partial(add_up, values, passes, again), again * values.nbytes
 
 
 # The products ------------------------------------------------------------------------------------------------------
@@ -140,8 +161,37 @@ def stored_bytes(x: Any) -> int:
     return x.nbytes if isinstance(x, np.ndarray) else sum(array.nbytes for array in x.nonzeros)
 
 
-def measure(dataset: Dataset, quick: bool) -> dict[str, Any]:
-    """The peak, the bandwidths, and each backend's big products: all in turn, on one thread."""
+@dataclass(frozen=True)
+class Placed:
+    """A product of a backend, over all images."""
+
+    backend: str
+    product: str
+    flop: int
+    intensity: float
+    rounds: Rounds
+
+    @property
+    def rate(self) -> float:
+        """GFLOP/s of the operations really done."""
+        return self.flop / self.rounds.median / 1e9
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the study found."""
+
+    peak_gflop_per_second: float
+    bandwidth_gb_per_second: dict[str, float]
+    """By level of memory."""
+    dense_flop: int
+    """Of a product that leaves nothing out."""
+    products: list[Placed]
+    kind: Literal["roofline"] = "roofline"
+
+
+def measure(dataset: Dataset, quick: bool) -> Found:
+    """The peak, the bandwidths, and each backend's big products, interleaved on one thread."""
     run_peak, peak_flop = peak(1)
     readers = {level: reader(level) for level in MEMORY}
     measured = {
@@ -156,30 +206,26 @@ def measure(dataset: Dataset, quick: bool) -> dict[str, Any]:
         **{f"{name}, {which}": product.run for (name, which), product in measured.items()},
     }
     with thread_pool(1):
-        seconds = interleave(competitors, 3 if quick else 15)
+        seconds = interleave(competitors, 3 if quick else 10)
     dense_flop = 2 * dataset.train_images.size * 128
-    return {
+    return Found(
         # Bounds, so the best of all rounds.
-        "peak_gflop_per_second": peak_flop / seconds["peak"].min() / 1e9,
-        "bandwidth_gb_per_second": {level: size / seconds[level].min() / 1e9 for level, (_, size) in readers.items()},
-        "dense_flop": dense_flop,
-        "products": [
-            {
-                "backend": name,
-                "product": which,
-                "flop": product.flop,
-                "intensity": product.intensity,
-                **summary(seconds[f"{name}, {which}"]),
-            }
+        peak_gflop_per_second=float(peak_flop / seconds["peak"].min() / 1e9),
+        bandwidth_gb_per_second={
+            level: float(size / seconds[level].min() / 1e9) for level, (_, size) in readers.items()
+        },
+        dense_flop=dense_flop,
+        products=[
+            Placed(name, which, product.flop, product.intensity, Rounds.of(seconds[f"{name}, {which}"]))
             for (name, which), product in measured.items()
         ],
-    }
+    )
 
 
-def draw(found: dict[str, Any], small_print: str, file: Path) -> None:
+def draw(found: Found, small_print: str, file: Path) -> None:
     """GFLOP/s against operations per byte, below the roof of the machine."""
-    top, bandwidths = found["peak_gflop_per_second"], found["bandwidth_gb_per_second"]
-    x = np.geomspace(0.5, 5 * max(product["intensity"] for product in found["products"]), 200)
+    top, bandwidths = found.peak_gflop_per_second, found.bandwidth_gb_per_second
+    x = np.geomspace(0.5, 5 * max(product.intensity for product in found.products), 200)
     with figure_file(file, figsize=(8, 4.6)) as figure:
         axes = figure.subplots()
         axes.set(xscale="log", yscale="log", xlim=(x[0], x[-1]), ylim=(0.7 * x[0] * min(bandwidths.values()), 6 * top))
@@ -191,42 +237,36 @@ def draw(found: dict[str, Any], small_print: str, file: Path) -> None:
             note(axes, f"{level}: {short(bandwidth)} GB/s", (0.6, 0.6 * bandwidth), 5, **along)
         note(axes, f"peak of the multiply-add units: {short(top)}", (2, top), 5)
         ends: dict[int, list] = {-1: [], 1: []}
-        for product in found["products"]:
-            _draw_product(axes, product, found["dense_flop"], ends)
+        for product in found.products:
+            _draw_product(axes, product, found.dense_flop, ends)
         for side in ends:
             end_labels(axes, ends[side], side=side)
         title(figure, _title(found))
         print_small(figure, small_print)
 
 
-def _draw_product(axes: Axes, product: dict[str, Any], dense_flop: int, ends: dict[int, list]) -> None:
+def _draw_product(axes: Axes, product: Placed, dense_flop: int, ends: dict[int, list]) -> None:
     """A point; where work was left out, an arrow to the rate at which dense arithmetic would have to be done."""
-    shade, x = colour(product["backend"]), product["intensity"]
-    rate, low, high = (product["flop"] / product[key] / 1e9 for key in ("median", "high", "low"))
+    shade, x = colour(product.backend), product.intensity
+    rate, rounds = product.rate, product.rounds
+    low, high = (product.flop / seconds / 1e9 for seconds in (rounds.high, rounds.low))
     axes.plot([x, x], [low, high], color="black", linewidth=1.2, zorder=3)
-    axes.plot(x, rate, "o" if product["product"] == "forward" else "s", color=shade, markersize=5, zorder=4)
-    sparse = product["flop"] < dense_flop
+    axes.plot(x, rate, "o" if product.product == "forward" else "s", color=shade, markersize=5, zorder=4)
+    sparse = product.flop < dense_flop
     side = ends[-1 if sparse else 1]
-    side.append((f"{product['backend']} {product['product']}: {short(rate)}", x, rate, "black"))
+    side.append((f"{product.backend} {product.product}: {short(rate)}", x, rate, "black"))
     if sparse:
-        equivalent = dense_flop / product["median"] / 1e9
+        equivalent = dense_flop / rounds.median / 1e9
         arrow = {"arrowstyle": "->", "color": shade, "linewidth": 1.2, "shrinkA": 5, "shrinkB": 0}
         axes.annotate("", (x, equivalent), (x, rate), arrowprops=arrow)
         side.append((f"with the zeros counted: {short(equivalent)}", x, equivalent, shade))
 
 
-def _title(found: dict[str, Any]) -> str:
-    seconds: dict[str, float] = {}
-    flop: dict[str, float] = {}
-    for product in found["products"]:
-        name = product["backend"]
-        seconds[name] = seconds.get(name, 0) + product["median"]
-        flop[name] = flop.get(name, 0) + product["flop"]
-    fastest, *others = sorted(seconds, key=lambda name: seconds[name])
-    share = {name: 100 * flop[name] / seconds[name] / 1e9 / found["peak_gflop_per_second"] for name in seconds}
-    best = max(others, key=lambda name: share[name])
-    done = 100 * flop[fastest] / (2 * found["dense_flop"])
-    return (
-        f"{fastest} does {done:.0f} % of the work at {share[fastest]:.0f} % of the peak; "
-        f"{best}, all of it at {share[best]:.0f} %: {seconds[best] / seconds[fastest]:.1f} × the time"
-    )
+def _title(found: Found) -> str:
+    words = []
+    for name in dict.fromkeys(product.backend for product in found.products):
+        both = [product for product in found.products if product.backend == name]
+        seconds, flop = sum(product.rounds.median for product in both), sum(product.flop for product in both)
+        share = 100 * flop / seconds / 1e9 / found.peak_gflop_per_second
+        words.append(f"{name} {share:.0f} %" + (" of it, on what is not zero" if flop < 2 * found.dense_flop else ""))
+    return f"Peak {found.peak_gflop_per_second:.0f} GFLOP/s on one thread; both products: {', '.join(words)}"

@@ -13,15 +13,16 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
 import psutil
 
-from bench.measure.interleave import interleave, summary
+from bench.measure.interleave import interleave
+from bench.measure.records import Comparison, Rounds, rounded
 from bench.studies.scaling import LEARNING_RATE, shifted
 from kernels import get_backend
 from model.data import FILES, Dataset, limited, load_idx
@@ -56,37 +57,69 @@ Place = Callable[..., Batch]
 """Makes the batch of some images for a backend, as `Shards` does."""
 
 
-def measure(dataset: Dataset, quick: bool) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Epoch:
+    """Seconds per epoch in each place."""
+
+    backend: str
+    images: int
+    places: Comparison
+
+
+@dataclass(frozen=True)
+class Peak:
+    """What a process of its own took."""
+
+    limit: int | None
+    """Bytes, as for ``--memory-limit``."""
+    peak_bytes: int
+    epochs: Rounds
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the study found."""
+
+    threads: int
+    parameter_bytes: int
+    hash_bytes_per_second: float
+    memory: list[Peak]
+    epochs: list[Epoch]
+    bytes_sent: dict[str, float]
+    """Per epoch over loopback, by place."""
+    kind: Literal["workers"] = "workers"
+
+
+def measure(dataset: Dataset, quick: bool) -> Found:
     """Seconds per epoch in one process and on workers, bytes sent, and peak memory with and without a limit."""
     cores, counts = available_cores(), [times * len(dataset.train_images) for times in TIMES]
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory()))
         write(shifted(dataset, counts[-1]), folder)
         images = load_idx(folder)
-        found = {
-            "threads": cores,
-            "parameter_bytes": sum(parameter.nbytes for parameter in network(images).parameters),
-            "hash_bytes_per_second": hash_rate(folder / FILES[0].name),
-            "memory": [memory(folder, limit) for limit in (None, MEMORY_LIMIT)],
-        }
+        hashed = hash_rate(folder / FILES[0].name)
+        peaks = [memory(folder, limit) for limit in (None, MEMORY_LIMIT)]
         places: dict[str, Place] = {PROCESS: partial(Shards, stack.enter_context(thread_pool(cores)))}
         for workers in WORKERS:
             places[_name(workers)] = stack.enter_context(connect(None, workers, cores)).batch
         sizes = {"numpy": counts, "numba": counts[:1], "sparse": [FEW, *counts]}
-        return {
-            **found,
-            "seconds": [
-                {"backend": name, "images": count, "places": seconds(places, name, limited(images, count), quick)}
+        return Found(
+            threads=cores,
+            parameter_bytes=sum(parameter.nbytes for parameter in network(images).parameters),
+            hash_bytes_per_second=hashed,
+            memory=peaks,
+            epochs=[
+                Epoch(name, count, seconds(places, name, limited(images, count), quick))
                 for name in sizes
                 for count in sizes[name]
             ],
-            "bytes": {
+            bytes_sent={
                 _name(workers): bytes_sent(places[_name(workers)], limited(images, counts[0])) for workers in WORKERS
             },
-        }
+        )
 
 
-def seconds(places: dict[str, Place], name: str, images: Dataset, quick: bool) -> dict[str, Any]:
+def seconds(places: dict[str, Place], name: str, images: Dataset, quick: bool) -> Comparison:
     """Seconds per epoch in each place, in turn; all end with the same bits."""
     networks = {place: network(images) for place in places}
     steps = {place: step(places[place], name, images, networks[place]) for place in places}
@@ -94,7 +127,7 @@ def seconds(places: dict[str, Place], name: str, images: Dataset, quick: bool) -
     alike = {b"".join(parameter.tobytes() for parameter in mlp.parameters) for mlp in networks.values()}
     if len(alike) > 1:
         raise AssertionError(f"{name} on {len(images.train_images)} images: workers and one process differ")
-    return {place: summary(times) for place, times in found.items()}
+    return Comparison.of("an epoch", found)
 
 
 def step(place: Place, name: str, images: Dataset, mlp: MLP) -> Callable[[], Any]:
@@ -125,7 +158,7 @@ def hash_rate(file: Path) -> float:
     return len(content) / (time.perf_counter() - start)
 
 
-def memory(folder: Path, limit: int | None) -> dict[str, Any]:
+def memory(folder: Path, limit: int | None) -> Peak:
     """The command line in a process of its own on all images: its peak memory in bytes, and seconds per epoch."""
     options = ["--dataset", "idx", "--data", folder, "--backend", "numpy", "--epochs", EPOCHS, "--eval-every", EPOCHS]
     options += ["--json", folder / "history.json", *(["--memory-limit", limit] if limit is not None else [])]
@@ -133,7 +166,7 @@ def memory(folder: Path, limit: int | None) -> dict[str, Any]:
     status = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     (kilobytes,) = re.findall(r"VmHWM:\s+(\d+) kB", status)
     times = [epoch["seconds"] for epoch in json.loads((folder / "history.json").read_text())["history"]]
-    return {"limit": limit, "peak_bytes": 1024 * int(kilobytes), "seconds": summary(np.array(times[1:]))}
+    return Peak(limit, 1024 * int(kilobytes), Rounds(rounded(times[1:])))
 
 
 def write(dataset: Dataset, folder: Path) -> None:
@@ -146,7 +179,7 @@ def write(dataset: Dataset, folder: Path) -> None:
             array.tofile(stream)
 
 
-def calculation(found: dict[str, Any], workers: int, images: float) -> dict[str, float]:
+def calculation(found: Found, workers: int, images: float) -> dict[str, float]:
     """What training on workers like this machine would take: computed, not measured.
 
     The images are dealt in 32 shards, so no more than 32 threads have work. The parameters for each worker and its sums
@@ -158,15 +191,15 @@ def calculation(found: dict[str, Any], workers: int, images: float) -> dict[str,
         Seconds of arithmetic in an epoch; seconds of delay and network in it; seconds of hashing, before the first; the
         number of images with which arithmetic takes nine tenths of an epoch.
     """
-    few, *_, many = [row for row in found["seconds"] if row["backend"] == "sparse"]
-    threads = min(SHARDS, workers * found["threads"])
-    per_image = many["places"][PROCESS]["median"] / many["images"] * found["threads"] / threads
-    delay = few["places"][_name(WORKERS[-1])]["median"] - few["places"][PROCESS]["median"]
-    sending = delay + 4 * workers * found["parameter_bytes"] / BANDWIDTH
+    few, *_, many = [row for row in found.epochs if row.backend == "sparse"]
+    threads = min(SHARDS, workers * found.threads)
+    per_image = many.places.median(PROCESS) / many.images * found.threads / threads
+    delay = few.places.median(_name(WORKERS[-1])) - few.places.median(PROCESS)
+    sending = delay + 4 * workers * found.parameter_bytes / BANDWIDTH
     return {
         "arithmetic": images * per_image,
         "sending": sending,
-        "hashing": 2 * images * 784 / found["hash_bytes_per_second"],  # as a whole, and each shard
+        "hashing": 2 * images * 784 / found.hash_bytes_per_second,  # as a whole, and each shard
         "worth it": 9 * sending / per_image,
     }
 

@@ -1,14 +1,18 @@
 """A figure in the project's look, and the accuracy curves over the published points."""
 
+import io
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
+import matplotlib
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from model.extras.files import write_whole
 from model.published import PUBLISHED, full_batch_histories
 
 # Okabe and Ito's palette, which the colour-blind can tell apart: one colour for a backend, in every figure.
@@ -48,14 +52,21 @@ def colour(name: str) -> str:
 
 @contextmanager
 def figure_file(file: Path, **size: Any) -> Iterator[Figure]:
-    """A new figure in the common look, written to `file` (PNG) when the block ends well."""
-    with plt.rc_context(_STYLE):
-        figure = plt.figure(layout="constrained", **size)
-        try:
-            yield figure
-            figure.savefig(file, metadata={"Software": None})
-        finally:
-            plt.close(figure)
+    """A new figure in the common look, written to `file` (PNG), whole, when the block ends well.
+
+    It looks the same whatever the user's matplotlibrc and MPLBACKEND say, and needs no GUI. Matplotlib's warnings, as of
+    characters that no font has, are of no use to who measures.
+    """
+    with warnings.catch_warnings(), matplotlib.rc_context():
+        warnings.simplefilter("ignore")
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_STYLE)
+        figure = Figure(layout="constrained", **size)
+        canvas = FigureCanvasAgg(figure)
+        yield figure
+        png = io.BytesIO()
+        canvas.print_png(png, metadata={"Software": None})
+        write_whole(file, png.getvalue())
 
 
 def title(figure: Figure, text: str) -> None:

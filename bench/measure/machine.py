@@ -1,0 +1,215 @@
+"""What machine this is, and what else it is doing: from the system's own files, which know more than the CPU tells."""
+
+import datetime
+import os
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from bench.measure.records import Cache, Conditions, Machine
+from model.extras.environment import environment
+from model.threads import available_cores
+
+CPU = Path("/sys/devices/system/cpu")
+STAT = Path("/proc/stat")
+
+# LLVM's names, which go by family and model, and what people call them.
+NAMES = {
+    "znver1": "Zen 1",
+    "znver2": "Zen 2",
+    "znver3": "Zen 3",
+    "znver4": "Zen 4",
+    "znver5": "Zen 5",
+    "haswell": "Haswell",
+    "broadwell": "Broadwell",
+    "skylake": "Skylake",
+    "skylake-avx512": "Skylake-X",
+    "cascadelake": "Cascade Lake",
+    "icelake-server": "Ice Lake",
+    "sapphirerapids": "Sapphire Rapids",
+    "emeraldrapids": "Emerald Rapids",
+    "graniterapids": "Granite Rapids",
+    "alderlake": "Alder Lake",
+    "raptorlake": "Raptor Lake",
+    "neoverse-n1": "Neoverse N1",
+    "neoverse-v1": "Neoverse V1",
+    "neoverse-v2": "Neoverse V2",
+    "apple-m1": "Apple M1",
+    "apple-m2": "Apple M2",
+    "apple-m3": "Apple M3",
+    "apple-m4": "Apple M4",
+}
+
+ISA = ("sse4_2", "avx", "avx2", "fma", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16")
+ARM_ISA = ("asimd", "asimdhp", "sve", "sve2", "bf16", "i8mm")
+
+# From which share of one core on others' work is said to disturb the timings, and of all CPU time what is stolen.
+OTHERS, STOLEN = 0.15, 0.02
+
+Value = TypeVar("Value")
+
+
+def machine() -> Machine:
+    """The machine that this runs on; what the system does not tell is None."""
+    import cpuinfo  # takes a second
+    from llvmlite import binding
+
+    cpu, llvm_name = cpuinfo.get_cpu_info(), binding.get_host_cpu_name()
+    flags = set(cpu.get("flags", ()))
+    found = environment()
+    return Machine(
+        name=NAMES.get(llvm_name, llvm_name),
+        cpu=found["cpu"],
+        llvm_name=llvm_name,
+        family=cpu.get("family"),
+        model=cpu.get("model"),
+        isa=[name for name in (*ISA, *ARM_ISA) if name in flags],
+        cores=available_cores(),
+        threads_per_core=len(cpus) if (cpus := _cpus("cpu0/topology/thread_siblings_list")) else None,
+        caches=caches(),
+        hypervisor=_hypervisor(flags),
+        system=found["system"],
+        blas=", ".join(found["blas"]) or None,
+        mkl=_mkl(),
+    )
+
+
+def caches(core: Path = CPU / "cpu0") -> list[Cache]:
+    """Data caches of a core, from the nearest on."""
+    units = {"K": 2**10, "M": 2**20, "G": 2**30}
+    found = []
+    for index in sorted(core.glob("cache/index*")):
+        size = re.fullmatch(r"(\d+)([KMG])", _text(index / "size"))
+        if size and _text(index / "type") in ("Data", "Unified"):
+            shared = len(_parse_cpus(_text(index / "shared_cpu_list")))
+            found.append(Cache(int(_text(index / "level")), int(size[1]) * units[size[2]], shared))
+    return found
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text().strip()
+    except OSError:
+        return ""
+
+
+def _cpus(name: str) -> list[int]:
+    return _parse_cpus(_text(CPU / name))
+
+
+def _parse_cpus(text: str) -> list[int]:
+    """The numbers in a list like 0-3,8."""
+    ranges = [part.split("-") for part in text.split(",") if part]
+    return [cpu for ends in ranges for cpu in range(int(ends[0]), int(ends[-1]) + 1)]
+
+
+def _hypervisor(flags: set[str]) -> str | None:
+    """Who runs this virtual machine, as far as it tells; None on bare metal."""
+    name = _text(Path("/sys/hypervisor/type")) or _text(Path("/sys/class/dmi/id/sys_vendor"))
+    return (name or "unnamed") if "hypervisor" in flags else None
+
+
+def _mkl() -> str | None:
+    """The code path of PyTorch's MKL, which differs by the CPU's vendor."""
+    try:
+        import torch
+    except ImportError:
+        return None
+    found = re.search(r"MKL.*|Math Kernel.*", torch.__config__.show())
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{found[0].strip() if found else 'no MKL'}; PyTorch's own kernels: {capability}"
+
+
+# What else runs ----------------------------------------------------------------------------------------------------
+
+
+class Times(NamedTuple):
+    """Seconds since some moment."""
+
+    clock: float
+    """Of the clock on the wall."""
+    busy: float
+    """Of all CPUs at work."""
+    stolen: float
+    """Of all CPUs, while the hypervisor ran others."""
+    ours: float
+    """CPU time of this process and of its children that have ended."""
+
+
+def times() -> Times | None:
+    """Now; None where the system does not tell."""
+    fields = _text(STAT).partition("\n")[0].split()
+    if not fields:
+        return None
+    ticks = [int(value) / os.sysconf("SC_CLK_TCK") for value in fields[1:9]]
+    user, nice, system, _idle, _wait, irq, soft, steal = ticks
+    return Times(time.monotonic(), user + nice + system + irq + soft, steal, sum(os.times()[:4]))
+
+
+def disturbance(before: Times | None, after: Times | None) -> tuple[float | None, str | None]:
+    """The share of CPU time that was stolen between two moments, and who disturbed whom; None where nothing did."""
+    if not before or not after:
+        return None, None
+    passed = after.clock - before.clock
+    stolen = (after.stolen - before.stolen) / passed / (os.cpu_count() or 1)
+    others = max(0.0, (after.busy - before.busy) - (after.ours - before.ours)) / passed
+    words = []
+    if others > OTHERS:
+        words.append(f"other processes kept {others:.1f} cores busy")
+    if stolen > STOLEN:
+        words.append(f"the hypervisor gave {stolen:.0%} of the CPU time to others")
+    return stolen, " and ".join(words) or None
+
+
+def busy_now(seconds: float = 1.0) -> str | None:
+    """Who is using the machine while this process sleeps; None if nobody does."""
+    before = times()
+    time.sleep(seconds)
+    return disturbance(before, times())[1]
+
+
+def under_conditions(measure: Callable[[], Value], dataset: str, quick: bool) -> tuple[Value, Conditions]:
+    """What `measure` returns, and the conditions that it met."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    date = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    found: dict[str, Any] = environment()
+    before, start = times(), time.monotonic()
+    value = measure()
+    steal, busy = disturbance(before, times())
+    seconds = time.monotonic() - start
+    return value, Conditions(date, dataset, quick, found["commit"], load, steal, seconds, busy, found)
+
+
+def cpu_words(machine: Machine) -> str:
+    """The machine in a line."""
+    sizes = ", ".join(f"{_size(cache.bytes)} L{cache.level}" for cache in machine.caches)
+    return f"{machine.name} ({machine.cpu}), {machine.cores} {platform_word(machine)}; {sizes or 'caches unknown'}"
+
+
+def platform_word(machine: Machine) -> str:
+    return "threads" if (machine.threads_per_core or 1) > 1 else "cores"
+
+
+def _size(size: int) -> str:
+    return f"{size // 2**20} MB" if size >= 2**20 else f"{size // 2**10} KB"
+
+
+def slug(machine: Machine) -> str:
+    """Its name as that of a folder."""
+    return re.sub(r"[^a-z0-9]+", "-", f"{machine.name}-{machine.cores}".lower()).strip("-") or platform.machine()
+
+
+def kernels_changed(commit: str) -> str:
+    """Whether ``kernels/`` is what it was at a commit, in a sentence; nothing where git cannot tell."""
+    root = Path(__file__).parents[2]
+    command = ["git", "-C", str(root), "diff", "--quiet", commit.removesuffix("-dirty"), "--", "kernels"]
+    try:
+        code = subprocess.run(command, capture_output=True).returncode
+    except OSError:
+        return ""
+    words = {0: "kernels/ has not changed since.", 1: "kernels/ has changed since."}
+    return words.get(code, "")

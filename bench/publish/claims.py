@@ -1,0 +1,232 @@
+"""What the study claims, and on which machines it holds: the one place that "faster" comes from."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from bench.measure.records import Comparison, Ratio, Run
+from bench.publish.folder import Folder
+from bench.publish.style import short
+from model.extras.figure import BOUND_COLOUR, OTHER_COLOURS, figure_file, print_small, title
+
+OPENBLAS, BIG = "OpenBLAS", "big products, OpenBLAS"
+FRAMEWORKS = ("PyTorch", "torch.compile", "JAX", "scikit-learn")
+FASTEST = "the fastest framework"
+
+Pick = Callable[[Run], Comparison | None]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """That a competitor takes less time than its base."""
+
+    key: str
+    competitor: str
+    base: str
+    """A competitor, or `FASTEST`: whichever framework that is on the machine."""
+    what: str
+    pick: Pick
+    """The comparison of a run that decides."""
+
+    def ratio(self, run: Run) -> Ratio | None:
+        """As a run measured it; None where it did not."""
+        found = self.pick(run)
+        if found is None or self.competitor not in found:
+            return None
+        base: str | None = self.base
+        if base == FASTEST:
+            base = min((name for name in FRAMEWORKS if name in found), key=found.median, default=None)
+        return found.ratio(self.competitor, base) if base and base in found else None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What the runs on a machine say of a claim."""
+
+    ratios: list[Ratio]
+
+    @property
+    def low(self) -> float:
+        """The smallest ratio."""
+        return min(row.ratio for row in self.ratios)
+
+    @property
+    def high(self) -> float:
+        """The largest."""
+        return max(row.ratio for row in self.ratios)
+
+    @property
+    def base_seconds(self) -> float:
+        """Of the base, in the median of the runs."""
+        return float(np.median([row.base_seconds for row in self.ratios]))
+
+    @property
+    def bases(self) -> str:
+        """The base, which may differ from run to run."""
+        return ", ".join(dict.fromkeys(row.base for row in self.ratios))
+
+    @property
+    def verdict(self) -> str:
+        """What all runs agree on; "undecided" where they do not, or one cannot tell."""
+        verdicts = {row.verdict for row in self.ratios}
+        return verdicts.pop() if len(verdicts) == 1 and "equal" not in verdicts else "undecided"
+
+    @property
+    def holds(self) -> bool:
+        """Whether every run says that the competitor takes less time."""
+        return self.verdict == "faster"
+
+
+def _step(run: Run) -> Comparison | None:
+    """A full-batch step beside the peers; without them, beside the backends."""
+    if section := run.sections.get("head_to_head"):
+        return section.found.steps
+    return section.found.epochs if (section := run.sections.get("epochs")) else None
+
+
+def _epoch(run: Run) -> Comparison | None:
+    return section.found.epochs if (section := run.sections.get("epochs")) else None
+
+
+def _time_to(run: Run) -> Comparison | None:
+    return section.found.times if (section := run.sections.get("time_to_accuracy")) else None
+
+
+def _command(run: Run) -> Comparison | None:
+    return section.found.command if (section := run.sections.get("break_even")) else None
+
+
+def _product(start: str, one: bool) -> Pick:
+    def pick(run: Run) -> Comparison | None:
+        found = run.sections["products"].found.products if "products" in run.sections else []
+        ends_one = ", 1 thread"
+        return next((c for c in found if c.what.startswith(start) and c.what.endswith(ends_one) == one), None)
+
+    return pick
+
+
+def _climb(product: str) -> Pick:
+    def pick(run: Run) -> Comparison | None:
+        found = run.sections["ladder"].found.climbs if "ladder" in run.sections else []
+        return next((c.seconds_per_gflop for c in found if (c.product, c.threads) == (product, 1)), None)
+
+    return pick
+
+
+STEP = "a full-batch step"
+CLAIMS = (
+    Claim("numpy-naive", "numpy", "naive", STEP, _epoch),
+    Claim("numba-numpy", "numba", "numpy", STEP, _step),
+    Claim("numba-big", "numba", BIG, f"{STEP} against the two products alone", _step),
+    Claim("numba-framework", "numba", FASTEST, STEP, _step),
+    Claim("sparse-numpy", "sparse", "numpy", STEP, _step),
+    Claim("sparse-numba", "sparse", "numba", STEP, _step),
+    Claim("sparse-big", "sparse", BIG, f"{STEP} against the two products alone", _step),
+    Claim("sparse-framework", "sparse", FASTEST, STEP, _step),
+    Claim("sparse-scipy", "sparse", "SciPy CSR", STEP, _step),
+    Claim("sparse-torch-csr", "sparse", "PyTorch CSR", STEP, _step),
+    Claim("time-numba", "numba", "numpy", "mini-batches to the published accuracy", _time_to),
+    Claim("time-sparse", "sparse", "numpy", "mini-batches to the published accuracy", _time_to),
+    Claim("command", "sparse", "numpy", "250 epochs with start and evaluations", _command),
+    *(
+        Claim(f"product-{key}-{'1' if one else 'all'}", "numba", OPENBLAS, f"{shape}, {threads}", _product(shape, one))
+        for key, shape in (
+            ("forward", "(60000×784)(784×128)"),
+            ("backward", "(784×60000)(60000×128)"),
+            ("chunk-forward", "(1024×784)(784×128)"),
+            ("chunk-backward", "(784×1024)(1024×128)"),
+            ("1024", "1024³"),
+        )
+        for one, threads in ((True, "1 thread"), (False, "all threads"))
+    ),
+    Claim("ladder-compiled", "compiled", "loops", "the ladder at the MLP's product, 1 thread", _climb("MLP")),
+    Claim("ladder-last", "vectors", OPENBLAS, "the ladder at the MLP's product, 1 thread", _climb("MLP")),
+)
+BY_KEY = {claim.key: claim for claim in CLAIMS}
+
+
+def cell(claim: Claim, folder: Folder) -> Cell | None:
+    """What a machine says; None where it was not measured there."""
+    ratios = [row for run in folder.runs if (row := claim.ratio(run))]
+    return Cell(ratios) if ratios else None
+
+
+def cells(claim: Claim, folders: Iterable[Folder]) -> dict[str, Cell]:
+    """By machine, where it was measured."""
+    return {folder.machine.name: found for folder in folders if (found := cell(claim, folder))}
+
+
+def cell_text(found: Cell | None, what_base: str) -> str:
+    """The smallest and largest ratio, the base's seconds, and whether it holds."""
+    if not found:
+        return ""
+    low, high = two_digits(found.low), two_digits(found.high)
+    span = low if low == high else f"{low} to {high}"
+    name = f" ({found.bases})" if what_base == FASTEST else ""
+    runs = "" if len(found.ratios) > 1 else ", 1 run"
+    mark = {"faster": "✓", "slower": "✗", "undecided": "≈"}[found.verdict]
+    return f"{mark} {span} × {short(found.base_seconds)} s{name}{runs}"
+
+
+def two_digits(ratio: float) -> str:
+    return f"{ratio:.2f}" if 0.095 <= ratio < 100 else short(ratio)
+
+
+def where(claim: Claim, folders: Iterable[Folder]) -> str:
+    """The quantifier: on how many machines it holds, and on which."""
+    found = cells(claim, folders)
+    holding = [name for name, each in found.items() if each.holds]
+    if not found:
+        return "on no machine measured so far"
+    if len(found) == 1:
+        return f"on {next(iter(found))}" if holding else f"not on {next(iter(found))}"
+    if len(holding) == len(found):
+        return f"on all {len(found)} machines"
+    return f"on {len(holding)} of {len(found)} machines" + (f" ({', '.join(holding)})" if holding else "")
+
+
+def sentence(claim: Claim, folders: Iterable[Folder]) -> str:
+    """The claim in words, with where it holds and the range of the ratios, machine by machine."""
+    folders = list(folders)
+    spans = []
+    for name, found in cells(claim, folders).items():
+        low, high = two_digits(found.low), two_digits(found.high)
+        spans.append(f"{name} {low if low == high else f'{low} to {high}'}")
+    return (
+        f"`{claim.competitor}` is faster than {claim.base if claim.base == FASTEST else f'`{claim.base}`'} "
+        f"{where(claim, folders)} (× its time: {'; '.join(spans)})"
+    )
+
+
+def draw(folders: list[Folder], file: Path) -> None:
+    """One dot for each claim and machine at the median of its runs, with their range; 1 is marked."""
+    rows = [claim for claim in CLAIMS if any(cell(claim, folder) for folder in folders)]
+    rows = [claim for claim in rows if claim.key not in ("numpy-naive", "ladder-compiled")]  # thousands to one
+    shades = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", *OTHER_COLOURS]
+    with figure_file(file, figsize=(8, 1.6 + 0.27 * len(rows))) as figure:
+        axes = figure.subplots()
+        axes.axvline(1, color="black", linewidth=1)
+        for order, folder in enumerate(folders):
+            shift, shade = (order - (len(folders) - 1) / 2) * 0.6 / max(len(folders), 3), shades[order % len(shades)]
+            commit = ", ".join(folder.commits[:1])
+            axes.plot([], [], "o", color=shade, markersize=5, label=f"{folder.machine.name} (commit {commit})")
+            for row, claim in enumerate(rows):
+                if found := cell(claim, folder):
+                    middle = float(np.median([ratio.ratio for ratio in found.ratios]))
+                    axes.plot([found.low, found.high], [row + shift] * 2, color=shade, linewidth=2)
+                    axes.plot(middle, row + shift, "o", color=shade, markersize=4.5)
+        axes.set(xscale="log", xlabel="time relative to the base (log scale); left of 1: less than the base")
+        ticks = [0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3]
+        low, high = axes.get_xlim()
+        axes.set_xticks([tick for tick in ticks if low <= tick <= high], minor=False)
+        axes.set_xticklabels([f"{tick:g}" for tick in ticks if low <= tick <= high])
+        axes.set_xticks([], minor=True)
+        axes.set(yticks=range(len(rows)), ylim=(len(rows) - 0.4, -0.6))
+        axes.set_yticklabels([f"{claim.competitor} / {claim.base}: {claim.what}" for claim in rows], fontsize=7)
+        axes.grid(axis="y", color="#EEEEEE")
+        figure.legend(loc="outside upper right", ncols=3, frameon=False, fontsize=7.5)
+        title(figure, "Each claim on each machine: the range of its runs")
+        print_small(figure, "Medians of interleaved rounds; a dot is the median of the runs, a bar their range.")
+        axes.spines["left"].set_color(BOUND_COLOUR)

@@ -1,0 +1,88 @@
+"""A folder of results: one machine, and the runs that were made on it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.measure.records import Machine, RecordError, Run, Section, read, write
+
+MACHINE, RUN = "machine.json", "run.json"
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A machine and its runs, in the order of their files' names."""
+
+    path: Path
+    machine: Machine
+    runs: list[Run]
+
+    def section(self, study: str) -> Section | None:
+        """What a study found last; None where no run has it."""
+        return next((run.sections[study] for run in reversed(self.runs) if study in run.sections), None)
+
+    def found(self, study: str) -> Any:
+        """The record of :meth:`section`, or None."""
+        section = self.section(study)
+        return section.found if section else None
+
+    def every(self, study: str) -> list[Any]:
+        """What a study found in each run that has it."""
+        return [run.sections[study].found for run in self.runs if study in run.sections]
+
+    @property
+    def studies(self) -> set[str]:
+        """Names of all that was measured."""
+        return {name for run in self.runs for name in run.sections}
+
+    @property
+    def commits(self) -> list[str]:
+        """Commits that were measured, the first first."""
+        sections = [section for run in self.runs for section in run.sections.values()]
+        return list(dict.fromkeys(section.conditions.commit or "unknown" for section in sections))
+
+
+def read_folder(path: Path) -> Folder:
+    """The results in a folder.
+
+    Raises
+    ------
+    RecordError
+        If a file in it is damaged or missing.
+    """
+    if not (path / MACHINE).is_file():
+        raise RecordError(f"{path} is no folder of results: it has no {MACHINE}")
+    files = sorted(path.glob("run*.json"))
+    if not files:
+        raise RecordError(f"{path} has no run*.json: nothing was measured there")
+    return Folder(path, read(Machine, path / MACHINE), [read(Run, file) for file in files])
+
+
+def read_all(path: Path) -> list[Folder]:
+    """The folders in a folder, by name."""
+    return [read_folder(file.parent) for file in sorted(path.glob(f"*/{MACHINE}"))]
+
+
+def existing_run(folder: Path) -> Run:
+    """What the run in a folder holds so far: looked at before anything is measured, so that no work is lost.
+
+    Raises
+    ------
+    RecordError
+        If it is damaged.
+    OSError
+        If the folder cannot be written.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise OSError(f"{folder} is a file: name a folder for the results")
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / ".writable"
+    probe.touch()
+    probe.unlink()
+    return read(Run, folder / RUN) if (folder / RUN).exists() else Run()
+
+
+def save(folder: Path, machine: Machine, run: Run) -> None:
+    """Write both files, each whole or not at all."""
+    write(folder / MACHINE, machine)
+    write(folder / RUN, run)

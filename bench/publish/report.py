@@ -1,0 +1,217 @@
+"""``report.html``: one file with the claims for a machine, every figure, the tables, and what was skipped."""
+
+import base64
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from bench.measure.machine import cpu_words, kernels_changed
+from bench.measure.records import Comparison
+from bench.publish.claims import CLAIMS, cell, two_digits
+from bench.publish.figures import draw_all
+from bench.publish.folder import Folder
+from bench.publish.style import short
+from model.extras.files import write_whole
+
+REPORT = "report.html"
+
+# For each figure: what to see in it, and what limits it.
+CAPTIONS = {
+    "claims": (
+        "Each claim of the study on this machine: left of the line, the first takes less time than the second.",
+        "The bars span the runs, so a single run has none.",
+    ),
+    "epochs": (
+        "Seconds of a full-batch epoch on each backend, on a log scale, beside the two big products on OpenBLAS.",
+        "Hatched bars are scaled up from a few images; the products are a reference, not a bound.",
+    ),
+    "kernels": (
+        "How fast each of the four kernels runs on one thread at the shapes of a training step.",
+        "Operations of the dense form are counted, so a backend that leaves zeros out can stand above the peak.",
+    ),
+    "ladder": (
+        "What each step of the matrix multiplication brings, from Python loops to vectors and threads.",
+        "Slow steps compute a part of the rows; the same step differs between CPUs, as each has other caches.",
+    ),
+    "roofline": (
+        "How near the big products come to what arithmetic and each level of memory allow on one thread.",
+        "The traffic is the least possible; what a product reads twice is not counted.",
+    ),
+    "head_to_head": (
+        "The same full-batch step in other packages, verified equal before it is timed.",
+        "It is one network on one machine, and packages differ in what they were made for.",
+    ),
+    "time_to_accuracy": (
+        "Test accuracy against seconds of training in mini-batches, each competitor on the recipe chosen for it.",
+        "Random starts scatter; where ranges overlap, there is no ranking.",
+    ),
+    "density": (
+        "From which share of non-zero pixels on dense products take less time than skipping zeros.",
+        "The images are random, but for the marked point.",
+    ),
+    "scaling": (
+        "How an epoch grows with images, batch size, hidden units and threads.",
+        "Hollow marks were measured on a part of an epoch and scaled up.",
+    ),
+    "break_even": (
+        "Total seconds from the start of the process, and after how many epochs compilation has paid.",
+        "The slope is the median epoch; the disk's and the interpreter's state move the start.",
+    ),
+    "reproduction": (
+        "Accuracy by epoch over the published points, with a band over random starts.",
+        "Learning rate and initialisation were fitted to the published table.",
+    ),
+}
+
+
+class TableOf(NamedTuple):
+    """A table of the report."""
+
+    title: str
+    text: str
+    columns: list[str]
+    rows: list[list[str]]
+
+
+def write_report(folder: Folder, output: Path, say: Callable[[str], None], missing: dict[str, str]) -> Path:
+    """Draw every figure into `output` and write the report beside them; returns its path.
+
+    Parameters
+    ----------
+    folder
+        The results.
+    output
+        Where to.
+    say
+        Takes a line on each figure that could not be drawn.
+    missing
+        What was left out, and why.
+    """
+    figures = draw_all(folder, output, say)
+    for run in folder.runs:
+        missing = {**run.skipped, **missing}
+    sections = [(name, section) for run in folder.runs for name, section in run.sections.items()]
+    warnings = [f"{name}: {section.conditions.busy}." for name, section in sections if section.conditions.busy]
+    if any(section.conditions.quick for _, section in sections):
+        warnings.insert(0, "A quick run, on few images and rounds: only to see that everything works.")
+    environment = Environment(loader=PackageLoader("bench.publish", "."), autoescape=True, undefined=StrictUndefined)
+    html = environment.get_template("report.html.jinja").render(
+        machine=folder.machine,
+        words=cpu_words(folder.machine),
+        runs=len(folder.runs),
+        commits=", ".join(folder.commits),
+        kernels_changed=kernels_changed(folder.commits[-1]) if folder.commits else "",
+        warnings=warnings,
+        tables=[
+            table
+            for table in (_claims(folder), *_timings(folder), _conditions(folder), _skipped(folder, missing))
+            if table.rows
+        ],
+        figures=[
+            {
+                "name": name,
+                "png": base64.b64encode(file.read_bytes()).decode(),
+                "see": CAPTIONS.get(name, (name, ""))[0],
+                "limit": CAPTIONS.get(name, ("", ""))[1],
+            }
+            for name, file in figures.items()
+        ],
+    )
+    write_whole(output / REPORT, html.encode())
+    return output / REPORT
+
+
+def _claims(folder: Folder) -> TableOf:
+    rows = []
+    for claim in CLAIMS:
+        if found := cell(claim, folder):
+            span = dict.fromkeys((two_digits(found.low), two_digits(found.high)))
+            interval = found.ratios[-1].interval
+            rows.append(
+                [
+                    claim.competitor,
+                    found.bases,
+                    claim.what,
+                    " to ".join(span),
+                    f"{interval[0]:.2f} to {interval[1]:.2f}" if interval else "",
+                    f"{found.base_seconds:.4g}",
+                    found.verdict,
+                ]
+            )
+    columns = [
+        "time of",
+        "relative to",
+        "in",
+        "ratio, all runs",
+        "95 % interval, last run",
+        "seconds of the base",
+        "verdict",
+    ]
+    text = "Ratios of median times of interleaved rounds. A verdict needs all runs to agree."
+    return TableOf("Claims", text, columns, rows)
+
+
+def _timings(folder: Folder) -> list[TableOf]:
+    """A table of seconds for the comparisons that people look up."""
+    tables = []
+    comparisons: list[tuple[str, Comparison]] = []
+    if found := folder.found("epochs"):
+        comparisons.append(("Seconds per epoch", found.epochs))
+    if found := folder.found("head_to_head"):
+        comparisons.append(("Seconds per full-batch step", found.steps))
+    if found := folder.found("time_to_accuracy"):
+        comparisons.append((f"Seconds to {found.target:.2%} test accuracy", found.times))
+    for title, comparison in comparisons:
+        rows = [
+            [
+                name,
+                f"{times.median:.4g}",
+                f"{times.low:.4g} to {times.high:.4g}" if times.interval else "",
+                str(len(times.seconds)),
+            ]
+            for name, times in comparison.rounds.items()
+        ]
+        tables.append(TableOf(title, "Medians of the last run.", ["", "seconds", "95 % interval", "rounds"], rows))
+    if found := folder.found("kernels"):
+        rows = [
+            [kernel, name, f"{1e6 * times.median:.4g}", short(found.flop[kernel] / times.median / 1e9)]
+            for kernel, comparison in found.per_image.items()
+            for name, times in comparison.rounds.items()
+        ]
+        columns = ["kernel", "backend", "µs per image", "GFLOP/s, zeros counted"]
+        tables.append(TableOf("Kernels", "On one thread.", columns, rows))
+    return tables
+
+
+def _conditions(folder: Folder) -> TableOf:
+    rows = []
+    for number, run in enumerate(folder.runs, 1):
+        for name, section in run.sections.items():
+            found = section.conditions
+            environment: dict[str, Any] = found.environment
+            versions = ", ".join(f"{key} {value}" for key, value in environment.get("packages", {}).items())
+            variables = " ".join(f"{key}={value}" for key, value in environment.get("variables", {}).items())
+            rows.append(
+                [
+                    str(number),
+                    name,
+                    found.date,
+                    found.dataset,
+                    found.commit or "unknown",
+                    f"{found.seconds:.0f}" if found.seconds is not None else "",
+                    f"{found.load:.2f}" if found.load is not None else "",
+                    f"{found.steal:.1%}" if found.steal is not None else "",
+                    f"Python {environment.get('python')}, {versions}; {variables}",
+                ]
+            )
+    columns = ["run", "study", "began", "images", "commit", "took (s)", "load", "stolen", "environment"]
+    return TableOf("How it was measured", "Each study under its own conditions.", columns, rows)
+
+
+def _skipped(folder: Folder, missing: dict[str, str]) -> TableOf:
+    rows = [[name, reason] for name, reason in missing.items()]
+    for study in sorted(folder.studies):
+        rows += [[f"{study}: {name}", reason] for name, reason in getattr(folder.found(study), "skipped", {}).items()]
+    return TableOf("Skipped", "What is not here, and why.", ["what", "why"], rows)

@@ -1,0 +1,152 @@
+"""Study: a full-batch step on every backend, and the two big products on OpenBLAS, interleaved on all threads.
+
+Pure Python takes part with a few images, and its time is scaled up.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from threadpoolctl import ThreadpoolController
+
+from bench.measure.interleave import interleave
+from bench.measure.records import Comparison
+from bench.publish.style import bound, in_seconds, ordered, plain_ticks, right_labels, short
+from kernels import backend_names, get_backend
+from kernels.backend import Backend
+from model.data import Dataset, limited
+from model.extras.figure import colour, figure_file, print_small, title
+from model.mlp import MLP
+from model.shards import Shards
+from model.threads import available_cores, thread_pool
+from model.training import descend
+
+LEARNING_RATE = 0.3
+FEW_IMAGES = 32
+"""What pure Python takes in a round."""
+
+BIG_PRODUCTS = "big products, OpenBLAS"
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the study found."""
+
+    epochs: Comparison
+    """Seconds per epoch of each backend; of the big products, where they were measured."""
+    images: int
+    extrapolated: dict[str, int]
+    """From how many images a backend's seconds were scaled up; those not in it took all."""
+    threads: int
+    kind: Literal["epochs"] = "epochs"
+
+
+def measure(dataset: Dataset, quick: bool, names: Sequence[str] | None = None) -> Found:
+    """Steps of the backends `names`, by default of all."""
+    threads, whole = available_cores(), len(dataset.train_images)
+    chosen = {name: get_backend(name) for name in names or backend_names()}
+    parts = {name: few(dataset, backend) for name, backend in chosen.items()}
+    with thread_pool(threads) as run:
+        for backend in chosen.values():
+            check(run, backend, dataset)
+        steps: dict[str, Callable[[], Any]] = {}
+        for name, backend in chosen.items():
+            part, mlp = parts[name], MLP()
+            shards = Shards(run, backend, part.train_images, part.train_labels, mlp.dtype)
+            steps[name] = partial(descend, mlp, shards, LEARNING_RATE)
+        steps[BIG_PRODUCTS] = big_products(dataset, threads)
+        seconds = interleave(steps, 3 if quick else 15, rest=0.03)
+    scales = {name: whole / len(part.train_images) for name, part in parts.items()}
+    return Found(
+        epochs=Comparison.of("an epoch", {name: times * scales.get(name, 1) for name, times in seconds.items()}),
+        images=whole,
+        extrapolated={name: len(parts[name].train_images) for name in parts if scales[name] > 1},
+        threads=threads,
+    )
+
+
+def few(dataset: Dataset, backend: Backend) -> Dataset:
+    """The images that a backend takes in a round."""
+    return limited(dataset, FEW_IMAGES) if backend.too_slow_for_full_batches else dataset
+
+
+def check(run: Callable, backend: Backend, dataset: Dataset) -> None:
+    """Raise an AssertionError unless a step over a few images ends at the parameters of the NumPy backend."""
+    start, networks = limited(dataset, FEW_IMAGES), [MLP(), MLP()]
+    for mlp, kernels in zip(networks, (backend, get_backend("numpy"))):
+        descend(mlp, Shards(run, kernels, start.train_images, start.train_labels, mlp.dtype), LEARNING_RATE)
+    for ours, theirs in zip(*(mlp.parameters for mlp in networks)):
+        # A step moves a parameter by 0.03 at most, with the rounding errors of sums over 784 products.
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=0.03 * 784 * float(np.finfo(np.float32).eps))
+
+
+def big_products(dataset: Dataset, threads: int) -> Callable[[], None]:
+    """The two products with the images, on BLAS's own threads: a reference, not a bound."""
+    x = get_backend("numpy").prepare(dataset.train_images)
+    weights, _ = MLP().layers[0]
+    upstream = np.ones((len(x), weights.shape[1]), np.float32)
+    blas = ThreadpoolController()
+
+    def products() -> None:
+        with blas.limit(limits=threads, user_api="blas"):
+            x @ weights
+            x.T @ upstream
+
+    return products
+
+
+IDEAS = {
+    "naive": "Python loops",
+    "numpy": "whole arrays, products by BLAS",
+    "numba": "tiles in vector registers",
+    "sparse": "the same, zeros left out",
+}
+
+
+def draw(found: Found, small_print: str, file: Path) -> None:
+    """Seconds per epoch, one bar for each backend in the order of the study, and what is behind it."""
+    names = ordered(name for name in found.epochs.seconds if name != BIG_PRODUCTS)
+    times = found.epochs.rounds
+    with figure_file(file, figsize=(8, 1.9 + 0.45 * len(names))) as figure:
+        axes = figure.subplots()
+        texts = []
+        for row, name in enumerate(names):
+            hatch = "//" if name in found.extrapolated else None
+            axes.barh(row, times[name].median, color=colour(name), hatch=hatch, edgecolor="white")
+            axes.plot([times[name].low, times[name].high], [row, row], color="black", linewidth=1.5)
+            notes = [IDEAS.get(name)]
+            if name in found.extrapolated:
+                notes.append(f"scaled up from {found.extrapolated[name]} images")
+            texts.append(f"{in_seconds(times[name].median)}   {', '.join(filter(None, notes))}")
+        medians = [times[name].median for name in names]
+        references = [times[BIG_PRODUCTS].median] if BIG_PRODUCTS in times else []
+        axes.set(xscale="log", xlabel="seconds per epoch (log scale)", yticks=range(len(names)))
+        axes.set(ylim=(len(names) - 0.4, -1.3), yticklabels=[short_name(name) for name in names])
+        axes.set_xlim(min([*medians, *references]) / 3, max([*medians, *references]) * 3)
+        plain_ticks(axes.xaxis)
+        right_labels(axes, texts)
+        for reference in references:
+            bound(axes, reference, f"the two big products alone, on OpenBLAS: {in_seconds(reference)}", -0.95)
+        title(figure, _title(found, names))
+        print_small(figure, small_print)
+
+
+def short_name(name: str) -> str:
+    """A name as it fits beside an axis."""
+    return name if len(name) <= 28 else f"{name[:27]}…"
+
+
+def _title(found: Found, names: list[str]) -> str:
+    base = "numpy" if "numpy" in names else names[0]
+    others = [name for name in names if name != base]
+    what = f"A full-batch epoch of {found.images:,} images on {found.threads} threads"
+    if not others:
+        return what
+    words = []
+    for name in others:
+        ratio = found.epochs.ratio(name, base).ratio
+        words.append(f"{short_name(name)} {ratio:.2f}" if ratio < 100 else f"{short_name(name)} {short(ratio)}")
+    return f"{what}, × the time of {short_name(base)}: {', '.join(words)}"

@@ -1,0 +1,155 @@
+"""Study: throughput of every kernel on every backend, at the shapes of a training step on one chunk, on one thread."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bench.measure.interleave import interleave
+from bench.measure.records import Comparison
+from bench.publish.style import ordered, plain_ticks, short
+from bench.studies.epochs import short_name
+from kernels import backend_names, get_backend
+from kernels.backend import CHUNK, Backend
+from model.data import Dataset
+from model.extras.figure import colour, figure_file, print_small, title
+from model.mlp import MLP
+from model.threads import thread_pool
+
+FEW_IMAGES = 4
+"""Of pure Python, which takes milliseconds for each."""
+
+
+class Step(NamedTuple):
+    """The arrays of one training step on n images."""
+
+    x: Any
+    hidden: NDArray
+    logits: NDArray
+    labels: NDArray
+    logits_grad: NDArray
+    hidden_grad: NDArray
+    layers: list[tuple[NDArray, NDArray]]
+
+
+class Kernel(NamedTuple):
+    """How to call a kernel within a step, and what that costs per image."""
+
+    call: Callable
+    flop: int
+    """Floating-point operations per image of the dense form; an exponential counts as one."""
+    terms: int
+    """Longest sum behind an entry of the result: its rounding errors bound the error."""
+
+
+KERNELS = {
+    "forward product": Kernel(lambda b, s: b.matmul(s.x, *s.layers[0]), 2 * 784 * 128, 784),
+    "backward product": Kernel(lambda b, s: b.matmul(s.x.T, s.hidden_grad), 2 * 784 * 128, CHUNK),
+    "logits product": Kernel(lambda b, s: b.matmul(s.hidden, *s.layers[1]), 2 * 128 * 10, 128),
+    "hidden gradient product": Kernel(lambda b, s: b.matmul(s.logits_grad, s.layers[1][0].T), 2 * 10 * 128, 10),
+    "output gradient product": Kernel(lambda b, s: b.matmul(s.hidden.T, s.logits_grad), 2 * 128 * 10, CHUNK),
+    "relu": Kernel(lambda b, s: b.relu(s.hidden_grad), 128, 1),
+    "relu_grad": Kernel(lambda b, s: b.relu_grad(s.hidden_grad, s.hidden), 128, 1),
+    "softmax_grad": Kernel(lambda b, s: b.softmax_grad(s.logits, s.labels)[2], 5 * 10, 10),
+}
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the study found."""
+
+    per_image: dict[str, Comparison]
+    """Seconds per image on each backend, by kernel."""
+    flop: dict[str, int]
+    """Per image of the dense form, zeros counted, by kernel."""
+    kind: Literal["kernels"] = "kernels"
+
+
+def measure(
+    dataset: Dataset, quick: bool, names: Sequence[str] | None = None, kernels: Sequence[str] = tuple(KERNELS)
+) -> Found:
+    """Some kernels on some backends, by default all on all; each kernel's backends are interleaved."""
+    per_image = {}
+    with thread_pool(1):
+        for kernel in kernels:
+            calls, counts = {}, {}
+            for name in names or backend_names():
+                calls[name], counts[name] = checked_call(get_backend(name), kernel, dataset)
+            seconds = interleave(calls, 6 if quick else 40)
+            per_image[kernel] = Comparison.of(kernel, {name: seconds[name] / counts[name] for name in calls})
+    return Found(per_image, {kernel: KERNELS[kernel].flop for kernel in kernels})
+
+
+def checked_call(backend: Backend, name: str, dataset: Dataset) -> tuple[Callable[[], Any], int]:
+    """A function that calls a kernel, and on how many images.
+
+    Raises
+    ------
+    AssertionError
+        If its result is further from float64's than rounding errors explain: it would not be worth timing.
+    """
+    kernel = KERNELS[name]
+    count = FEW_IMAGES if backend.too_slow_for_full_batches else CHUNK
+    images, labels = dataset.train_images[:count], dataset.train_labels[:count]
+    step = training_step(images, labels)
+    expected = kernel.call(get_backend("numpy"), Step(*in_float64(step)))
+    step = step._replace(x=backend.prepare(images))
+    error = np.abs(kernel.call(backend, step) - expected).max() / np.abs(expected).max()
+    if not error <= (kernel.terms + 10) * np.finfo(np.float32).eps:
+        raise AssertionError(f"{backend.name}, {name}: a relative error of {error:.2g}")
+    return partial(kernel.call, backend, step), len(images)
+
+
+def training_step(images: NDArray, labels: NDArray) -> Step:
+    """The arrays of a step, in float32, from the first random start."""
+    numpy = get_backend("numpy")
+    mlp = MLP()
+    x = numpy.prepare(images)
+    (_, hidden), logits = mlp.forward(numpy, x)
+    _, _, logits_grad = numpy.softmax_grad(logits, labels)
+    hidden_grad = numpy.relu_grad(numpy.matmul(logits_grad, mlp.layers[1][0].T), hidden)
+    return Step(x, hidden, logits, labels, logits_grad, hidden_grad, mlp.layers)
+
+
+def in_float64(value: Any) -> Any:
+    """The same values in float64; other things as they are."""
+    if isinstance(value, list | tuple):
+        return [in_float64(item) for item in value]
+    return value.astype(np.float64) if getattr(value, "dtype", None) == np.float32 else value
+
+
+def draw(found: Found, small_print: str, file: Path) -> None:
+    """The rate of each kernel on each backend, zeros counted as work."""
+    names = ordered({name for comparison in found.per_image.values() for name in comparison.seconds})
+    height = 0.8 / len(names)
+    labels: list[tuple[float, str]] = []
+    with figure_file(file, figsize=(8, 1.6 + 0.16 * len(names) * len(found.per_image))) as figure:
+        axes = figure.subplots()
+        for row, (kernel, comparison) in enumerate(found.per_image.items()):
+            for order, name in enumerate(names):
+                if name not in comparison:
+                    continue
+                times, y = comparison.rounds[name], row + (order - (len(names) - 1) / 2) * height
+                low, rate, high = (
+                    found.flop[kernel] / seconds / 1e9 for seconds in (times.high, times.median, times.low)
+                )
+                axes.barh(y, rate, height, color=colour(name), label=short_name(name) if row == 0 else None)
+                axes.plot([low, high], [y, y], color="black", linewidth=1)
+                labels.append((y, short(rate)))
+        axes.set(xscale="log", xlabel="GFLOP/s of the dense form: zeros are counted as work (log scale)")
+        axes.set(yticks=range(len(found.per_image)), ylim=(len(found.per_image) - 0.4, -0.6))
+        axes.set_yticklabels(found.per_image)
+        plain_ticks(axes.xaxis)
+        right = axes.secondary_yaxis("right")
+        right.set_yticks([y for y, _ in labels], [text for _, text in labels], fontsize=6.5)
+        right.tick_params(length=0)
+        right.spines["right"].set_visible(False)
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", ncols=4, frameon=False, fontsize=8)
+        title(
+            figure, "Each kernel on one thread; a rate above the peak comes from zeros that are left out, but counted"
+        )
+        print_small(figure, small_print)

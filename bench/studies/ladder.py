@@ -1,0 +1,195 @@
+"""Study: each step of the ladder beside OpenBLAS, interleaved, on one thread and on all."""
+
+import ast
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.progress import track
+from threadpoolctl import threadpool_limits
+
+from bench.measure.interleave import interleave
+from bench.measure.records import Comparison
+from bench.publish.style import plain_ticks, right_labels, short
+from bench.studies.roofline import peak
+from kernels import matmul_ladder, naive_backend, numba_backend, simd
+from kernels.matmul_ladder import STEPS, in_threads, operands
+from kernels.sparse_backend import aligned_empty
+from model.data import Dataset
+from model.extras.figure import OTHER_COLOURS, figure_file, print_small, title
+from model.threads import available_cores
+
+SHAPES = {"MLP": (12_000, 784, 128), "1024³": (1024, 1024, 1024)}
+QUICK_ROWS = {"MLP": 2048, "1024³": 512}
+BLAS = "OpenBLAS"
+
+
+@dataclass(frozen=True)
+class Climb:
+    """The steps at one product on so many threads."""
+
+    product: str
+    threads: int
+    seconds_per_gflop: Comparison
+    """Of each step and of OpenBLAS. Slow steps compute a part of the rows."""
+    peak_gflop_per_second: float
+    """Of the multiply-add units on as many threads: the bound."""
+
+    @property
+    def steps(self) -> list[str]:
+        """Names, from the first step to the last."""
+        return [name for name in self.seconds_per_gflop.seconds if name != BLAS]
+
+    def rate(self, step: str) -> float:
+        """GFLOP/s."""
+        return 1 / self.seconds_per_gflop.median(step)
+
+    def percent_of_blas(self, step: str) -> float:
+        """Its speed relative to OpenBLAS's."""
+        return 100 / self.seconds_per_gflop.ratio(step, BLAS).ratio
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the study found."""
+
+    climbs: list[Climb]
+    lines: dict[str, int]
+    """Of code, by step."""
+    kind: Literal["ladder"] = "ladder"
+
+    def climb(self, product: str, threads: int) -> Climb:
+        """The steps at `product` on so many threads."""
+        return next(climb for climb in self.climbs if (climb.product, climb.threads) == (product, threads))
+
+
+def measure(dataset: Dataset, quick: bool) -> Found:
+    """All steps at both products."""
+    places = [(product, threads) for product in SHAPES for threads in sorted({1, available_cores()})]
+    climbs = [climb(product, threads, quick) for product, threads in track(places, "ladder", transient=True)]
+    return Found(climbs, {step: lines_of_code(step) for step in STEPS})
+
+
+def climb(product: str, threads: int, quick: bool) -> Climb:
+    """The steps at one product. Operands begin at a cache line: where they lie across two is otherwise left to chance."""
+    m, k, n = SHAPES[product]
+    rng = np.random.default_rng(0)
+    a, b = (aligned(rng.standard_normal(shape, np.float32)) for shape in ((m, k), (k, n)))
+    a = a[: QUICK_ROWS[product]] if quick else a
+    expected = a @ b
+    run_peak, peak_flop = peak(threads)
+    runs: dict[str, tuple[Callable[[], Any], int]] = {"peak": (run_peak, peak_flop)}
+    runs[BLAS] = partial(np.matmul, a, b, np.empty_like(expected)), 2 * len(a) * b.size
+    for step in STEPS:
+        if (step == "threads") if threads == 1 else (step == "loops"):
+            continue  # the last step has threads of its own, and of Python loops only one runs at a time
+        arguments = operands(step, a, b)
+        rows = len(arguments[0])
+        on_all = threads > 1 and step != "threads"
+        run = partial(in_threads, STEPS[step], *arguments, threads) if on_all else partial(STEPS[step], *arguments)
+        run()
+        tolerance = 10 * len(b) * float(np.finfo(np.float32).eps)
+        np.testing.assert_allclose(arguments[2], expected[:rows], rtol=0, atol=tolerance)
+        runs[step] = run, 2 * rows * b.size
+    with threadpool_limits(threads, user_api="blas"):
+        seconds = interleave({name: run for name, (run, _) in runs.items()}, 2 if quick else 9)
+    per_gflop = {name: 1e9 * seconds[name] / flop for name, (_, flop) in runs.items()}
+    best = float(1 / per_gflop.pop("peak").min())  # a bound
+    return Climb(product, threads, Comparison.of("10⁹ operations", per_gflop), best)
+
+
+def aligned(values: NDArray) -> NDArray:
+    """The same from a cache line's start."""
+    out = aligned_empty(*values.shape, values.dtype.type(0))
+    out[:] = values
+    return out
+
+
+def draw(found: Found, small_print: str, file: Path) -> None:
+    """The rate of each step on one and on all threads, OpenBLAS's, and the peak."""
+    products = list(dict.fromkeys(climb.product for climb in found.climbs))
+    looks = {False: (OTHER_COLOURS[1], "o", "1 thread"), True: (OTHER_COLOURS[0], "D", "all threads")}
+    steps = list(found.lines)
+    with figure_file(file, figsize=(8, 4.6)) as figure:
+        panels = figure.subplots(1, len(products), sharex=True, sharey=True, squeeze=False)[0]
+        for climb in found.climbs:
+            axes = panels[products.index(climb.product)]
+            shade, marker, words = looks[climb.threads > 1]
+            times = climb.seconds_per_gflop.rounds
+            for step in climb.steps:
+                row = steps.index(step)
+                axes.plot([1 / times[step].high, 1 / times[step].low], [row, row], color="black", linewidth=1, zorder=6)
+                axes.plot(climb.rate(step), row, marker, color=shade, markersize=5, zorder=4)
+            axes.plot([], [], marker, color=shade, label=f"step, {words}")
+            axes.axvline(climb.rate(BLAS), color=shade, linestyle="--", linewidth=1, label=f"OpenBLAS, {words}")
+            axes.axvline(climb.peak_gflop_per_second, color=shade, linewidth=1, label=f"peak, {words}")
+        for axes, product in zip(panels, products):
+            here = [climb for climb in found.climbs if climb.product == product]
+            rates = {step: [climb.rate(step) for climb in here if step in climb.steps] for step in steps}
+            axes.set(xscale="log", xlabel=f"GFLOP/s at {product} (log scale)")
+            axes.set(yticks=range(len(steps)), ylim=(len(steps) - 0.5, -0.5), yticklabels=steps)
+            plain_ticks(axes.xaxis)
+            right_labels(axes, [" / ".join(map(short, rates[step])) for step in steps], fontsize=7)
+        panels[0].legend(loc="lower left", frameon=False, fontsize=7)
+        title(figure, _title(found))
+        print_small(figure, f"At the right: GFLOP/s on one thread / on all. {small_print}")
+
+
+def _title(found: Found) -> str:
+    alone = [climb for climb in found.climbs if climb.threads == 1]
+    shares = [f"{climb.percent_of_blas(climb.steps[-1]):.0f} % at {climb.product}" for climb in alone]
+    return f"Last step on one thread, of OpenBLAS's speed: {', '.join(shares)}"
+
+
+# Lines of code -----------------------------------------------------------------------------------------------------
+
+Place = tuple[str, str]
+
+
+def lines_of_code(step: str) -> int:
+    """Lines of all that a step is made of in kernels/, without comments, docstrings and blank lines."""
+    code = {place: ast.unparse(node) for place, node in _reached((matmul_ladder.__name__, step), {}).items()}
+    return sum(bool(line.strip()) for text in code.values() for line in text.splitlines())
+
+
+def _reached(place: Place, seen: dict[Place, ast.AST]) -> dict[Place, ast.AST]:
+    """What is defined at `place`, and what it names, and so on. Decorators do not count: they are the compiler."""
+    found = _definitions().get(place)
+    if isinstance(found, tuple):
+        _reached(found, seen)
+    elif found and place not in seen:
+        seen[place] = found
+        for part in getattr(found, "body", [found]):
+            for node in ast.walk(part):
+                if isinstance(node, ast.Name):
+                    _reached((place[0], node.id), seen)
+                elif isinstance(node, ast.Attribute):
+                    _reached((simd.__name__, node.attr), seen)  # its classes' methods are all that is called this way
+    return seen
+
+
+@functools.cache
+def _definitions() -> dict[Place, ast.AST | Place]:
+    """Functions, methods and constants by module and name; where imported names come from."""
+    found: dict[Place, ast.AST | Place] = {}
+    for module in (matmul_ladder, naive_backend, numba_backend, simd):
+        for node in ast.walk(ast.parse(inspect.getsource(module))):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
+                node.body = node.body[1:]
+            if isinstance(node, ast.Module | ast.ClassDef):
+                for statement in node.body:
+                    if isinstance(statement, ast.FunctionDef):
+                        name = node.name if statement.name == "__init__" else statement.name  # type: ignore[union-attr]
+                        found[module.__name__, name] = statement
+                    elif isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
+                        found[module.__name__, statement.targets[0].id] = statement
+                    elif isinstance(statement, ast.ImportFrom):
+                        for alias in statement.names:
+                            found[module.__name__, alias.asname or alias.name] = (str(statement.module), alias.name)
+    return found
