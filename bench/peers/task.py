@@ -74,11 +74,11 @@ class Learner(Competitor):
         """Share of its own images that are classified correctly."""
 
 
-def package(name: str) -> ModuleType:
+def package(name: str, how: str = "make bench-peers installs it") -> ModuleType:
     # torch warns of its own deprecated parts, and that its sparse tensors are new.
     warnings.filterwarnings("ignore", module="torch")
     warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise UnavailableError(f"{name} is not installed: make bench-peers installs it") from error
+        raise UnavailableError(f"{name} is not installed: {how}") from error
