@@ -1,7 +1,7 @@
 # Everything runs in .venv, made on first use from constraints.txt. Another interpreter: make PYTHON=python3.12 test
 PYTHON ?= python3
 BIN := .venv/bin
-RESULTS ?= bench/results/results.json
+RESULTS ?= bench/output
 READY := .venv/ready
 
 .PHONY: help bench bench-peers test test-oldest test-newest plots results lint constraints clean
@@ -18,7 +18,7 @@ bench-peers: .venv/peers  ## Measure PyTorch, JAX and scikit-learn beside ours: 
 test: $(READY)  ## Run all tests (set MNIST_DIR to include those on MNIST)
 	$(BIN)/python -m pytest tests/ $(ARGS)
 
-plots: $(READY)  ## Draw the plots of a results file (make plots RESULTS=file.json) into bench/output/
+plots: $(READY)  ## Draw the plots and report of a folder of results (make plots RESULTS=folder) into bench/output/
 	$(BIN)/python -m bench draw $(RESULTS)
 
 test-oldest: RESOLUTION := lowest-direct  ## Run the quick tests with the oldest dependencies that pyproject.toml allows
@@ -29,16 +29,11 @@ test-oldest test-newest:
 	.venv-$@/bin/uv pip install --quiet --python .venv-$@ --resolution $(RESOLUTION) --editable '.[test]'
 	.venv-$@/bin/python -m pytest tests/ -m "not slow" $(ARGS)
 
-results: .venv/peers  ## Measure and draw everything in bench/results/ and the README again (needs MNIST; half an hour)
-	$(BIN)/python -m pytest bench/ --benchmark-only --dataset mnist --output bench/results
-	$(BIN)/python -m bench run --dataset mnist --output bench/results
-	for run in 2 3; do \
-	    $(BIN)/python -m bench run head_to_head time_to_accuracy products --dataset mnist --output bench/output/$$run \
-	        || exit 1; \
-	done
-	$(BIN)/python -m bench repeats bench/output/[23]/results.json --output bench/results
-	$(BIN)/python -m bench draw bench/results/results.json --output bench/results
-	$(BIN)/python -m bench.tables
+results: .venv/peers  ## Measure all in three runs into bench/results/MACHINE/, ready to be sent in (needs MNIST; half an hour)
+	$(BIN)/python -m bench results $(ARGS)
+
+publish: $(READY)  ## Make the figures and the READMEs' tables from all folders in bench/results/
+	$(BIN)/python -m bench.publish.tables
 
 lint: $(READY)  ## Check style and types
 	$(BIN)/ruff check

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from bench.measure.machine import busy_now, machine, slug, under_conditions
-from bench.measure.records import Machine, RecordError, Run, Section, read, write
+from bench.measure.records import Machine, RecordError, Section, read, write
 from bench.publish.folder import MACHINE, RUN, existing_run, read_folder, save
 from bench.publish.report import write_report
 from bench.studies import STUDIES, study
@@ -23,8 +23,19 @@ out = Console(markup=False, highlight=False, soft_wrap=True)
 Output = Annotated[Path, typer.Option(help="Folder for the results and plots.")]
 DEFAULT = Path("bench/output")
 
-ONCE = ("kernels", "memory", "ablation", "density", "scaling", "break_even", "workers", "reproduction")
-"""Studies that `results` makes in the first run only: no claim rests on their spread."""
+ONCE = (
+    "kernels",
+    "roofline",
+    "time_to_accuracy",
+    "memory",
+    "ablation",
+    "density",
+    "scaling",
+    "break_even",
+    "workers",
+    "reproduction",
+)
+"""Studies that `results` makes in the first run only: deterministic, or minutes each."""
 
 
 def chosen(names: list[str] | None) -> list[str]:
@@ -37,9 +48,7 @@ def chosen(names: list[str] | None) -> list[str]:
 @app.command()
 def run(
     names: Annotated[list[str] | None, typer.Argument(help=f"{', '.join(STUDIES)} [default: all]")] = None,
-    quick: Annotated[
-        bool, typer.Option(help="Fewer images and rounds, only to try it: into the folder quick.")
-    ] = False,
+    quick: Annotated[bool, typer.Option(help="Only to try it: little work, into the folder quick.")] = False,
     dataset: Annotated[str, typer.Option(help="mnist, digits28 or auto.")] = "auto",
     output: Output = DEFAULT,
     report: Annotated[bool, typer.Option(help="Draw the figures and write the report.")] = True,
@@ -55,7 +64,7 @@ def run(
         failed = []
         measure_into(folder, wanted[0], dataset, quick)
     if report and (folder / RUN).exists():
-        show(folder, folder, {name: "it failed; see above" for name in failed})
+        show(folder, folder, dict.fromkeys(failed, "it failed; see above"))
     if failed:
         out.print(f"failed: {', '.join(failed)}")
         raise typer.Exit(1)
@@ -90,9 +99,7 @@ def with_rates(here: Machine, sections: dict[str, Section]) -> Machine:
 def results(
     runs: Annotated[int, typer.Option(min=1, help="How many runs; claims need all to agree.")] = 3,
     dataset: Annotated[str, typer.Option(help="mnist, digits28 or auto.")] = "mnist",
-    output: Annotated[
-        Path | None, typer.Option(help="Folder [default: bench/results/ and the machine's name].")
-    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder [default: bench/results/MACHINE].")] = None,
     quick: Annotated[bool, typer.Option(help="Only to try it.")] = False,
 ) -> None:
     """Measure everything on this machine and write a folder of results that can be published."""
@@ -122,7 +129,9 @@ def results(
         same_day = len(list(folder.glob(f"run-{date}-*.json")))
         write(folder / f"run-{date}-{same_day + 1}.json", dataclasses.replace(found, skipped=skipped))
         write(folder / MACHINE, read(Machine, measured / MACHINE) if number == 0 else read(Machine, folder / MACHINE))
-    show(folder, folder, failures)
+    DEFAULT.mkdir(parents=True, exist_ok=True)
+    out.print(f"to publish: python -m bench.publish.tables, and commit {folder}")
+    show(folder, DEFAULT, failures)
     if failures:
         raise typer.Exit(1)
 
@@ -141,7 +150,7 @@ def show(folder: Path, output: Path, missing: dict[str, str]) -> None:
     """Figures and the report, which is named last."""
     file = write_report(read_folder(folder), output, out.print, missing)
     for figure in sorted(output.glob("*.png")):
-        out.print(figure)
+        out.print(str(figure))
     out.print(f"report: {file}")
 
 

@@ -1,4 +1,4 @@
-"""Options and data of the benchmarks. What is recorded is interleaved by the studies; the table is pytest-benchmark's."""
+"""Options and data of the benchmarks. The studies interleave what is recorded; the table is pytest-benchmark's."""
 
 import os
 from pathlib import Path
@@ -91,6 +91,7 @@ def ladder(request, dataset, quick):
     record(request, "ladder", dataset, quick)
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter, exitstatus, config):
     """Write what was recorded, draw it, and name the report last. What goes wrong here costs a line, not the table."""
     stash = config.stash[SECTIONS]
@@ -105,11 +106,7 @@ def pytest_terminal_summary(terminalreporter, exitstatus, config):
 
     all_backends = "epochs" in sections and set(backend_names()) <= set(sections["epochs"].found.epochs.seconds)
     complete = exitstatus == 0 and all_backends and len(sections) == len(RECORDED) and "deselected" not in stash
-    folder = (
-        config.option.output / ("quick" if config.option.quick else "")
-        if complete
-        else config.option.output / "partial"
-    )
+    folder = config.option.output / (("quick" if config.option.quick else "") if complete else "partial")
     missing = {name: "it was not selected, or the run ended before it" for name in RECORDED if name not in sections}
     try:
         run = existing_run(folder) if complete else Run()

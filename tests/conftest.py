@@ -8,6 +8,11 @@ import pytest
 from model.data import Dataset, load_digits28, load_mnist
 
 
+def pytest_configure(config):
+    """In our tests, and not in users' benchmarks, a warning is an error."""
+    config.addinivalue_line("filterwarnings", "error")
+
+
 @pytest.fixture(scope="session")
 def mnist():
     """MNIST; skips where MNIST_DIR is not set, fails if REQUIRE_MNIST is."""

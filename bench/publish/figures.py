@@ -1,6 +1,7 @@
 """Every figure that a folder of results has data for. One that cannot be drawn costs a line, never the others."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from bench.publish import claims
@@ -27,5 +28,5 @@ def draw_all(folder: Folder, output: Path, say: Callable[[str], None]) -> dict[s
         section = folder.section(name)
         if section and hasattr(study(name), "draw"):
             origin = small_print(section.conditions, folder.machine)
-            attempt(name, lambda file, n=name, s=section, o=origin: study(n).draw(s.found, o, file))  # type: ignore[misc]
+            attempt(name, partial(study(name).draw, section.found, origin))
     return drawn

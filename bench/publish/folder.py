@@ -18,8 +18,8 @@ class Folder:
     runs: list[Run]
 
     def section(self, study: str) -> Section | None:
-        """What a study found last; None where no run has it."""
-        return next((run.sections[study] for run in reversed(self.runs) if study in run.sections), None)
+        """What a study found, in the first run that has it, beside most others; None where none has."""
+        return next((run.sections[study] for run in self.runs if study in run.sections), None)
 
     def found(self, study: str) -> Any:
         """The record of :meth:`section`, or None."""

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from bench.measure.machine import cpu_words, kernels_changed
-from bench.measure.records import Comparison
+from bench.measure.records import Comparison, Rounds
 from bench.publish.claims import CLAIMS, cell, two_digits
 from bench.publish.figures import draw_all
 from bench.publish.folder import Folder
@@ -96,6 +96,7 @@ def write_report(folder: Folder, output: Path, say: Callable[[str], None], missi
     warnings = [f"{name}: {section.conditions.busy}." for name, section in sections if section.conditions.busy]
     if any(section.conditions.quick for _, section in sections):
         warnings.insert(0, "A quick run, on few images and rounds: only to see that everything works.")
+    tables = [_claims(folder), *_timings(folder), _conditions(folder), _skipped(folder, missing)]
     environment = Environment(loader=PackageLoader("bench.publish", "."), autoescape=True, undefined=StrictUndefined)
     html = environment.get_template("report.html.jinja").render(
         machine=folder.machine,
@@ -104,11 +105,7 @@ def write_report(folder: Folder, output: Path, say: Callable[[str], None], missi
         commits=", ".join(folder.commits),
         kernels_changed=kernels_changed(folder.commits[-1]) if folder.commits else "",
         warnings=warnings,
-        tables=[
-            table
-            for table in (_claims(folder), *_timings(folder), _conditions(folder), _skipped(folder, missing))
-            if table.rows
-        ],
+        tables=[table for table in tables if table.rows],
         figures=[
             {
                 "name": name,
@@ -128,7 +125,7 @@ def _claims(folder: Folder) -> TableOf:
     for claim in CLAIMS:
         if found := cell(claim, folder):
             span = dict.fromkeys((two_digits(found.low), two_digits(found.high)))
-            interval = found.ratios[-1].interval
+            interval = found.ratios[0].interval
             rows.append(
                 [
                     claim.competitor,
@@ -140,15 +137,7 @@ def _claims(folder: Folder) -> TableOf:
                     found.verdict,
                 ]
             )
-    columns = [
-        "time of",
-        "relative to",
-        "in",
-        "ratio, all runs",
-        "95 % interval, last run",
-        "seconds of the base",
-        "verdict",
-    ]
+    columns = ["time of", "relative to", "in", "ratio, all runs", "95 % interval, 1st run", "base (s)", "verdict"]
     text = "Ratios of median times of interleaved rounds. A verdict needs all runs to agree."
     return TableOf("Claims", text, columns, rows)
 
@@ -165,15 +154,10 @@ def _timings(folder: Folder) -> list[TableOf]:
         comparisons.append((f"Seconds to {found.target:.2%} test accuracy", found.times))
     for title, comparison in comparisons:
         rows = [
-            [
-                name,
-                f"{times.median:.4g}",
-                f"{times.low:.4g} to {times.high:.4g}" if times.interval else "",
-                str(len(times.seconds)),
-            ]
+            [name, f"{times.median:.4g}", _span(times), str(len(times.seconds))]
             for name, times in comparison.rounds.items()
         ]
-        tables.append(TableOf(title, "Medians of the last run.", ["", "seconds", "95 % interval", "rounds"], rows))
+        tables.append(TableOf(title, "Medians of the first run.", ["", "seconds", "95 % interval", "rounds"], rows))
     if found := folder.found("kernels"):
         rows = [
             [kernel, name, f"{1e6 * times.median:.4g}", short(found.flop[kernel] / times.median / 1e9)]
@@ -183,6 +167,10 @@ def _timings(folder: Folder) -> list[TableOf]:
         columns = ["kernel", "backend", "µs per image", "GFLOP/s, zeros counted"]
         tables.append(TableOf("Kernels", "On one thread.", columns, rows))
     return tables
+
+
+def _span(times: Rounds) -> str:
+    return f"{times.low:.4g} to {times.high:.4g}" if times.interval else ""
 
 
 def _conditions(folder: Folder) -> TableOf:

@@ -1,11 +1,13 @@
-"""Tables and numbers of the READMEs, from the published results: ``python -m bench.publish.tables`` renews them."""
+"""Tables and numbers of the READMEs, from the published results: ``python -m bench.publish.tables`` renews them.
+
+Claims come from every machine; other tables from the one on which most was measured.
+"""
 
 import functools
 import io
 import json
 import math
 import re
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,13 @@ from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 
-from bench import REPEATS, RESULTS
-from bench.measure.interleave import Ratio, verdict
-from bench.publish.figures import Results, load
-from bench.publish.style import ordered, short
+from bench.publish.claims import BY_KEY, CLAIMS, cell, cell_text, cells, draw, sentence, where
+from bench.publish.figures import draw_all
+from bench.publish.folder import Folder, read_all
+from bench.publish.style import ordered, short, small_print
 from bench.studies.break_even import break_even
-from bench.studies.head_to_head import BIG_PRODUCTS, against_fastest_framework
+from bench.studies.epochs import BIG_PRODUCTS
+from bench.studies.ladder import BLAS
 from bench.studies.workers import FEW, MEMORY_LIMIT, PROCESS, calculation
 from model.published import comparison_table, full_batch_histories, history
 
@@ -28,10 +31,14 @@ PUBLISHED_RESULTS = ROOT / "bench" / "results"
 DOCUMENTS = ("README.md", "kernels/README.md", "bench/README.md")
 
 
-def refresh(text: str, results: Path) -> str:
-    """`text` with all between ``<!-- name -->`` and ``<!-- /name -->`` made anew from the folder `results`.
+class MissingError(Exception):
+    """No published machine has what a table or number is made of."""
 
-    Tables have lines of their own; numbers stand within a sentence.
+
+def refresh(text: str, results: Path) -> str:
+    """`text` with all between ``<!-- name -->`` and ``<!-- /name -->`` made anew from the folders in `results`.
+
+    Tables have lines of their own; numbers stand within a sentence. One that no machine has data for stays as it is.
 
     Raises
     ------
@@ -41,148 +48,178 @@ def refresh(text: str, results: Path) -> str:
 
     def fill(match: re.Match) -> str:
         name, line = match["name"], match["line"]
-        return f"<!-- {name} -->{line}{(TABLES if line else NUMBERS)[name](results)}{line}<!-- /{name} -->"
+        make = (TABLES if line else NUMBERS)[name]
+        try:
+            return f"<!-- {name} -->{line}{make(results)}{line}<!-- /{name} -->"
+        except MissingError:
+            return match[0]
 
     return re.sub(r"<!-- (?P<name>[\w-]+) -->(?P<line>\n?).*?<!-- /(?P=name) -->", fill, text, flags=re.DOTALL)
 
 
 @functools.cache
-def read(results: Path) -> Results:
-    """What was measured, from the folder `results`."""
-    return load(results / RESULTS)
+def folders(results: Path) -> list[Folder]:
+    """Every machine."""
+    return read_all(results)
+
+
+def main_folder(results: Path) -> Folder:
+    """The machine on which most was measured; of several, the one measured last."""
+
+    def rank(folder: Folder) -> tuple[int, str]:
+        dates = [section.conditions.date for run in folder.runs for section in run.sections.values()]
+        return len(folder.studies), max(dates, default="")
+
+    return max(folders(results), key=rank)
+
+
+def found_in(results: Path, study: str) -> Any:
+    """What a study found on the main machine."""
+    found = main_folder(results).found(study)
+    if found is None:
+        raise MissingError(study)
+    return found
+
+
+def origin(results: Path, study: str) -> str:
+    """The small print of a study on the main machine."""
+    folder = main_folder(results)
+    section = folder.section(study)
+    return small_print(section.conditions, folder.machine) if section else ""
+
+
+def claim_table(results: Path) -> str:
+    """Claims by machine."""
+    every = folders(results)
+    columns = [f"{folder.machine.name}, at {', '.join(folder.commits)}" for folder in every]
+    table = Table("time of / relative to", *columns, "holds on", box=MARKDOWN)
+    for claim in CLAIMS:
+        found = cells(claim, every)
+        if found:
+            holding = sum(each.holds for each in found.values())
+            texts = [cell_text(cell(claim, folder), claim.base) for folder in every]
+            name = f"{claim.competitor} / {claim.base}, {claim.what}"
+            table.add_row(name, *texts, f"{holding} of {len(found)}")
+    return (
+        f"{_markdown(table)}\n\nThe smallest and largest ratio of the runs × the base's seconds. "
+        "✓ all runs agree that it takes less time, ✗ more; ≈ they disagree, or cannot tell. "
+        "Ladder: seconds for 10⁹ operations."
+    )
 
 
 def speed_table(results: Path) -> str:
-    """Seconds per epoch of each backend, relative to NumPy and to the dense floor."""
-    measured = read(results)
-    floor, numpy = measured.dense_floor, measured.epochs["numpy"].seconds
-    table = Table("backend", "seconds per epoch", "95 % interval", "× numpy's speed", "× dense floor", box=MARKDOWN)
-    for name in ordered(measured.epochs):
-        epoch = measured.epochs[name]
-        interval = "extrapolated" if epoch.info["extrapolated_to"] else f"{epoch.low:.3f} to {epoch.high:.3f}"
-        table.add_row(
-            f"`{name}`",
-            f"{epoch.seconds:,.3f}" if epoch.seconds < 1 else f"{epoch.seconds:,.0f}",
-            interval,
-            short(numpy / epoch.seconds),
-            f"{epoch.seconds / floor:,.2f}" if epoch.seconds < 10 * floor else short(epoch.seconds / floor),
-        )
-    return f"{_markdown(table)}\n\n{measured.small_print}"
+    """Seconds per epoch of each backend, interleaved, relative to NumPy and to the big products."""
+    found = found_in(results, "epochs")
+    table = Table("backend", "seconds per epoch", "95 % interval", "× numpy", "× big products", box=MARKDOWN)
+    for name in ordered(name for name in found.epochs.seconds if name != BIG_PRODUCTS):
+        times = found.epochs.rounds[name]
+        scaled = f"scaled up from {found.extrapolated[name]} images" if name in found.extrapolated else ""
+        relative = [short(found.epochs.ratio(name, base).ratio) for base in ("numpy", BIG_PRODUCTS)]
+        table.add_row(f"`{name}`", short(times.median), scaled or f"{times.low:.3f} to {times.high:.3f}", *relative)
+    return f"{_markdown(table)}\n\n{origin(results, 'epochs')}"
 
 
 def accuracy_table(results: Path) -> str:
     """The published accuracies beside ours, and pure Python's after its mini-batches."""
-    found = read(results).found["reproduction"]
+    found = found_in(results, "reproduction").reproduced
+    table = _markdown(comparison_table(full_batch_histories(found), found["dataset"], MARKDOWN))
+    if "naive" not in found["runs"]:
+        return table
     (naive,) = history(found["runs"]["naive"]).epochs
-    return (
-        f"{_markdown(comparison_table(full_batch_histories(found), found['dataset'], MARKDOWN))}\n\n"
-        f"`naive`, in mini-batches: {naive.test_accuracy:.2%} test accuracy after {naive.seconds:.0f} s of pure Python."
-    )
+    words = f"{naive.test_accuracy:.2%} test accuracy after {naive.seconds:.0f} s of pure Python."
+    return f"{table}\n\n`naive`, in mini-batches: {words}"
 
 
 def ladder_table(results: Path) -> str:
-    """GFLOP/s of each step of the ladder and percent of BLAS's, on one and on all threads, and lines of code."""
-    measured = read(results)
-    runs = [(product, threads) for product in measured.ladders for threads in sorted(measured.multiply_adds)]
+    """GFLOP/s of each step of the ladder and percent of BLAS's, the range over the runs, and lines of code."""
+    runs = main_folder(results).every("ladder")
+    if not runs:
+        raise MissingError("ladder")
+    last = runs[-1]
     table = Table("step", "lines", box=MARKDOWN)
-    for product, threads in runs:
-        table.add_column(f"{product}, {'1 thread' if threads == 1 else f'{threads} threads'}", justify="right")
-    for step in next(iter(measured.ladders.values())).steps:
-        rungs = [measured.ladders[product].rungs.get((step, threads)) for product, threads in runs]
-        lines = next(rung.timing.info["lines"] for rung in rungs if rung)
-        cells = [f"{short(r.timing.gflop_per_second)} ({short(100 * r.of_blas)} %)" if r else "" for r in rungs]
-        table.add_row(f"`{step}`", str(lines), *cells)
-    table.add_row("OpenBLAS", "", *(short(measured.ladders[product].blas(threads)) for product, threads in runs))
-    table.add_row("peak", "", *(short(measured.multiply_adds[threads]) for _, threads in runs))
-    return f"{_markdown(table)}\n\n{measured.small_print}"
+    for climb in last.climbs:
+        threads = "1 thread" if climb.threads == 1 else f"{climb.threads} threads"
+        table.add_column(f"{climb.product}, {threads}", justify="right")
+    places = [[run.climb(climb.product, climb.threads) for run in runs] for climb in last.climbs]
+    for step in [*last.lines, BLAS]:
+        texts = []
+        for climbs in places:
+            rates = [climb.rate(step) for climb in climbs if step in climb.seconds_per_gflop]
+            percent = [climb.percent_of_blas(step) for climb in climbs if step in climb.steps]
+            texts.append(_range(rates) + (f" ({_range(percent)} %)" if percent else ""))
+        table.add_row(step if step == BLAS else f"`{step}`", str(last.lines.get(step, "")), *texts)
+    table.add_row("peak", "", *(_range([climb.peak_gflop_per_second for climb in climbs]) for climbs in places))
+    return f"{_markdown(table)}\n\n{origin(results, 'ladder')}"
+
+
+def _range(values: list[float]) -> str:
+    return " to ".join(dict.fromkeys((short(min(values)), short(max(values))))) if values else ""
 
 
 def competitor_table(results: Path) -> str:
-    """Seconds of a step, memory and compilation of every backend and peer, dense ones first, and who is missing."""
-    studies = read(results).found
-    found, memory = studies["head_to_head"], studies["memory"]
+    """Seconds of a step, memory and compilation of every backend and peer, and who is missing."""
+    found, memory = found_in(results, "head_to_head"), found_in(results, "memory")
     table = Table("", "form", "seconds per step", "95 % interval", "peak memory (MB)", "compilation (s)", box=MARKDOWN)
-    for form, competitors in found["seconds"].items():
-        for name, (median, low, high) in competitors.items():
-            peak = f"{memory['peak_bytes'][name] / 1e6:.0f}" if name in memory["peak_bytes"] else ""
-            seconds = found["compile_seconds"].get(name)
-            table.add_row(
-                name,
-                form,
-                f"{median:.3f}",
-                f"{low:.3f} to {high:.3f}",
-                peak or memory["skipped"].get(name, ""),
-                short(seconds) if seconds else "",
-            )
-    for name, reason in found["skipped"].items():
+    known = {name: form for form, names in found.forms.items() for name in names}
+    for name, times in found.steps.rounds.items():
+        peak = f"{memory.peak_bytes[name] / 1e6:.0f}" if name in memory.peak_bytes else memory.skipped.get(name, "")
+        seconds = found.compile_seconds.get(name)
+        interval = f"{times.low:.3f} to {times.high:.3f}" if times.interval else ""
+        form = known.get(name, "reference")
+        table.add_row(name, form, f"{times.median:.3f}", interval, peak, short(seconds) if seconds else "")
+    for name, reason in found.skipped.items():
         table.add_row(name, f"skipped: {reason}")
-    return _markdown(table)
-
-
-def published_ratios(found: dict[str, Any]) -> list[Ratio]:
-    """Ratios of steps, of times to an accuracy, and of products, from what the studies found."""
-    return [*found["head_to_head"]["ratios"], *found["time_to_accuracy"]["ratios"], *found["products"]]
-
-
-def ratio_table(results: Path) -> str:
-    """Ratios of times, competitors interleaved, and how they repeat."""
-    table = Table("what", "time of", "relative to", "ratio", "95 % interval", "", "all runs", box=MARKDOWN)
-    for row, repeated in zip(published_ratios(read(results).found), _repeated(results)):
-        interval = f"{row['low']:.2f} to {row['high']:.2f}"
-        runs = ", ".join(f"{ratio:.2f}" for ratio in repeated)
-        table.add_row(row["what"], row["competitor"], row["base"], f"{row['ratio']:.2f}", interval, verdict(row), runs)
-    return _markdown(table)
-
-
-def _repeated(results: Path) -> list[list[float]]:
-    """Each published ratio in every run of the studies."""
-
-    def key(row: Ratio) -> tuple[str, str, str]:
-        return row["what"], row["competitor"], row["base"]
-
-    runs = [{key(row): row["ratio"] for row in run} for run in json.loads((results / REPEATS).read_text())]
-    return [[row["ratio"], *(run[key(row)] for run in runs)] for row in published_ratios(read(results).found)]
-
-
-def _spreads(results: Path) -> list[float]:
-    """By how many percent the largest of a ratio's values is above the smallest, for each ratio, in order of size."""
-    return sorted(100 * (max(values) / min(values) - 1) for values in _repeated(results))
+    return f"{_markdown(table)}\n\n{origin(results, 'head_to_head')}"
 
 
 def ablation_table(results: Path) -> str:
     """Milliseconds of both products without each idea of the sparse backend."""
-    rows = read(results).found["ablation"]
+    found = found_in(results, "ablation")
     table = Table("variant", box=MARKDOWN)
     for column in ("forward", "backward", "both, relative to BLAS", "MB, both forms"):
         table.add_column(column, justify="right")
-    blas = rows[0]["forward"] + rows[0]["backward"]
-    for row in rows:
-        forward, backward = row["forward"], row["backward"]
+    seconds = {name: (found.forward.median(name), found.backward.median(name)) for name in found.megabytes}
+    blas = sum(next(iter(seconds.values())))
+    for name, (forward, backward) in seconds.items():
         times = short(1e3 * forward), short(1e3 * backward), f"{(forward + backward) / blas:.2f}"
-        table.add_row(row["variant"], *times, f"{row['megabytes']:.0f}")
+        table.add_row(name, *times, f"{found.megabytes[name]:.0f}")
     return _markdown(table)
 
 
 def distributed_table(results: Path) -> str:
     """Seconds per epoch in one process and on Dask workers, on the same cores."""
-    rows = read(results).found["workers"]["seconds"]
-    places = list(rows[0]["places"])
-    table = Table("backend", "images", *places, "2 workers relative to one process", box=MARKDOWN)
+    rows = found_in(results, "workers").epochs
+    places = list(rows[0].places.seconds)
+    table = Table("backend", "images", *places, f"{places[-1]} relative to {places[0]}", box=MARKDOWN)
     for column in table.columns[1:]:
         column.justify = "right"
     for row in rows:
-        medians = [row["places"][place]["median"] for place in places]
-        cells = (f"{row['places'][p]['low']:.3f} to {row['places'][p]['high']:.3f}" for p in places)
-        ratio = f"{medians[-1] / medians[0]:.2f}"
-        table.add_row(f"`{row['backend']}`", f"{row['images']:,}", *cells, ratio)
+        times = row.places.rounds
+        spans = {name: dict.fromkeys((f"{each.low:.3f}", f"{each.high:.3f}")) for name, each in times.items()}
+        texts = [" to ".join(spans[place]) for place in places]
+        ratio = f"{row.places.ratio(places[-1], places[0]).ratio:.2f}"
+        table.add_row(f"`{row.backend}`", f"{row.images:,}", *texts, ratio)
     return _markdown(table)
 
 
-TABLES = {
+def machine_table(results: Path) -> str:
+    """Each machine, and how often and when it was measured."""
+    table = Table("machine", "CPU", "runs", "days", "commit", "NumPy's BLAS", box=MARKDOWN)
+    for folder in folders(results):
+        sections = [section for run in folder.runs for section in run.sections.values()]
+        days = ", ".join(sorted({section.conditions.date[:10] for section in sections}))
+        here = folder.machine
+        cpu = f"{here.cpu}, {here.cores} threads"
+        table.add_row(here.name, cpu, str(len(folder.runs)), days, ", ".join(folder.commits), here.blas or "")
+    return _markdown(table)
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "claims": claim_table,
+    "machines": machine_table,
     "distributed": distributed_table,
     "speed": speed_table,
     "competitors": competitor_table,
-    "ratios": ratio_table,
     "accuracy": accuracy_table,
     "ladder": ladder_table,
     "ablation": ablation_table,
@@ -190,22 +227,24 @@ TABLES = {
 
 
 def _step_gain(product: str, step: str, base: str, base_product: str = "") -> Callable[[Path], str]:
-    """How many times as fast as another a step of the ladder is, on one thread."""
+    """How many times as fast as another a step of the ladder is, on one thread: the range of the runs."""
 
     def number(results: Path) -> str:
-        ladders = read(results).ladders
-        ours, theirs = ladders[product].rungs[step, 1], ladders[base_product or product].rungs[base, 1]
-        return short(ours.timing.gflop_per_second / theirs.timing.gflop_per_second)
+        runs = main_folder(results).every("ladder")
+        if not runs:
+            raise MissingError("ladder")
+        theirs = [run.climb(base_product or product, 1).rate(base) for run in runs]
+        return _range([run.climb(product, 1).rate(step) / rate for run, rate in zip(runs, theirs)])
 
     return number
 
 
 def _nanoseconds(results: Path) -> str:
-    return short(2 / read(results).ladders["MLP"].rungs["loops", 1].timing.gflop_per_second)
+    return short(2 / found_in(results, "ladder").climb("MLP", 1).rate("loops"))
 
 
 def _lines(results: Path, step: str) -> int:
-    return read(results).ladders["MLP"].rungs[step, 1].timing.info["lines"]
+    return found_in(results, "ladder").lines[step]
 
 
 def _compiled_naive_accuracy(results: Path) -> str:
@@ -214,52 +253,49 @@ def _compiled_naive_accuracy(results: Path) -> str:
 
 
 def _break_even(results: Path, start: str) -> str:
-    starts = read(results).found["break_even"]["starts"]
-    return f"{math.ceil(break_even(starts[start], starts['numpy']))}"
+    starts = found_in(results, "break_even").starts
+    epochs = break_even(starts[start], starts["numpy"])
+    return f"{math.ceil(epochs)}" if epochs < math.inf else "no number of"
 
 
-def _command(results: Path, key: str) -> str:
-    return short(read(results).found["break_even"]["command"][key])
-
-
-def _against_bound(results: Path) -> str:
-    rows = read(results).found["head_to_head"]["ratios"]
-    (ratio,) = (row["ratio"] for row in rows if (row["competitor"], row["base"]) == ("sparse", BIG_PRODUCTS))
-    return short(ratio)
-
-
-def _against_framework(results: Path, key: str) -> str:
-    found = against_fastest_framework(read(results).found["head_to_head"])
-    assert found, "the published results have frameworks in them"
-    return found["base"] if key == "base" else short(found["ratio"])
+def _command(results: Path, seconds: bool) -> str:
+    command = found_in(results, "break_even").command
+    return short(command.median("sparse") if seconds else command.ratio("sparse", "numpy").ratio)
 
 
 def _delay(results: Path) -> str:
-    few = next(row for row in read(results).found["workers"]["seconds"] if row["images"] == FEW)["places"]
-    return short(1e3 * (few["2 workers"]["median"] - few[PROCESS]["median"]))
+    few = next(row for row in found_in(results, "workers").epochs if row.images == FEW).places
+    return short(1e3 * (few.median("2 workers") - few.median(PROCESS)))
 
 
 def _megabytes_sent(results: Path) -> str:
-    return short(read(results).found["workers"]["bytes"]["2 workers"] / 2e6)
+    return short(found_in(results, "workers").bytes_sent["2 workers"] / 2e6)
 
 
 def _peak_megabytes(results: Path, limit: int | None) -> str:
-    (peak,) = (row["peak_bytes"] for row in read(results).found["workers"]["memory"] if row["limit"] == limit)
+    (peak,) = (row.peak_bytes for row in found_in(results, "workers").memory if row.limit == limit)
     return f"{peak / 1e6:,.0f}"
 
 
 def _calculated(results: Path, key: str, unit: float) -> str:
-    return short(calculation(read(results).found["workers"], 16, 1e9)[key] / unit)
+    return short(calculation(found_in(results, "workers"), 16, 1e9)[key] / unit)
 
 
 def _calculated_gigabytes(results: Path) -> str:
-    found = read(results).found
-    per_image = found["memory"]["peak_bytes"]["sparse"] / found["scaling"]["images"]
+    per_image = found_in(results, "memory").peak_bytes["sparse"] / 60_000
     return short(per_image * 1e9 / 16 / 1e9)
+
+
+def _ratio_range(results: Path, key: str) -> str:
+    found = cell(BY_KEY[key], main_folder(results))
+    if not found:
+        raise MissingError(key)
+    return _range([row.ratio for row in found.ratios])
 
 
 # Numbers within sentences.
 NUMBERS: dict[str, Callable[[Path], str]] = {
+    "machine": lambda results: main_folder(results).machine.name,
     "nanoseconds": _nanoseconds,
     "compiled-gain": _step_gain("MLP", "compiled", "loops"),
     "compiled-near-far": _step_gain("MLP", "compiled", "compiled", "1024³"),
@@ -281,24 +317,24 @@ NUMBERS: dict[str, Callable[[Path], str]] = {
     "calculated-sending": lambda results: _calculated(results, "sending", 1e-3),
     "calculated-hashing": lambda results: _calculated(results, "hashing", 60),
     "calculated-worth": lambda results: _calculated(results, "worth it", 1e6),
-    "runs": lambda results: f"{len(_repeated(results)[0])}",
-    "spread-median": lambda results: f"{statistics.median(_spreads(results)):.0f}",
-    "spread-largest": lambda results: f"{max(_spreads(results)):.0f}",
-    "sparse-bound": _against_bound,
-    "sparse-framework": lambda results: _against_framework(results, "ratio"),
-    "fastest-framework": lambda results: _against_framework(results, "base"),
-    "command-ratio": lambda results: _command(results, "ratio"),
-    "command-seconds": lambda results: _command(results, "seconds"),
+    "command-ratio": lambda results: _command(results, False),
+    "command-seconds": lambda results: _command(results, True),
+    # Claims in words, for every key: the whole sentence, where it holds, and the ratio on the main machine.
+    **{f"says-{key}": lambda results, key=key: sentence(BY_KEY[key], folders(results)) for key in BY_KEY},  # type: ignore[misc]
+    **{f"where-{key}": lambda results, key=key: where(BY_KEY[key], folders(results)) for key in BY_KEY},  # type: ignore[misc]
+    **{f"ratio-{key}": lambda results, key=key: _ratio_range(results, key) for key in BY_KEY},  # type: ignore[misc]
 }
 
 
 def _markdown(table: Table) -> str:
     table.title = None
-    console = Console(file=io.StringIO(), width=200)
+    console = Console(file=io.StringIO(), width=400)
     console.print(table)
     return "\n".join(line.rstrip() for line in console.file.getvalue().strip().splitlines())  # type: ignore[attr-defined]
 
 
 if __name__ == "__main__":
+    draw_all(main_folder(PUBLISHED_RESULTS), PUBLISHED_RESULTS, print)
+    draw(folders(PUBLISHED_RESULTS), PUBLISHED_RESULTS / "claims.png")
     for document in DOCUMENTS:
         (ROOT / document).write_text(refresh((ROOT / document).read_text(), PUBLISHED_RESULTS))

@@ -70,9 +70,9 @@ def measure(dataset: Dataset, quick: bool) -> Found:
         for start in ("numba", "sparse"):
             train(start, "--epochs", 1)  # fills the cache
         short = {start: partial(train, start, "--epochs", EPOCHS, "--eval-every", EPOCHS) for start in STARTS}
-        totals = interleave(short, 1 if quick else 5, warmup=0)
+        totals = interleave(short, 1 if quick else 3, warmup=0)
         long = {start: partial(train, start, *LONG) for start in ("numpy", "sparse")}
-        long_totals = interleave(long, 1 if quick else 3, warmup=0)
+        long_totals = interleave(long, 1, warmup=0)
     epochs = {start: float(np.median(seconds[start.removesuffix(FIRST_RUN)])) for start in STARTS}
     return Found(
         starts={start: Start(Rounds.of(totals[start]), epochs[start], EPOCHS) for start in STARTS},

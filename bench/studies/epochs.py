@@ -58,7 +58,7 @@ def measure(dataset: Dataset, quick: bool, names: Sequence[str] | None = None) -
             shards = Shards(run, backend, part.train_images, part.train_labels, mlp.dtype)
             steps[name] = partial(descend, mlp, shards, LEARNING_RATE)
         steps[BIG_PRODUCTS] = big_products(dataset, threads)
-        seconds = interleave(steps, 3 if quick else 15, rest=0.03)
+        seconds = interleave(steps, 3 if quick else 12, rest=0.03)
     scales = {name: whole / len(part.train_images) for name, part in parts.items()}
     return Found(
         epochs=Comparison.of("an epoch", {name: times * scales.get(name, 1) for name, times in seconds.items()}),
@@ -142,11 +142,11 @@ def short_name(name: str) -> str:
 def _title(found: Found, names: list[str]) -> str:
     base = "numpy" if "numpy" in names else names[0]
     others = [name for name in names if name != base]
-    what = f"A full-batch epoch of {found.images:,} images on {found.threads} threads"
+    what = f"An epoch of {found.images:,} images"
     if not others:
         return what
     words = []
     for name in others:
         ratio = found.epochs.ratio(name, base).ratio
         words.append(f"{short_name(name)} {ratio:.2f}" if ratio < 100 else f"{short_name(name)} {short(ratio)}")
-    return f"{what}, × the time of {short_name(base)}: {', '.join(words)}"
+    return f"{what}, × the time of {short_name(base)}:\n{', '.join(words)}"

@@ -148,8 +148,6 @@ def draw(found: Found, small_print: str, file: Path) -> None:
         right.set_yticks([y for y, _ in labels], [text for _, text in labels], fontsize=6.5)
         right.tick_params(length=0)
         right.spines["right"].set_visible(False)
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", ncols=4, frameon=False, fontsize=8)
-        title(
-            figure, "Each kernel on one thread; a rate above the peak comes from zeros that are left out, but counted"
-        )
+        axes.legend(loc="lower right", frameon=False, fontsize=8)
+        title(figure, "Each kernel on one thread, zeros counted as work")
         print_small(figure, small_print)

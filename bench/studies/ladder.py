@@ -77,7 +77,7 @@ def measure(dataset: Dataset, quick: bool) -> Found:
 
 
 def climb(product: str, threads: int, quick: bool) -> Climb:
-    """The steps at one product. Operands begin at a cache line: where they lie across two is otherwise left to chance."""
+    """The steps at one product. Operands begin at a cache line: else, alignment is left to chance."""
     m, k, n = SHAPES[product]
     rng = np.random.default_rng(0)
     a, b = (aligned(rng.standard_normal(shape, np.float32)) for shape in ((m, k), (k, n)))
@@ -98,7 +98,7 @@ def climb(product: str, threads: int, quick: bool) -> Climb:
         np.testing.assert_allclose(arguments[2], expected[:rows], rtol=0, atol=tolerance)
         runs[step] = run, 2 * rows * b.size
     with threadpool_limits(threads, user_api="blas"):
-        seconds = interleave({name: run for name, (run, _) in runs.items()}, 2 if quick else 9)
+        seconds = interleave({name: run for name, (run, _) in runs.items()}, 2 if quick else 6)
     per_gflop = {name: 1e9 * seconds[name] / flop for name, (_, flop) in runs.items()}
     best = float(1 / per_gflop.pop("peak").min())  # a bound
     return Climb(product, threads, Comparison.of("10⁹ operations", per_gflop), best)
@@ -106,7 +106,8 @@ def climb(product: str, threads: int, quick: bool) -> Climb:
 
 def aligned(values: NDArray) -> NDArray:
     """The same from a cache line's start."""
-    out = aligned_empty(*values.shape, values.dtype.type(0))
+    rows, columns = values.shape
+    out = aligned_empty(rows, columns, values.dtype.type(0))
     out[:] = values
     return out
 

@@ -29,7 +29,7 @@ def measure(dataset: Dataset, quick: bool) -> Found:
     backends = {name: get_backend(name) for name in backend_names()}
     if quick:
         backends = {name: backend for name, backend in backends.items() if not backend.too_slow_for_full_batches}
-    return Found(reproduce(backends, dataset, 2 if quick else 10, None, with_bar))
+    return Found(reproduce(backends, dataset, 2 if quick else 5, None, with_bar))
 
 
 @contextmanager

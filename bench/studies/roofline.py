@@ -41,7 +41,7 @@ CHAINS = 16 if simd.REGISTER_BYTES == 64 or platform.machine() in ("aarch64", "a
 PASSES = 5_000_000
 
 
-def _chains(advance: Callable[[Vectors, ir.IRBuilder, ir.Value, ir.Value, int], ir.Value]) -> Callable:
+def _chains(advance: Callable[..., ir.Value]) -> Callable:
     """An intrinsic that starts as many sums as there are chains and advances each, again and again."""
 
     def typed(typing_context, values, passes):

@@ -239,7 +239,9 @@ def naive_curves(dataset: Dataset, recipe: Recipe, run: Callable) -> list[Curve]
 
 def draw(found: Found, small_print: str, file: Path) -> None:
     """Accuracy against seconds, the median one of some runs and the ends of all these; below, seconds to the target."""
-    times = {**found.times.rounds, "naive": Rounds([curve[-1].seconds for curve in found.naive])}
+    times = dict(found.times.rounds)
+    if found.naive:
+        times["naive"] = Rounds([curve[-1].seconds for curve in found.naive])
     names = sorted(times, key=lambda name: -times[name].median)
     every_curve = {**found.curves, "naive": found.naive}
     target = 100 * found.target

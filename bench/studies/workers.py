@@ -123,7 +123,7 @@ def seconds(places: dict[str, Place], name: str, images: Dataset, quick: bool) -
     """Seconds per epoch in each place, in turn; all end with the same bits."""
     networks = {place: network(images) for place in places}
     steps = {place: step(places[place], name, images, networks[place]) for place in places}
-    found = interleave(steps, 2 if quick else 7)
+    found = interleave(steps, 2 if quick else 6)
     alike = {b"".join(parameter.tobytes() for parameter in mlp.parameters) for mlp in networks.values()}
     if len(alike) > 1:
         raise AssertionError(f"{name} on {len(images.train_images)} images: workers and one process differ")

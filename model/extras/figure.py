@@ -54,8 +54,8 @@ def colour(name: str) -> str:
 def figure_file(file: Path, **size: Any) -> Iterator[Figure]:
     """A new figure in the common look, written to `file` (PNG), whole, when the block ends well.
 
-    It looks the same whatever the user's matplotlibrc and MPLBACKEND say, and needs no GUI. Matplotlib's warnings, as of
-    characters that no font has, are of no use to who measures.
+    It looks the same whatever the user's matplotlibrc and MPLBACKEND say, and needs no GUI. Warnings, as of characters
+    that no font has, are silenced: they must not end a run.
     """
     with warnings.catch_warnings(), matplotlib.rc_context():
         warnings.simplefilter("ignore")

@@ -1,31 +1,21 @@
 """The studies: what they count, scale up and draw is right, whatever the clock says."""
 
-import json
 import math
-import re
-import shutil
-import subprocess
-import sys
 from contextlib import nullcontext
 
 import numpy as np
 import pytest
 
-from bench.__main__ import draw
 from bench.benchmarks.bench_epoch import FLOP_OF_PRODUCTS
+from bench.measure.records import Comparison, Rounds
 from bench.publish import style
-from bench.publish.figures import draw_benchmarks
-from bench.publish.tables import PUBLISHED_RESULTS
-from bench.studies import STUDIES, break_even, roofline, scaling, study, workers
-from kernels import get_backend
+from bench.studies import break_even, roofline, scaling, workers
+from kernels import get_backend, simd
 from model import published
 from model.data import limited, load_idx
-from model.extras import figure as look
 from model.mlp import MLP
 from model.threads import thread_pool
 from model.training import train
-
-RESULTS = PUBLISHED_RESULTS / "results.json"
 
 
 def test_shifted_copies_keep_their_labels_and_non_zeros(digits28):
@@ -43,7 +33,7 @@ def test_shifted_copies_keep_their_labels_and_non_zeros(digits28):
 
 
 def test_operations_are_those_of_the_epoch_benchmark():
-    found = {"images": 60_000, "pixels": 784}
+    found = scaling.Found({}, 60_000, 784, 2, [1, 2], {1: 1.0})
     assert scaling.flop(found, "batch size", 1) == 60_000 * FLOP_OF_PRODUCTS
     assert scaling.flop(found, "images", 120_000) == 120_000 * FLOP_OF_PRODUCTS
     assert scaling.flop(found, "hidden units", 64) == 60_000 * FLOP_OF_PRODUCTS / 2
@@ -68,7 +58,7 @@ def test_a_part_of_an_epoch_is_scaled_up(monkeypatch):
         now[0] += 1
 
     points = {("numpy", 8): scaling.Point(step, share=0.25, repeats=2)}
-    assert scaling.timed(points, 3) == {"numpy": [{"at": 8, "share": 0.25, "median": 4, "low": 4, "high": 4}]}
+    assert scaling.timed(points, 3) == {"numpy": [scaling.Measured([4, 4, 4], at=8, share=0.25)]}
 
 
 @pytest.mark.parametrize("name", ["numpy", "sparse"])
@@ -89,17 +79,36 @@ def test_operations_and_bytes_of_the_big_products(digits28, name):
 
 
 def test_readers_read_all():
-    run, size = roofline.reader("L2")
-    assert size % roofline.MEMORY["L2"] == 0
-    assert run() == 0
+    for level in ("L1", "L2"):
+        run, size = roofline.reader(level)
+        assert run.args[0].nbytes == pytest.approx(roofline.MEMORY[level], rel=0.1)
+        assert size == run.args[0].nbytes * run.args[2]
+        run()
+
+
+def test_every_value_is_added():
+    values = np.arange(2 * roofline.CHAINS * simd.REGISTER_BYTES // 4, dtype=np.float32)
+    lanes = simd.REGISTER_BYTES // 4
+    expected = values.reshape(-1, lanes).sum(axis=0) + sum(range(roofline.CHAINS))
+    roofline.add_up(values, 2, 1)
+    np.testing.assert_allclose(values[:lanes], expected, rtol=1e-6)  # a sum of 24 or 32 small integers
+
+
+def test_multiply_adds_are_done():
+    values = np.full(simd.REGISTER_BYTES // 4, 0.5, np.float32)
+    roofline.run_chains(values, 3)
+    assert set(values) == {sum(range(roofline.CHAINS)) + 3 * 0.25 * roofline.CHAINS}
 
 
 def test_break_even():
-    numpy = {"fixed": 1.0, "epoch": 0.2}
-    assert break_even.break_even({"fixed": 2.0, "epoch": 0.1}, numpy) == pytest.approx(10)
-    assert break_even.break_even({"fixed": 0.5, "epoch": 0.1}, numpy) == 0
-    assert break_even.break_even({"fixed": 0.5, "epoch": 0.3}, numpy) == 0
-    assert break_even.break_even({"fixed": 2.0, "epoch": 0.2}, numpy) == math.inf
+    def start(fixed, epoch):
+        return break_even.Start(Rounds([fixed + 5 * epoch]), epoch, 5)
+
+    numpy = start(1.0, 0.2)
+    assert break_even.break_even(start(2.0, 0.1), numpy) == pytest.approx(10)
+    assert break_even.break_even(start(0.5, 0.1), numpy) == 0
+    assert break_even.break_even(start(0.5, 0.3), numpy) == 0
+    assert break_even.break_even(start(2.0, 0.2), numpy) == math.inf
 
 
 def test_a_process_reports_its_epochs(tmp_path):
@@ -121,14 +130,10 @@ def test_what_more_workers_would_take(processes, threads):
     """On two threads a million images take a second, so one thread takes 2 µs for each."""
 
     def row(images, alone, two):
-        return {"backend": "sparse", "images": images, "places": {"one process": {"median": alone}, "2 workers": two}}
+        return workers.Epoch("sparse", images, Comparison("an epoch", {"one process": [alone], "2 workers": [two]}))
 
-    found = {
-        "threads": 2,
-        "seconds": [row(1_024, 0.001, {"median": 0.011}), row(10**6, 1.0, {"median": 1.0})],
-        "parameter_bytes": 400_000,
-        "hash_bytes_per_second": 1e9,
-    }
+    epochs = [row(1_024, 0.001, 0.011), row(10**6, 1.0, 1.0)]
+    found = workers.Found(2, 400_000, 1e9, [], epochs, {})
     calculated = workers.calculation(found, processes, 3e6)
     sending = 0.01 + processes * 1.6e6 / 1.25e9
     assert calculated["arithmetic"] == pytest.approx(3e6 * 2e-6 / threads)
@@ -158,36 +163,6 @@ def test_reproduction(digits28, monkeypatch):
         np.testing.assert_array_equal(published.history(found["runs"]["numba"]).accuracies(kind), curves[0])
 
 
-def overview(studies, folder, monkeypatch):
-    """Title and seconds by name of the figure, of the published benchmarks beside these studies."""
-    content = json.loads(RESULTS.read_text())
-    (folder / "results.json").write_text(json.dumps({**content, "studies": studies}))
-    drawn = []
-    monkeypatch.setattr("model.extras.figure.plt.close", drawn.append)
-    draw_benchmarks(folder / "results.json", folder)
-    monkeypatch.undo()
-    for figure in drawn:
-        look.plt.close(figure)
-    (axes,) = drawn[0].axes
-    names = [tick.get_text() for tick in axes.get_yticklabels()]
-    bars = {names[round(bar.get_y() + bar.get_height() / 2)]: bar.get_width() for bar in axes.patches}
-    assert list(bars.values()) == sorted(bars.values(), reverse=True)
-    return drawn[0].get_suptitle(), bars
-
-
-def test_overview_takes_whom_head_to_head_measured_from_there(tmp_path, monkeypatch):
-    title, alone = overview({}, tmp_path, monkeypatch)
-    assert set(alone) == {"naive", "numpy", "numba", "sparse"}
-    assert title.startswith("sparse trains")
-    forms = {"dense": {"numpy": [4, 3, 5], "JAX": [2, 1, 3]}, "sparse": {"SciPy CSR": [8, 7, 9], "sparse": [1, 1, 1]}}
-    seconds = {**forms, "bound": {"big products, OpenBLAS": [0.1, 0.1, 0.1]}}
-    title, bars = overview({"head_to_head": {"found": {"seconds": seconds}}}, tmp_path, monkeypatch)
-    assert bars == {**alone, "numpy": 4, "JAX": 2, "SciPy CSR": 8, "sparse": 1}
-    fastest = min(bars, key=bars.get)
-    times = (style.short(bars[name] / bars[fastest]) for name in ("numpy", "JAX"))
-    assert title.startswith("{} trains {} × as fast as numpy, {} × as fast as JAX".format(fastest, *times))
-
-
 @pytest.mark.parametrize(
     ("value", "text"),
     [
@@ -203,21 +178,3 @@ def test_overview_takes_whom_head_to_head_measured_from_there(tmp_path, monkeypa
 def test_numbers_keep_two_digits_and_no_more_than_three(value, text):
     assert style.short(value) == text
     assert style.in_seconds(value) == f"{text} s"
-
-
-def test_every_committed_figure_is_drawn_from_the_results(tmp_path):
-    draw(RESULTS, tmp_path)
-    drawn = {file.name for file in tmp_path.iterdir()}
-    assert drawn == {file.name for file in PUBLISHED_RESULTS.glob("*.png")}
-    assert {f"{name}.png" for name in STUDIES if hasattr(study(name), "draw")} <= drawn
-    assert all(file.read_bytes().startswith(b"\x89PNG") for file in tmp_path.iterdir())
-
-
-def test_results_can_be_compared(tmp_path):
-    """By pytest-benchmark, in spite of the section that it does not know."""
-    for name in ("before.json", "after.json"):
-        shutil.copy(RESULTS, tmp_path / name)
-    command = [sys.executable, "-m", "pytest_benchmark", "compare", "before.json", "after.json", "--between=median"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert result.returncode == 0, result.stderr
-    assert re.search(r"sparse, 60000 images .*\+0.0%", result.stdout)

@@ -1,0 +1,188 @@
+"""Records, folders of results, claims, figures and the report."""
+
+import os
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import pytest
+
+from bench.measure.machine import caches, machine
+from bench.measure.records import Comparison, Conditions, RecordError, Rounds, Run, Section, read, write
+from bench.publish import claims
+from bench.publish.folder import Folder, existing_run, read_folder, save
+from bench.publish.report import write_report
+from bench.publish.tables import PUBLISHED_RESULTS, ROOT, folders, main_folder
+from bench.studies import epochs
+from tests.bench.test_readme import CLAIMED
+
+ENVIRONMENT = {"cpu": "a CPU", "cores": 2, "python": "3", "packages": {}, "variables": {}, "blas": []}
+CONDITIONS = Conditions("2026-01-01T00:00:00", "MNIST", False, "abc", 0.1, 0.0, 1.0, None, ENVIRONMENT)
+
+
+def run_of(**seconds):
+    found = epochs.Found(Comparison("an epoch", seconds), 60_000, {}, 2)
+    return Run({"epochs": Section(CONDITIONS, found)})
+
+
+def test_records_come_back_as_they_were(tmp_path):
+    run = run_of(numpy=[1.0, 2.0], numba=[0.5, 0.25])
+    save(tmp_path, machine(), run)
+    assert read_folder(tmp_path).runs == [run]
+    assert read_folder(tmp_path).machine == machine()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{}",
+        "[]",
+        "null",
+        '{"kind": "machine"}',
+        '{"kind": "run", "sections": {"epochs": {}}}',
+        '{"kind": "run", "sec',
+    ],
+)
+def test_a_damaged_file_is_one_line_before_any_work(tmp_path, text):
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(RecordError, match=r"run.json holds no run"):
+        existing_run(tmp_path)
+    assert (tmp_path / "run.json").read_text() == text
+
+
+def test_an_unknown_study_is_refused(tmp_path):
+    write(tmp_path / "run.json", run_of(numpy=[1.0]))
+    text = (tmp_path / "run.json").read_text().replace('"epochs": {', '"no_study": {', 1)
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(RecordError, match="no study no_study"):
+        read(Run, tmp_path / "run.json")
+
+
+def test_no_interval_from_few_rounds():
+    assert Rounds([1.0, 2.0, 3.0, 4.0, 5.0]).interval is None
+    low, high = Rounds([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]).interval
+    assert 1 <= low <= 3.5 <= high <= 6
+
+
+def test_ratio_is_of_medians():
+    ratio = Comparison("", {"a": [2.0] * 6, "b": [4.0, 4.0, 4.0, 4.0, 4.0, 40.0]}).ratio("a", "b")
+    assert (ratio.ratio, ratio.base_seconds, ratio.verdict) == (0.5, 4.0, "faster")
+
+
+@pytest.mark.parametrize(
+    ("numba", "verdict"), [((0.5, 0.9), "faster"), ((0.5, 1.1), "undecided"), ((1.2, 1.1), "slower")]
+)
+def test_a_verdict_needs_all_runs(tmp_path, numba, verdict):
+    folder = Folder(tmp_path, machine(), [run_of(numpy=[1.0] * 6, numba=[time] * 6) for time in numba])
+    cell = claims.cell(claims.BY_KEY["numba-numpy"], folder)
+    assert (cell.low, cell.high, cell.verdict) == (min(numba), max(numba), verdict)
+    words = claims.where(claims.BY_KEY["numba-numpy"], [folder])
+    assert words == ("on " if verdict == "faster" else "not on ") + folder.machine.name
+
+
+def test_caches_are_those_of_the_system(tmp_path):
+    for index, (level, kind, size, cpus) in enumerate(
+        [(1, "Data", "48K", "0"), (1, "Instruction", "32K", "0"), (3, "Unified", "32M", "0-3,8")]
+    ):
+        place = tmp_path / "cache" / f"index{index}"
+        place.mkdir(parents=True)
+        for name, value in (("level", level), ("type", kind), ("size", size), ("shared_cpu_list", cpus)):
+            (place / name).write_text(f"{value}\n")
+    assert [(c.level, c.bytes, c.shared_by) for c in caches(tmp_path)] == [(1, 48 * 1024, 1), (3, 32 * 2**20, 5)]
+
+
+class Parser(HTMLParser):
+    """Tags and addresses of a page."""
+
+    def __init__(self):
+        super().__init__()
+        self.opened, self.addresses = [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.opened.append(tag)
+        self.addresses += [value for name, value in attributes if name in ("src", "href")]
+
+
+def test_the_report_is_one_file_and_its_titles_claim_nothing(tmp_path, monkeypatch):
+    titles = []
+    monkeypatch.setattr("matplotlib.figure.Figure.suptitle", lambda self, text, **look: titles.append(text))
+    said = []
+    folder = main_folder(PUBLISHED_RESULTS)
+    report = write_report(folder, tmp_path, said.append, {"ladder": "it was not selected"})
+    page = Parser()
+    page.feed(report.read_text())
+    assert said == []
+    assert page.opened.count("img") == len(list(tmp_path.glob("*.png"))) == page.opened.count("figcaption") > 2
+    assert all(address.startswith("data:") for address in page.addresses)
+    assert "it was not selected" in report.read_text()
+    assert [title for title in titles if CLAIMED.search(title)] == []
+
+
+def test_names_of_any_length_and_script_are_drawn(tmp_path):
+    seconds = {"numpy": [1.0], "稀疏后端": [0.5], "x" * 100: [2.0]}
+    said = []
+    write_report(Folder(tmp_path, machine(), [run_of(**seconds)]), tmp_path, said.append, {})
+    assert said == []
+    assert {file.name for file in tmp_path.glob("*.png")} == {"epochs.png"}
+
+
+def test_a_figure_that_fails_is_a_line(tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise ValueError("no ink")
+
+    monkeypatch.setattr(epochs, "draw", fail)
+    said = []
+    report = write_report(Folder(tmp_path, machine(), [run_of(numpy=[1.0], numba=[2.0])]), tmp_path, said.append, {})
+    assert said == ["epochs.png was not drawn: ValueError: no ink"]
+    assert report.exists()
+
+
+def test_every_published_folder_holds_whole_runs():
+    assert len(folders(PUBLISHED_RESULTS)) >= 2
+    for folder in folders(PUBLISHED_RESULTS):
+        assert folder.machine.name
+        commits = [s.conditions.commit for run in folder.runs for s in run.sections.values()]
+        assert all(commit and not commit.endswith("-dirty") for commit in commits)
+
+
+def bench(*arguments, folder, **variables):
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "bench/",
+        "--benchmark-only",
+        "--quick",
+        "--dataset",
+        "digits28",
+        *arguments,
+    ]
+    command += ["--output", str(folder), "-p", "no:cacheprovider"]
+    environment = {**os.environ, **variables}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.slow
+def test_a_partial_run_never_replaces_a_complete_one(tmp_path):
+    """In a notebook's environment, with a matplotlibrc of the user's own."""
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nsavefig.dpi: 30\n")
+    save(tmp_path, machine(), run_of(numpy=[1.0]))
+    before = (tmp_path / "run.json").read_bytes()
+    backend = "module://matplotlib_inline.backend_inline"
+    result = bench("-k", "relu", "--backend", "numpy", folder=tmp_path, MPLBACKEND=backend, MATPLOTLIBRC=str(tmp_path))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert (tmp_path / "run.json").read_bytes() == before
+    assert set(read(Run, tmp_path / "partial" / "run.json").sections) == {"kernels"}
+    assert re.search(r"A partial run: kept apart.*\n.*\nReport: .*report.html", result.stdout)
+
+
+@pytest.mark.parametrize("option", [("-p", "no:benchmark"), ()])
+def test_what_cannot_work_is_a_usage_error(tmp_path, option):
+    file = tmp_path / "file"
+    file.touch()
+    result = bench(*option, folder=file)
+    assert result.returncode == 4
+    assert "INTERNALERROR" not in result.stdout + result.stderr
+    assert len(result.stderr.strip().splitlines()) <= 6
