@@ -9,6 +9,7 @@ import pytest
 
 from bench.measure import interleave
 from bench.measure.interleave import ratio, verdict
+from bench.measure.records import Comparison
 from bench.peers import PEERS, best_form, competitor, expected_parameters, update_error, verified
 from bench.peers.pytorch import PyTorch, PyTorchByHand
 from bench.peers.task import Competitor, Learner, Task, UnavailableError, tolerance
@@ -335,13 +336,25 @@ def test_training_ends_at_the_target_or_is_given_up(monkeypatch, accuracies, eva
     assert (curve[-1].accuracy >= time_to_accuracy.TARGET) == (evaluations == 2)
 
 
-def test_time_to_accuracy_is_drawn(monkeypatch, tmp_path):
+def test_time_to_accuracy_is_drawn(tmp_path):
     curve = [Evaluation(1.0, 2500, 0.9), Evaluation(2.0, 5000, 0.93)]
-    found = {
-        "target": 0.9221,
-        "recipes": {name: Recipe(32, 0.5, 2) for name in ("naive", "sparse", "PyTorch")},
-        "seconds": {"naive": (900.0, 900.0, 900.0), "sparse": (2.0, 1.9, 2.2), "PyTorch": (3.0, 2.9, 3.1)},
-        "curves": {name: [curve] for name in ("naive", "sparse", "PyTorch")},
-    }
+    found = time_to_accuracy.Found(
+        target=0.9221,
+        trials={},
+        recipes={name: Recipe(32, 0.5, 2) for name in ("naive", "sparse", "PyTorch")},
+        times=Comparison("", {"sparse": [2.0, 1.9, 2.2], "PyTorch": [3.0, 2.9, 3.1]}),
+        curves={name: [curve] for name in ("sparse", "PyTorch")},
+        naive=[curve],
+        skipped={},
+    )
     time_to_accuracy.draw(found, "", tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_mini_batches_are_drawn(tmp_path):
+    sizes = {size: Comparison("", {"sparse": [1e-5 * size], "PyTorch": [2e-5 * size]}) for size in (32, 2048)}
+    sizes[2048].seconds[mini_batches.FULL_BATCH] = [0.1]
+    found = mini_batches.Found({1: sizes, 2: sizes}, 10_000, {})
+    assert found.per_image(1, 2048) == pytest.approx(1)
+    mini_batches.draw(found, "", tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
