@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from bench.peers.task import Competitor, Task, package
+from bench.peers.task import Learner, Task, package
 
 
-class JAX(Competitor):
+class JAX(Learner):
     """JAX: loss, gradients and update in one compiled function, which reuses the memory of the old parameters.
 
     XLA's CPU client makes as many threads as the process may use cores, and takes no other number.
@@ -21,27 +21,87 @@ class JAX(Competitor):
         jax = package("jax")
         jax.config.update("jax_platforms", "cpu")
         self.jax = jax
-        self.update = jax.jit(functools.partial(_jax_update, jax, task.learning_rate), donate_argnums=0)
+        self.learning_rate = task.learning_rate
         self.arrays = [jax.numpy.array(parameter) for parameter in task.mlp.parameters]
-        self.images = jax.numpy.asarray(np.divide(task.images, 255, dtype=np.float32))
-        self.labels = jax.numpy.asarray(task.labels, dtype=np.int32)
+        self.all = self._prepare(task.images, task.labels)
 
     def step(self):
-        self.arrays, loss = self.jax.block_until_ready(self.update(self.arrays, self.images, self.labels))
-        return float(loss)
+        return self._descend("all", *self.all)
+
+    def learn(self, images, labels):
+        return self._descend("all", *self._prepare(images, labels))
+
+    def learn_rows(self, rows):
+        return self._descend("rows", *self.all, rows.astype(np.int32))
+
+    def accuracy(self):
+        return float(_functions()["accuracy"](self.arrays, *self.all))
 
     def parameters(self):
         return [np.asarray(array) for array in self.arrays]
 
+    def _prepare(self, images, labels):
+        floats = self.jax.numpy.asarray(np.divide(images, 255, dtype=np.float32))
+        return floats, self.jax.numpy.asarray(labels, dtype=np.int32)
 
-def _jax_update(jax: ModuleType, learning_rate: float, parameters: list, images: Any, labels: Any) -> tuple[list, Any]:
-    def mean_loss(parameters: list) -> Any:
-        *hidden_layers, (weights, bias) = zip(parameters[::2], parameters[1::2])
-        x = images
-        for hidden_weights, hidden_bias in hidden_layers:
-            x = jax.nn.relu(x @ hidden_weights + hidden_bias)
-        log_probabilities = jax.nn.log_softmax(x @ weights + bias)
-        return -jax.numpy.take_along_axis(log_probabilities, labels[:, None], axis=1).mean()
+    def _descend(self, function, *batch):
+        update = _functions()[function]
+        self.arrays, loss = self.jax.block_until_ready(update(self.arrays, self.learning_rate, *batch))
+        return float(loss)
 
-    loss, gradient = jax.value_and_grad(mean_loss)(parameters)
-    return [parameter - learning_rate * change for parameter, change in zip(parameters, gradient)], loss
+
+class JAXScan(JAX):
+    """The same over parts of 1,000 images by `jax.lax.scan`: their activations stay in the cache."""
+
+    def step(self):
+        return self._descend("scan", *self.all)
+
+
+PART = 1000
+
+
+@functools.cache
+def _functions() -> dict[str, Any]:
+    """Compiled once for each shape, so that a second network needs no compilation."""
+    jax = package("jax")
+
+    def loss(parameters: list, images: Any, labels: Any) -> Any:
+        log_probabilities = jax.nn.log_softmax(_logits(jax, parameters, images))
+        return -jax.numpy.take_along_axis(log_probabilities, labels[:, None], axis=1).sum()
+
+    gradient = jax.value_and_grad(loss)
+
+    def update(parameters: list, rate: float, images: Any, labels: Any) -> tuple[list, Any]:
+        return _moved(parameters, rate, len(labels), gradient(parameters, images, labels))
+
+    def update_rows(parameters: list, rate: float, images: Any, labels: Any, rows: Any) -> tuple[list, Any]:
+        return update(parameters, rate, images[rows], labels[rows])
+
+    def update_scan(parameters: list, rate: float, images: Any, labels: Any) -> tuple[list, Any]:
+        def add(total: Any, part: tuple) -> tuple[Any, None]:
+            return jax.tree.map(jax.numpy.add, total, gradient(parameters, *part)), None
+
+        parts = len(labels) // PART
+        whole, rest = slice(parts * PART), slice(parts * PART, None)
+        split = images[whole].reshape(parts, PART, -1), labels[whole].reshape(parts, PART)
+        total, _ = jax.lax.scan(add, gradient(parameters, images[rest], labels[rest]), split)
+        return _moved(parameters, rate, len(labels), total)
+
+    def accuracy(parameters: list, images: Any, labels: Any) -> Any:
+        return (_logits(jax, parameters, images).argmax(1) == labels).mean()
+
+    updates = {"all": update, "rows": update_rows, "scan": update_scan}
+    return {"accuracy": jax.jit(accuracy), **{k: jax.jit(f, donate_argnums=0) for k, f in updates.items()}}
+
+
+def _logits(jax: ModuleType, parameters: list, images: Any) -> Any:
+    *hidden_layers, (weights, bias) = zip(parameters[::2], parameters[1::2])
+    x = images
+    for hidden_weights, hidden_bias in hidden_layers:
+        x = jax.nn.relu(x @ hidden_weights + hidden_bias)
+    return x @ weights + bias
+
+
+def _moved(parameters: list, rate: float, count: int, summed: tuple) -> tuple[list, Any]:
+    loss, gradient = summed
+    return [parameter - rate / count * change for parameter, change in zip(parameters, gradient)], loss / count

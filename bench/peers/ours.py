@@ -1,11 +1,20 @@
 """Our training loop as a competitor."""
 
 import copy
-import functools
+import time
+from functools import cached_property, partial
+from tempfile import TemporaryDirectory
 
+import numpy as np
+from numpy.typing import NDArray
+
+from bench.measure.processes import in_fresh_process
 from bench.peers.task import Learner, Task
+from kernels import get_backend
 from kernels.backend import Backend
+from model.mlp import MLP
 from model.shards import Shards
+from model.threads import thread_pool
 from model.training import descend
 
 
@@ -15,8 +24,13 @@ class Ours(Learner):
     def __init__(self, backend: Backend, task: Task) -> None:
         self.mlp = copy.deepcopy(task.mlp)
         self.learning_rate = task.learning_rate
-        self.prepare = functools.partial(Shards, task.run, backend, dtype=self.mlp.dtype)
-        self.all = self.prepare(images=task.images, labels=task.labels)
+        self.images, self.labels = task.images, task.labels
+        self.prepare = partial(Shards, task.run, backend, dtype=self.mlp.dtype)
+
+    @cached_property
+    def all(self) -> Shards:
+        """All images, prepared: mini-batches do without."""
+        return self.prepare(images=self.images, labels=self.labels)
 
     def step(self):
         return descend(self.mlp, self.all, self.learning_rate).loss / self.all.count
@@ -24,8 +38,29 @@ class Ours(Learner):
     def learn(self, images, labels):
         return descend(self.mlp, self.prepare(images=images, labels=labels), self.learning_rate).loss / len(images)
 
+    def learn_rows(self, rows):
+        return self.learn(np.take(self.images, rows, axis=0), np.take(self.labels, rows))
+
     def accuracy(self):
         return self.all.evaluate(self.mlp)[1]
 
     def parameters(self):
         return self.mlp.parameters
+
+
+def compile_seconds(name: str, images: NDArray[np.uint8], labels: NDArray[np.integer]) -> float:
+    """What a backend's first step takes longer than its third, where no compiled kernels are cached yet."""
+    few = slice(2 * get_backend(name).chunk)
+    with TemporaryDirectory() as folder:
+        return in_fresh_process(_first_step, name, images[few], labels[few], NUMBA_CACHE_DIR=folder)
+
+
+def _first_step(name: str, images: NDArray, labels: NDArray) -> float:
+    with thread_pool(1) as run:
+        ours = Ours(get_backend(name), Task(MLP(), images, labels, 0.3, 1, run))
+        times = [time.perf_counter()]
+        for _ in range(3):
+            ours.step()
+            times.append(time.perf_counter())
+    first, _, last = np.diff(times)
+    return float(first - last)

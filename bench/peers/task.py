@@ -13,6 +13,17 @@ from numpy.typing import NDArray
 from model.mlp import MLP
 
 
+def tolerance(images: int) -> float:
+    """By how much an update in float32 over so many images may differ from float64's, relative to its norm.
+
+    By the share of two images. An average image makes up at least 1/n of the update over n. On MNIST rounding errors
+    come to a tenth of such a share, and to 0.8 where the input of a unit, for one image, rounds to the other side of
+    zero. An image left out makes at least 7 in each parameter, as images pull in different directions, and 50 in the
+    last bias. Over few images, rounding needs no more than a hundredth.
+    """
+    return min(2 / images, 0.01)
+
+
 class UnavailableError(Exception):
     """A peer cannot run here; the message says why."""
 
@@ -35,6 +46,9 @@ class Competitor(ABC):
     compiles = False
     """Whether the first step compiles."""
 
+    tolerance: float | None = None
+    """Largest error of an update relative to its norm, where it is not float32's."""
+
     @abstractmethod
     def step(self) -> float:
         """One step over all images; returns the mean loss from before it."""
@@ -52,15 +66,19 @@ class Learner(Competitor):
         """Prepare the images and make one step over them; returns the mean loss from before it."""
 
     @abstractmethod
+    def learn_rows(self, rows: NDArray[np.integer]) -> float:
+        """One step over these of its own images, which a peer keeps as floats; returns the loss as `learn` does."""
+
+    @abstractmethod
     def accuracy(self) -> float:
         """Share of its own images that are classified correctly."""
 
 
-def package(name: str) -> ModuleType:
+def package(name: str, how: str = "make bench-peers installs it") -> ModuleType:
     # torch warns of its own deprecated parts, and that its sparse tensors are new.
     warnings.filterwarnings("ignore", module="torch")
     warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise UnavailableError(f"{name} is not installed: make bench-peers installs it") from error
+        raise UnavailableError(f"{name} is not installed: {how}") from error

@@ -14,6 +14,7 @@ STUDIES = (
     "ladder",
     "roofline",
     "head_to_head",
+    "mini_batches",
     "products",
     "time_to_accuracy",
     "memory",

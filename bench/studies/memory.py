@@ -10,19 +10,16 @@ that is free only of the first arena; what it keeps of others would be resident 
 
 import ctypes
 import gc
-import os
 import re
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal
-from unittest import mock
+from typing import Literal
 
 from numpy.typing import NDArray
 
+from bench.measure.processes import in_fresh_process
 from bench.peers import COMPETITORS, competitor
 from bench.peers.task import Competitor, Task, UnavailableError
 from model.data import Dataset
@@ -48,17 +45,12 @@ def measure(dataset: Dataset, quick: bool) -> Found:
     peaks, skipped = {}, {}
     for name in [name for names in COMPETITORS.values() for name in names]:
         try:
-            peaks[name] = in_fresh_process(peak_of_competitor, name, dataset.train_images, dataset.train_labels)
+            peaks[name] = in_fresh_process(
+                peak_of_competitor, name, dataset.train_images, dataset.train_labels, MALLOC_ARENA_MAX="1"
+            )
         except UnavailableError as reason:
             skipped[name] = str(reason)
     return Found(peaks, skipped)
-
-
-def in_fresh_process(function: Callable[..., int], *arguments: Any) -> int:
-    """What the function returns in a process of its own, which inherits nothing but the arguments."""
-    one_arena = mock.patch.dict(os.environ, MALLOC_ARENA_MAX="1")
-    with one_arena, ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
 
 
 def peak_of_competitor(name: str, images: NDArray, labels: NDArray) -> int:

@@ -13,6 +13,7 @@ from threadpoolctl import threadpool_limits
 
 from bench.measure.interleave import interleave
 from bench.measure.records import Comparison
+from bench.peers.task import UnavailableError, package
 from kernels import get_backend
 from model.data import Dataset
 from model.threads import available_cores
@@ -37,8 +38,12 @@ class Found:
 
 
 def measure(dataset: Dataset, quick: bool) -> Found:
-    """The numba backend's products against OpenBLAS's, on one thread and, rows split over plain threads, on all."""
-    rounds = 3 if quick else 10
+    """The numba backend's products against OpenBLAS's, on one thread and, rows split over plain threads, on all.
+
+    On one thread MKL's beside, where PyTorch brings it; on more, its idle threads would spin in the next one's time.
+    Takes about 40 seconds, or 15.
+    """
+    rounds = 3 if quick else 8
     found = []
     for shape, (left, right, transposed) in track(PRODUCTS.items(), "products", transient=True):
         rng = np.random.default_rng(0)
@@ -49,9 +54,25 @@ def measure(dataset: Dataset, quick: bool) -> Found:
                 ours = _split_product(a, b, threads, pool)
                 np.testing.assert_allclose(np.concatenate(ours()), a @ b, rtol=0, atol=1e-5 * a.shape[1])
                 competitors: dict[str, Callable[[], Any]] = {"numba": ours, "OpenBLAS": partial(np.matmul, a, b)}
-                seconds = interleave(competitors, rounds if a.size > 1e7 else 20 * rounds)
+                if threads == 1:
+                    competitors |= _mkl(a, b)
+                seconds = interleave(competitors, rounds if a.size > 1e7 else 10 * rounds)
                 found.append(Comparison.of(f"{shape}, {threads} thread{'s' * (threads > 1)}", seconds))
     return Found(found)
+
+
+def _mkl(a: NDArray, b: NDArray) -> dict[str, Callable[[], Any]]:
+    """A product by PyTorch's MKL on one thread; nothing where there is none."""
+    try:
+        torch = package("torch")
+    except UnavailableError:
+        return {}
+    if not torch.backends.mkl.is_available():
+        return {}
+    torch.set_num_threads(1)
+    left, right = torch.from_numpy(a), torch.from_numpy(b)
+    np.testing.assert_allclose((left @ right).numpy(), a @ b, rtol=0, atol=1e-5 * a.shape[1])
+    return {"MKL": partial(torch.mm, left, right)}
 
 
 def _split_product(a: NDArray, b: NDArray, threads: int, pool: ThreadPoolExecutor) -> Callable[[], list[NDArray]]:

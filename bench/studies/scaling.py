@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -15,6 +15,8 @@ from rich.progress import track
 
 from bench.measure.interleave import interleave
 from bench.measure.records import Rounds, rounded
+from bench.peers import best_form, competitor, expected_parameters
+from bench.peers.task import Learner, Task, UnavailableError
 from bench.publish.style import end_labels, note, plain_ticks
 from bench.studies.roofline import peak
 from kernels import backend_names, get_backend
@@ -28,12 +30,13 @@ from model.training import descend
 LEARNING_RATE = 0.3
 HIDDEN = 128
 
-IMAGES = (1_000, 4_000, 15_000, 60_000, 180_000, 480_000)
+IMAGES = (1_000, 4_000, 15_000, 60_000, 180_000)
+PEERS = ("PyTorch", "JAX")  # torch.compile would compile for a minute, as each place has other shapes
 BATCH_SIZES = (1, 8, 64, 512, 4_096)
 HIDDEN_UNITS = (16, 64, 128, 512, 2_048)
 
-STEPS = 1_000  # of an epoch in mini-batches, if it has more
-HIDDEN_IMAGES = 12_000  # 2,048 units take seconds for all images
+STEPS = 200  # of an epoch in mini-batches, if it has more
+HIDDEN_IMAGES = 6_000  # 2,048 units take seconds for all images
 NAIVE_IMAGES = 64  # take pure Python a second
 
 # How seconds grow with the number on each axis if all goes well: the exponent, and what that means.
@@ -86,20 +89,25 @@ class Found:
     equal_bits_on_threads: list[int]
     peak_gflop_per_second: dict[int, float]
     """By number of threads."""
+    forms: dict[str, str] = field(default_factory=dict)
+    """The form of each peer that was fastest for a full batch."""
+    skipped: dict[str, str] = field(default_factory=dict)
+    """Why a peer was not timed."""
     kind: Literal["scaling"] = "scaling"
 
 
 def measure(dataset: Dataset, quick: bool) -> Found:
-    """Seconds per epoch along each axis, backends and points in turn."""
-    rounds = 2 if quick else 5
+    """Seconds per epoch along each axis, competitors and points in turn; takes about 85 seconds, or 40."""
+    rounds = 2 if quick else 3
     check(dataset)
     with ExitStack() as stack:
         runs = {threads: stack.enter_context(thread_pool(threads)) for threads in thread_counts()}
         run = runs[available_cores()]
+        forms, skipped = peers(run, dataset)
         axes = {
-            "images": lambda: image_points(run, dataset, 2 if quick else 8),
-            "batch size": lambda: batch_points(run, dataset, 50 if quick else STEPS),
-            "hidden units": lambda: hidden_points(run, dataset),
+            "images": lambda: image_points(run, dataset, forms, 2 if quick else 3),
+            "batch size": lambda: batch_points(run, dataset, forms, 50 if quick else STEPS),
+            "hidden units": lambda: hidden_points(run, dataset, forms),
             "threads": lambda: thread_points(runs, dataset),
         }
         found = {axis: timed(axes[axis](), rounds) for axis in track(axes, "scaling", transient=True)}
@@ -113,7 +121,22 @@ def measure(dataset: Dataset, quick: bool) -> Found:
         equal_bits_on_threads=thread_counts(),
         # Bounds, so the best of all rounds.
         peak_gflop_per_second={n: float(flop / seconds[str(n)].min() / 1e9) for n, (_, flop) in peaks.items()},
+        forms=forms,
+        skipped=skipped,
     )
+
+
+def peers(run: Callable, dataset: Dataset) -> tuple[dict[str, str], dict[str, str]]:
+    """Verify the peers: which form of each is the fastest here, and why one is skipped."""
+    forms, skipped = {}, {}
+    task = task_of(run, limited(dataset, 15_000))
+    expected = expected_parameters(task)
+    for name in PEERS:
+        try:
+            _, forms[name], _ = best_form(name, task, expected)
+        except UnavailableError as reason:
+            skipped[name] = str(reason)
+    return forms, skipped
 
 
 def timed(points: Points, rounds: int) -> Axis:
@@ -135,7 +158,7 @@ def timed(points: Points, rounds: int) -> Axis:
 # The axes ----------------------------------------------------------------------------------------------------------
 
 
-def image_points(run: Callable, dataset: Dataset, most: int) -> Points:
+def image_points(run: Callable, dataset: Dataset, forms: dict[str, str], most: int) -> Points:
     """Full-batch steps over 1,000 images and more, to `most` times as many as there are; small ones many times."""
     counts = [count for count in IMAGES if count <= most * len(dataset.train_images)]
     large = shifted(dataset, counts[-1])
@@ -144,28 +167,44 @@ def image_points(run: Callable, dataset: Dataset, most: int) -> Points:
         for name in compiled()
         for count in counts
     }
+    for name, form in forms.items():
+        for count in counts:
+            peer = competitor(name, task_of(run, limited(large, count)), form)
+            points[name, count] = Point(peer.step, repeats=-(-15_000 // count))
     few = limited(dataset, NAIVE_IMAGES)
     return {("naive", counts[0]): Point(full_batch(run, "naive", few), NAIVE_IMAGES / counts[0]), **points}
 
 
-def batch_points(run: Callable, dataset: Dataset, steps: int) -> Points:
-    """Epochs in mini-batches, shuffled and prepared anew; of many, `steps` steps."""
+def batch_points(run: Callable, dataset: Dataset, forms: dict[str, str], steps: int) -> Points:
+    """Epochs in mini-batches, shuffled; of many, `steps` steps. Ours prepare them anew, peers keep floats."""
     whole = len(dataset.train_images)
+    sizes = [size for size in BATCH_SIZES if size < whole] + [whole]
     points: Points = {}
+    for name in forms:
+        for size in sizes:
+            part = limited(dataset, min(whole, steps * size))
+            learner = competitor(name, task_of(run, part))
+            assert isinstance(learner, Learner)
+            points[name, size] = Point(partial(take_rows, learner, len(part.train_images), size), part_of(part, whole))
     for name in backend_names():
-        for size in [size for size in BATCH_SIZES if size < whole] + [whole]:
+        for size in sizes:
             if name != "naive" or size <= NAIVE_IMAGES:
                 part = limited(dataset, max(size, 8) if name == "naive" else min(whole, steps * size))
                 points[name, size] = Point(
-                    mini_batches(run, name, network(part, HIDDEN), part, size), len(part.train_images) / whole
+                    mini_batches(run, name, network(part, HIDDEN), part, size), part_of(part, whole)
                 )
     return points
 
 
-def hidden_points(run: Callable, dataset: Dataset) -> Points:
-    """Full-batch steps over a fifth of the images; pure Python takes fewer, the more units there are."""
+def hidden_points(run: Callable, dataset: Dataset, forms: dict[str, str]) -> Points:
+    """Full-batch steps over a tenth of the images; pure Python takes fewer, the more units there are."""
     whole = len(dataset.train_images)
     points: Points = {}
+    few = limited(dataset, min(whole, HIDDEN_IMAGES))
+    for name, form in forms.items():
+        for hidden in HIDDEN_UNITS:
+            peer = competitor(name, task_of(run, few, hidden), form)
+            points[name, hidden] = Point(peer.step, part_of(few, whole))
     for name in backend_names():
         for hidden in HIDDEN_UNITS:
             count = max(1, 2_048 // hidden) if name == "naive" else min(whole, HIDDEN_IMAGES)
@@ -199,6 +238,22 @@ def mini_batches(run: Callable, name: str, mlp: MLP, dataset: Dataset, size: int
             descend(mlp, Shards(run, backend, images, labels, mlp.dtype), LEARNING_RATE)
 
     return train
+
+
+def take_rows(learner: Learner, count: int, size: int) -> None:
+    """The same for a peer, which keeps the images as floats."""
+    order = np.random.default_rng().permutation(count)
+    for start in range(0, count, size):
+        learner.learn_rows(order[start : start + size])
+
+
+def part_of(dataset: Dataset, whole: int) -> float:
+    return len(dataset.train_images) / whole
+
+
+def task_of(run: Callable, dataset: Dataset, hidden: int = HIDDEN) -> Task:
+    images, labels = dataset.train_images, dataset.train_labels
+    return Task(network(dataset, hidden), images, labels, LEARNING_RATE, available_cores(), run)
 
 
 def network(dataset: Dataset, hidden: int) -> MLP:

@@ -23,6 +23,7 @@ COLOURS = {
     "sparse": "#009E73",
     "PyTorch": "#D55E00",
     "torch.compile": "#56B4E9",
+    "PyTorch by hand": "#882255",
     "JAX": "#F0E442",
     "scikit-learn": "#999999",
     "SciPy CSR": "#999999",
