@@ -138,6 +138,5 @@ def _title(found: Found) -> str:
     """What this run shows, in the words of its own interval."""
     framework = fastest_framework(found)
     row: Ratio = found.steps.ratio("sparse", framework or "numpy")
-    name = f"the fastest framework, {framework}" if framework else "numpy"
     interval = f" ({row.interval[0]:.2f} to {row.interval[1]:.2f})" if row.interval else ""
-    return f"A step of sparse takes {row.ratio:.2f} × the time of {name}{interval}"
+    return f"A step of sparse takes {row.ratio:.2f} × the time of {row.base}{interval}"

@@ -1,14 +1,20 @@
 """A figure in the project's look, and the accuracy curves over the published points."""
 
 import io
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
-import matplotlib
 import numpy as np
+
+# A notebook's MPLBACKEND may name a module that is not installed here, and then Matplotlib cannot even be imported.
+with mock.patch.dict(os.environ):
+    os.environ.pop("MPLBACKEND", None)
+    import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
