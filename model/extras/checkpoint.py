@@ -23,7 +23,7 @@ from model.extras.files import write_whole
 from model.mlp import MLP
 from model.training import Epoch, History, State
 
-FORMAT = "vectorization-study checkpoint 1"
+FORMAT = "vectorization-study checkpoint 2"
 MAX_BYTES = 2**28
 MAX_HEADER_BYTES = 2**16
 
