@@ -149,4 +149,4 @@ def _title(found: Found, names: list[str]) -> str:
     for name in others:
         ratio = found.epochs.ratio(name, base).ratio
         words.append(f"{short_name(name)} {ratio:.2f}" if ratio < 100 else f"{short_name(name)} {short(ratio)}")
-    return f"{what}, × the time of {short_name(base)}:\n{', '.join(words)}"
+    return f"{what}, × the time of {short_name(base)}: {', '.join(words)}"

@@ -2,6 +2,7 @@
 
 import io
 import os
+import textwrap
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -76,7 +77,7 @@ def figure_file(file: Path, **size: Any) -> Iterator[Figure]:
 
 
 def title(figure: Figure, text: str) -> None:
-    figure.suptitle(text, x=0.01, ha="left", fontsize=10, fontweight="bold")
+    figure.suptitle("\n".join(textwrap.wrap(text, 88)), x=0.01, ha="left", fontsize=10, fontweight="bold")
 
 
 def print_small(figure: Figure, text: str) -> None:
