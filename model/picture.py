@@ -291,7 +291,7 @@ def strokes(ink: NDArray[np.floating], whole: bool) -> NDArray[np.bool_]:
     at_edge = np.isin(np.arange(len(areas)), labels[~inside])
     areas[0] = 0
     if at_edge[1:].any():  # a shadow's edge leaves crumbs
-        areas[~at_edge & (areas < 2 * SPECK * ink.size)] = 0
+        areas[~at_edge & (areas < 4 * SPECK * ink.size)] = 0
     if not areas[~at_edge].any():
         largest = labels == areas.argmax()
         dark = np.median(ink[largest]) > DARK
