@@ -96,8 +96,8 @@ def on_table(page: Floats, rng: Random) -> Floats:
     grain = ndimage.gaussian_filter(rng.normal(0, 1, (2 * height, 2 * width)), (0.7, 12))[: int(1.5 * height)]
     wood = np.array((62, 44, 32)) + 40 * grain[:, : int(1.6 * width), None]
     table = Image.fromarray(np.clip(wood, 0, 255).astype(np.uint8))
-    room = [large - small for large, small in zip(table.size, sheet.size)]
-    table.paste(sheet, tuple(int(rng.uniform(0.2, 0.8) * free) for free in room), sheet)
+    left, top = (int(rng.uniform(0.2, 0.8) * (large - small)) for large, small in zip(table.size, sheet.size))
+    table.paste(sheet, (left, top), sheet)
     return np.asarray(table, float)
 
 

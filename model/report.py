@@ -26,6 +26,7 @@ from model.trainer import History, available_cores
 PACKAGES = ("numpy", "scipy", "numba", "llvmlite", "scikit-learn", "torch", "jax", "distributed")
 VARIABLES = ("OPENBLAS_", "MKL_", "OMP_", "GOMP_", "NUMBA_", "XLA_", "TORCH")
 TABLE_ROWS = 10
+BAR_WIDTH = 40
 
 
 def history_table(history: History, title: str) -> Table:
@@ -66,7 +67,7 @@ def probability_bars(probabilities: NDArray[np.floating]) -> Table:
     """A bar for the probability of each digit, (10,), from nothing to certainty."""
     table = Table.grid(padding=(0, 2))
     for digit, probability in enumerate(probabilities):
-        table.add_row(f"{digit}", f"{probability:6.1%}", ProbabilityBar(1, 0, probability, width=40))
+        table.add_row(f"{digit}", f"{probability:6.1%}", ProbabilityBar(1, 0, probability, width=BAR_WIDTH))
     return table
 
 
@@ -75,7 +76,7 @@ class ProbabilityBar(Bar):
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         if options.ascii_only:
-            return iter([Text("#" * round(self.width * self.end / self.size))])
+            return iter([Text("#" * round(BAR_WIDTH * self.end / self.size))])
         return super().__rich_console__(console, options)
 
 
