@@ -137,7 +137,7 @@ class Backend(ABC):
         Parameters
         ----------
         upstream
-            (n, m): gradient of the loss in the activations.
+            (n, m): gradient of the loss with respect to the activations.
         activations
             (n, m): what `relu` returned.
 

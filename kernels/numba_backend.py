@@ -186,7 +186,7 @@ def _emit_tile(context, builder, signature, arguments, most, width, ragged=False
 
 
 def _next_block(builder, a, i, panels, p):
-    """This tile's share of the next block of A, to be prefetched: a pointer for each step of k.
+    """Find this tile's share of the next block of A, to be prefetched: a pointer for each step of k.
 
     If A is row-major, the hardware prefetcher does the work, and all pointers are the same.
     """
