@@ -1,7 +1,7 @@
 """Study: the same full-batch step on every compiled backend, in other packages, and its big products on OpenBLAS."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,17 +35,17 @@ class Found:
     """Competitors that were timed, by category: dense, sparse, bfloat16."""
     steps: Comparison
     """Seconds of a step of each, in its fastest form, and of the big products alone."""
-    tried: dict[str, dict[str, Form]]
-    """How each form of a competitor did."""
-    chosen: dict[str, str]
+    tried: dict[str, dict[str, Form]] = field(default_factory=dict)
+    """How each form of a competitor did; empty where there was only one."""
+    chosen: dict[str, str] = field(default_factory=dict)
     """The form that was timed, by competitor."""
-    compile_seconds: dict[str, float | None]
+    compile_seconds: dict[str, float | None] = field(default_factory=dict)
     """By competitor; None where nothing is compiled."""
-    mkl: str | None
+    mkl: str | None = None
     """What PyTorch's MKL takes this CPU for."""
-    c_command: str
+    c_command: str = ""
     """How the lines of C were compiled."""
-    skipped: dict[str, str]
+    skipped: dict[str, str] = field(default_factory=dict)
     """Why a competitor was not timed."""
     kind: Literal["head_to_head"] = "head_to_head"
 
