@@ -111,8 +111,8 @@ def _keep_freed_memory() -> None:
     """Have glibc's malloc, where there is one, reuse what kernels free instead of returning it to the system.
 
     By default it returns memory whenever a little is free at the top of the heap, and every page costs a page fault
-    when it is taken again. That is a tenth of an epoch of the fastest backend, and half of one in a Dask worker, as Dask
-    sets MALLOC_TRIM_THRESHOLD_. These are the highest values that glibc would choose by itself (mallopt(3)).
+    when it is taken again. That is a tenth of an epoch of the fastest backend, and half of one in a Dask worker, since
+    Dask sets MALLOC_TRIM_THRESHOLD_. These are the highest values that glibc would choose by itself (mallopt(3)).
     """
     mmap_threshold, trim_threshold = -3, -1
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
