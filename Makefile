@@ -9,30 +9,30 @@ READY := .venv/ready
 help:  ## Show this help
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
-bench: $(READY)  ## Measure every backend and draw the plots into bench/output/ (under five minutes)
+bench: $(READY)  ## Measure every backend; figures and report.html go to bench/output/ (under five minutes)
 	$(BIN)/python -m pytest bench/ --benchmark-only $(ARGS)
 
-bench-peers: .venv/peers  ## Measure PyTorch, JAX and scikit-learn beside ours: installs them, CPU builds
+bench-peers: .venv/peers  ## Install PyTorch, JAX and scikit-learn (CPU builds) and measure them beside the backends
 	$(BIN)/python -m bench run head_to_head $(ARGS)
 
 test: $(READY)  ## Run all tests (set MNIST_DIR to include those on MNIST)
 	$(BIN)/python -m pytest tests/ $(ARGS)
 
-plots: $(READY)  ## Draw the plots and report of a folder of results (make plots RESULTS=folder) into bench/output/
+plots: $(READY)  ## Draw the figures and report of a folder of results into bench/output/ (make plots RESULTS=FOLDER)
 	$(BIN)/python -m bench draw $(RESULTS)
 
-test-oldest: RESOLUTION := lowest-direct  ## Run the quick tests with the oldest dependencies that pyproject.toml allows
-test-newest: RESOLUTION := highest  ## Run the quick tests with the newest dependencies
+test-oldest: RESOLUTION := lowest-direct  ## Run the quick tests on the oldest dependencies that pyproject.toml allows
+test-newest: RESOLUTION := highest  ## Run the quick tests on the newest dependencies
 test-oldest test-newest:
 	$(PYTHON) -m venv --clear .venv-$@
 	.venv-$@/bin/python -m pip install --quiet --disable-pip-version-check uv
 	.venv-$@/bin/uv pip install --quiet --python .venv-$@ --resolution $(RESOLUTION) --editable '.[test]'
 	.venv-$@/bin/python -m pytest tests/ -m "not slow" $(ARGS)
 
-results: .venv/peers  ## Measure all in three runs into bench/results/MACHINE/, ready to be sent in (needs MNIST; half an hour)
+results: .venv/peers  ## Run all studies, three times, into bench/results/MACHINE/, ready to send in (needs MNIST; half an hour)
 	$(BIN)/python -m bench results $(ARGS)
 
-publish: $(READY)  ## Make the figures and the READMEs' tables from all folders in bench/results/
+publish: $(READY)  ## Renew the READMEs' tables and figures from all folders in bench/results/
 	$(BIN)/python -m bench.publish.tables
 
 lint: $(READY)  ## Check style and types
@@ -40,12 +40,12 @@ lint: $(READY)  ## Check style and types
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-constraints: $(READY)  ## Pin the newest versions of all dependencies again
+constraints: $(READY)  ## Pin all dependencies to their newest versions in constraints.txt
 	$(BIN)/pip install --quiet uv
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --extra test --no-annotate --no-header \
 	    --upgrade --output-file constraints.txt pyproject.toml
 
-clean:  ## Remove the environment, caches and fresh results
+clean:  ## Remove the environment, caches and bench/output/
 	rm -rf .venv .venv-* .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks *.egg-info bench/output
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -58,7 +58,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
 	@touch $@
 
-# PyTorch has CPU builds on an index of its own; where that cannot be reached, the default index serves.
+# PyTorch's CPU builds are on a separate index; where that cannot be reached, the default index serves.
 .venv/peers: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
 	    --extra-index-url https://download.pytorch.org/whl/cpu torch==2.13.0

@@ -1,8 +1,8 @@
 """The contract: what every backend computes, and the one place where arguments are checked.
 
-The public methods check shapes, dtypes and labels once and call the backend's own ``_matmul``, ``_relu`` and so on,
-which may then trust what they are given. Kernels keep the dtype of their arguments (float32, or float64 for gradient
-checks), never write to them, and return fresh row-major arrays. They can be called from several threads at once.
+The public methods check shapes, dtypes and labels once. Then they call the backend's own ``_matmul``, ``_relu`` and so
+on, which may trust their arguments. Kernels keep the dtype of their arguments (float32, or float64 for gradient
+checks), never write to them, and return new row-major arrays. They are thread-safe.
 """
 
 from abc import ABC, abstractmethod
@@ -17,7 +17,7 @@ FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 
 
 class Matrix(Protocol):
-    """What `Backend.matmul` takes as its left operand: an array, or images in a backend's own form."""
+    """The left operand of `Backend.matmul`: an array, or images in the backend's own format."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -31,13 +31,13 @@ class Matrix(Protocol):
 
 
 class Backend(ABC):
-    """The four kernels of the network, and how it likes its images prepared.
+    """The four kernels of the network, and the preparation of its images.
 
     Attributes
     ----------
     chunk : int
-        How many images at most are prepared together and pass through the network: so many that their activations stay
-        in a core's cache.
+        The most images that are prepared and sent through the network together. Their activations should stay in a
+        core's cache.
     too_slow_for_full_batches : bool
         Whether an epoch over all images would take a quarter of an hour, as in pure Python.
     """
@@ -62,19 +62,19 @@ class Backend(ABC):
         return 0.0
 
     def prepare(self, images: NDArray[np.uint8], dtype: DTypeLike = np.float32) -> Any:
-        """Turn pixels into the left operand that `matmul` is fastest on.
+        """Convert pixels to the left operand that suits `matmul` best.
 
         Parameters
         ----------
         images
             uint8 (n, p), one image a row, 0 to 255.
         dtype
-            float32 or float64: what the pixels, divided by 255, count as.
+            float32 or float64: the type of the pixels once they are divided by 255.
 
         Returns
         -------
         Matrix
-            (n, p): the images / 255, with ``len``, ``shape``, ``dtype`` and ``.T``, and ``nbytes`` for a memory limit.
+            (n, p): the images / 255, with ``len``, ``shape``, ``dtype``, ``.T``, and ``nbytes`` for the memory limit.
 
         Raises
         ------
@@ -137,7 +137,7 @@ class Backend(ABC):
         Parameters
         ----------
         upstream
-            (n, m): gradient of the loss in the activations.
+            (n, m): gradient of the loss with respect to the activations.
         activations
             (n, m): what `relu` returned.
 
@@ -151,11 +151,11 @@ class Backend(ABC):
         return self._relu_grad(upstream, activations)
 
     def softmax_grad(self, logits: NDArray, labels: NDArray[np.integer]) -> tuple[float, int, NDArray]:
-        """Cross-entropy of softmax(logits) against integer labels, and its gradient in the logits.
+        """Cross-entropy of softmax(logits) against integer labels, and its gradient with respect to the logits.
 
         With p = softmax(logits), row by row, the loss is the sum of -log p[label] and its gradient p - onehot(label)
         (Bishop, Pattern Recognition and Machine Learning, eq. 4.109). Each row's maximum is subtracted
-        before exponentials are taken, so no finite logits overflow.
+        before exponentiation, so finite logits never overflow.
 
         Parameters
         ----------
@@ -167,8 +167,8 @@ class Backend(ABC):
         Returns
         -------
         tuple[float, int, ndarray]
-            The loss summed over the rows; how many rows have their largest logit at the label (of equal ones, the
-            first counts as the largest); softmax(logits) - onehot(labels), (n, classes), not divided by n.
+            The loss, summed over the rows; how many rows have their largest logit at the label (the first one wins a
+            tie); softmax(logits) - onehot(labels), (n, classes), not divided by n.
 
         Raises
         ------
@@ -195,11 +195,10 @@ class Backend(ABC):
     def _softmax_grad(self, logits: NDArray, labels: NDArray[np.integer]) -> tuple[float, int, NDArray]: ...
 
 
-# Right at first sight ---------------------------------------------------------------------------------------
+# The fast path ----------------------------------------------------------------------------------------------
 #
-# Nearly all arguments are right. To find out what is wrong with them would take 15 to 20 µs of each training step, a
-# tenth of it in small batches, and these take a third of that. If one is False, the arguments may still be right: the
-# checks below decide.
+# Nearly all arguments are right. The full checks below would take 15 to 20 µs of each training step, a tenth of it in
+# small batches; these take a third of that. False means only that the full checks have to decide.
 
 
 def _is_matrix(value: Any) -> bool:
@@ -232,12 +231,12 @@ def _is_labelled(logits: Any, labels: Any) -> bool:
     return labels.shape == (rows,) and rows > 0 and labels[labels.argmin()] >= 0 and labels[labels.argmax()] < classes
 
 
-# What is wrong ----------------------------------------------------------------------------------------------
+# The full checks --------------------------------------------------------------------------------------------
 
 
 def _check_product(a: Any, b: Any, bias: Any) -> None:
     _check_matrix(b, "b")
-    if isinstance(a, np.ndarray) or not getattr(a, "shape", ()):  # a number has a shape too, if it is NumPy's
+    if isinstance(a, np.ndarray) or not getattr(a, "shape", ()):  # NumPy scalars have a shape, too
         _check_matrix(a, "a")
     if a.shape[1] != b.shape[0]:
         raise ValueError(f"cannot multiply a {a.shape} by b {b.shape}: {a.shape[1]} columns, {b.shape[0]} rows")
@@ -272,7 +271,7 @@ def _check_labelled(logits: Any, labels: Any) -> None:
 
 
 def _check_float(value: Any, name: str) -> None:
-    if not isinstance(value, np.ndarray) or value.dtype not in FLOATS:  # these are native, and equal to no others
+    if not isinstance(value, np.ndarray) or value.dtype not in FLOATS:  # FLOATS are native, and equal no others
         raise ValueError(f"{name} must be an array of native float32 or float64, not {_describe(value)}")
 
 

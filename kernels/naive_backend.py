@@ -1,8 +1,8 @@
 """Plain Python loops: the specification that every other backend is tested against.
 
-Each kernel is a function that reads and writes ``a[i][k]``, so the same source serves lists, which plain Python indexes
-fastest, and arrays, when `numba.njit` compiles it. Nothing is vectorized and nothing is clever: read this file to know
-what is computed, the others to see how to compute it fast.
+Each kernel reads and writes ``a[i][k]``. So the same source works on lists, which plain Python indexes fastest, and on
+arrays, when `numba.njit` compiles it. Nothing is vectorized and nothing is clever: read this file to learn what is
+computed, and the others to learn how to compute it fast.
 """
 
 import math
@@ -60,7 +60,7 @@ def softmax_grad(logits, labels, out):
 
 
 class NaiveBackend(Backend):
-    """The loops above on lists of Python floats, which hold 64 bits: results are rounded to the dtype at the end."""
+    """The loops above, on lists of Python floats. These have 64 bits; results are rounded to the dtype at the end."""
 
     too_slow_for_full_batches = True
 
@@ -93,4 +93,4 @@ def _zeros(rows: int, columns: int) -> list[list[float]]:
 
 
 def _array(lists: list[list[float]], shape: tuple[int, ...], dtype: DTypeLike) -> NDArray:
-    return np.array(lists, dtype).reshape(shape)  # no rows leave no columns to infer
+    return np.array(lists, dtype).reshape(shape)  # with no rows, NumPy cannot infer the columns

@@ -1,17 +1,18 @@
-"""Compiled by Numba: a micro-kernel that holds its results in vector registers, and the loops around it.
+"""Compiled by Numba: a micro-kernel with its accumulators in vector registers, and the cache blocking around it.
 
 The product follows Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (2008), in the
 terms of BLIS (Van Zee and van de Geijn, 2015). The *micro-kernel* keeps a *tile* of the result, `MR` rows by
-`TILE_VECTORS` vectors, in registers while it walks along k. At each step it loads one row of B, broadcasts
+`TILE_VECTORS` vectors, in registers for the whole loop over k. At each step it loads one row of B, broadcasts
 one element of A for each row of the tile, and multiplies and adds: 24 multiply-adds for 10 loads on Zen with
-AVX-512. Around it, B is cut into blocks that stay in the L2 cache, and those into *panels* as wide as a tile,
-which lie one row after the other in memory.
+AVX-512. Around it, B is cut into blocks that stay in the L2 cache. *Packing* copies a block into contiguous *panels*,
+each as wide as a tile.
 
-Goto packs A as well. Here A is read in place, as its elements are only ever broadcast, so any strides do. The
-transpose of a row-major A is the hard case: each step of k is in another page. What is done about that is in `TUNING`.
+Goto packs A as well. Here A is read in place: its elements are only ever broadcast, so any strides will do. The hard
+case is the transpose of a row-major A, where each step of k is on another page and needs another TLB entry. `TUNING`
+says what each kind of CPU does about that.
 
-However the product is cut, an element of the result is one chain of multiply-adds that starts from the bias and goes
-along k. So its bits depend on its row of A and its column of B alone.
+However the product is blocked, each element of the result is one chain of multiply-adds, which starts from the bias and
+runs along k. So its bits depend on its row of A and its column of B alone.
 """
 
 import functools
@@ -185,9 +186,9 @@ def _emit_tile(context, builder, signature, arguments, most, width, ragged=False
 
 
 def _next_block(builder, a, i, panels, p):
-    """Find this tile's share of the block of A after this one: a pointer for each step of k.
+    """Find this tile's share of the next block of A, to be prefetched: a pointer for each step of k.
 
-    If A is row-major, the CPU itself foresees what is read, and the pointers are all the same.
+    If A is row-major, the hardware prefetcher does the work, and all pointers are the same.
     """
     count, k = panels.shape[:2]
     rows = i.type(MR)
@@ -199,7 +200,7 @@ def _next_block(builder, a, i, panels, p):
 
 
 def _emit_micro_kernel(builder, vectors, a, panel, start, out, rows, masks, ahead):
-    """Write the loop along k for a tile of `rows` rows and a vector for each of `masks`."""
+    """Write the loop over k for a tile of `rows` rows, with one vector for each of `masks`."""
     grid = [(r, c) for r in range(rows) for c in range(len(masks))]
     totals = {(r, c): vectors.variable(vectors.load(start.at(r), masks[c], column=c)) for r, c in grid}
     parts = [a if r == 0 else opaque(builder, a.part(r)) for r in range(0, rows, TUNING.chain)]
@@ -216,7 +217,7 @@ def _emit_micro_kernel(builder, vectors, a, panel, start, out, rows, masks, ahea
 
 @intrinsic
 def pack(typing_context, b, j, panel):
-    """Fill a panel from column `j` of `b` on, whose rows are contiguous; columns that it does not have become zeros."""
+    """Pack a panel from column `j` of `b` on, whose rows are contiguous, with zeros for missing columns."""
     return types.void(b, j, panel), functools.partial(emit_packing, width=TILE_VECTORS)
 
 
@@ -243,7 +244,7 @@ def emit_packing(context, builder, signature, arguments, width):
 
 @intrinsic
 def pack_transposed(typing_context, b, row, j, panel, column):
-    """Fill a square of a panel, as wide as a vector, from (row, j) of `b` on, whose columns are contiguous."""
+    """Pack a square as wide as a vector, from (row, j) of `b` on, whose columns are contiguous."""
 
     def emit(context, builder, signature, arguments):
         b, panel = (View.of(context, builder, signature.args[n], arguments[n]) for n in (0, 3))
@@ -261,7 +262,7 @@ def pack_transposed(typing_context, b, row, j, panel, column):
 def copy_columns(typing_context, a, i, copy):
     """Set row k of `copy`, (k, MR), to elements i to i + MR of column k of `a`, whose columns are contiguous.
 
-    Whole vectors are written, so `copy` needs a vector's room behind it.
+    Whole vectors are written, so `copy` needs room for one more vector at its end.
     """
 
     def emit(context, builder, signature, arguments):
@@ -369,7 +370,7 @@ def add_edge(a, b, bias, out, edge, first):
 
 @njit
 def panels_of(b, width, m):
-    """Panels of so many columns for `m` rows of A, (panel, k, column): in place, or packed and filled up with zeros."""
+    """Panels of `width` columns for `m` rows of A, (panel, k, column): in place, or packed and zero-padded."""
     k, n = b.shape
     contiguous = b.strides[1] == b.itemsize
     if contiguous and m < PACK_ROWS and n % width == 0:
@@ -387,7 +388,7 @@ def panels_of(b, width, m):
 
 @njit
 def pack_columns(b, j, panel):
-    """Do what `pack` does, for rows that are not contiguous: in squares if the columns are, else one by one."""
+    """Do what `pack` does, for rows that are not contiguous: in squares if the columns are, else element by element."""
     k, n = b.shape
     lanes = REGISTER_BYTES // b.itemsize
     for column in range(0, panel.shape[1], lanes):
@@ -438,13 +439,13 @@ def softmax_grad(logits, labels, out):
 
 @intrinsic
 def softmax_grad_row(typing_context, logits, i, label, out):
-    """Set row `i` of `out` as above, vector by vector; the last is filled up with what changes nothing.
+    """Set row `i` of `out` as above, vector by vector; lanes past the end are padded with neutral values.
 
     Returns
     -------
     tuple[float, bool, float]
-        How far the label's logit is below the largest; whether it is the first of the largest, which NaN is if there is
-        one; the sum of the exponentials.
+        How far the label's logit is below the largest; whether it is the first largest (NaN counts as the largest); the
+        sum of the exponentials.
     """
     dtype = logits.dtype
 

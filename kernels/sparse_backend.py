@@ -1,26 +1,26 @@
-"""Compiled by Numba for images that are mostly zero: only what is not zero is multiplied.
+"""Compiled by Numba for images that are mostly zero: only the non-zeros are multiplied.
 
-81 % of MNIST's pixels are zero. Both products with the images, x W and x.T dhidden, are sums over non-zero pixels: each
-row of the result is a sum of rows of B, one for each non-zero element of its row of A, times that element:
+81 % of MNIST's pixels are zero. Both products with the images, x W and x.T dhidden, are sums over non-zero pixels. Each
+row of the result is a weighted sum of rows of B, one for each non-zero element of its row of A:
 
     out[i] = bias + A[i, k] B[k] + A[i, k'] B[k'] + ...
 
-Each multiply-add of vectors then needs a vector of B of its own. The CPU can load one for each multiply-add, but only
-from the L1 cache, which is too small for B. Hence these ideas, on top of skipping zeros:
+So every vector multiply-add needs another vector of B. The CPU can load one for each multiply-add, but only from the L1
+cache, which is too small for B. Hence these techniques, on top of skipping zeros:
 
-- *Blocks.* A is cut into blocks of 64 columns, and B into blocks of 64 rows, which are cut into *panels* of
-  `PANEL_VECTORS` vectors and stay in the L1 cache. A block is used for all rows of the result before the next one. The
-  first lists all rows, and starts them from the bias.
-- *Masks.* Where a row of a block is not zero is a mask of 64 bits; the next column is its lowest bit, one instruction
-  away. Reading column numbers from memory would be slower, as each would have to arrive before B can be loaded.
-- *Order.* The rows of a block are visited from the most non-zeros to the fewest, whatever their order in A, so the
-  innermost loop is as long as the last time, and the CPU rightly foresees its end. It cannot foresee which row of the
-  result is next, which is prefetched.
-- *Bytes.* Grey values are kept as bytes, and each is looked up in a table of 256 floats when it is needed.
+- *Blocks* (cache blocking). A is cut into blocks of 64 columns. B is cut into blocks of 64 rows, and those into
+  *panels* of `PANEL_VECTORS` vectors, which stay in L1. A block is used for all rows of the result before the next one.
+  The first block lists all rows, and starts them from the bias.
+- *Masks.* The non-zeros of a row within a block are a bit mask of 64 bits. The next column is its lowest set bit, one
+  instruction away. Column numbers in memory would be slower: each has to be loaded before B can be.
+- *Order.* The rows of a block are visited from the most non-zeros to the fewest, whatever their order in A. The trip
+  count of the innermost loop repeats, so its exit branch predicts well. The hardware prefetcher cannot predict which
+  row of the result is next, so software prefetches it.
+- *Bytes.* Pixels stay bytes, and each is looked up in a table of 256 floats when it is needed.
 
-x and x.T are both stored in that form, so the same code computes both products.
+Both x and x.T are stored in that form, so the same code computes both products.
 
-A pixel of zero adds nothing to a sum, whatever it is multiplied with: zero times infinity or NaN is skipped here too.
+A zero pixel adds nothing to a sum, whatever it is multiplied by: zero times infinity or NaN is skipped, too.
 """
 
 import functools
@@ -55,25 +55,25 @@ from kernels.simd import (
     row_major_in,
 )
 
-# Vectors in a row of a panel, and of the narrower panels for the last columns. As many sums are under way as it takes
-# to keep the multiply-add units busy, and a step along a row takes 9 loads for 8 of them: its value, and vectors of B.
+# Vectors in a row of a panel, and of the narrower panels for the last columns. 8 independent accumulators hide the
+# latency of the multiply-adds, and a step along a row takes 9 loads for 8 of them: the pixel, and vectors of B.
 WIDTHS = (8, 4, 2, 1)
 PANEL_VECTORS = WIDTHS[0]
 PANEL_BYTES = PANEL_VECTORS * REGISTER_BYTES
 
-# Rows of a block that are visited together, by the number of vector registers: their sums leave some for grey values.
-# Two rows on 16 registers need panels half as wide, with 5 loads for 4 multiply-adds: 1.1 to 1.25 times as slow with
-# AVX2 on Zen 3, 1.2 times with SSE.
+# Rows of a block that are visited together, by the number of vector registers. Their accumulators leave some registers
+# for pixels. Two rows on 16 registers need panels half as wide, 5 loads for 4 multiply-adds: 1.1 to 1.25 times as slow
+# with AVX2 on Zen 3, 1.2 times with SSE.
 GROUP = {16: 1, 32: 2}[REGISTERS]
 
-# Columns of a block: the bits of a mask. With AVX-512, so many rows of a panel fill an L1 cache of 32 KB.
+# Columns of a block: the bits of a mask. With AVX-512, 64 rows of a panel fill an L1 cache of 32 KB.
 BLOCK = 64
 
-# So many groups before its turn, a row of the result is fetched into the L1 cache. The results of a chunk fill an L2
-# cache, and are visited in an order that the CPU cannot foresee.
+# Prefetch distance: a row of the result is prefetched into L1 this many groups ahead. The results of a chunk fill an L2
+# cache, and are visited in an order that the hardware prefetcher cannot predict.
 AHEAD = 2
 
-# From this share of non-zero pixels on, dense products are faster; fewer pixels than these are not worth a warning.
+# From this share of non-zero pixels on, dense products are faster. Below this many pixels a warning is not worth it.
 DENSE = 0.85
 MANY_PIXELS = 100_000
 
@@ -87,20 +87,20 @@ _TILE = ir.VectorType(_MASK, BLOCK)
 
 
 class NonZeros(NamedTuple):
-    """The non-zero elements of a matrix of bytes, block of columns by block of columns.
+    """The non-zero elements of a matrix of bytes, one block of columns after the other.
 
-    The first block lists all rows, the others leave out those that are all zero. Rows come from the most non-zeros to
-    the fewest, in groups of `GROUP`; a row number one past the last fills the last group.
+    The first block lists all rows; the others leave out rows that are all zero. Rows are sorted from the most non-zeros
+    to the fewest, in groups of `GROUP`. The last group is padded with the row number one past the last.
     """
 
     groups: NDArray[np.int64]
-    """(blocks,): how many groups there are. There is a block even if there are no columns."""
+    """(blocks,): groups in each block. There is one block even if there are no columns."""
     rows: NDArray[np.uint32]
-    """(groups of all blocks * GROUP,): which row it is."""
+    """(groups of all blocks * GROUP,): row numbers."""
     masks: NDArray[np.uint64]
     """The same shape: bit c is set where column c of the block is not zero."""
     values: NDArray[np.uint8]
-    """The grey values that are not zero, row by row, and then `BLOCK` bytes that may be read but do not matter."""
+    """The non-zero pixels, row by row, and `BLOCK` bytes of padding that may be read but do not matter."""
 
 
 def pixels_in(_: types.Type) -> types.Array:
@@ -139,7 +139,7 @@ GROUPS, ROWS, MASKS, VALUES = types.int64, types.uint32, types.uint64, types.uin
 def encode(images: NDArray[np.uint8]) -> tuple[NonZeros, NonZeros]:
     """The non-zeros of a matrix of bytes (n, k), and those of its transpose.
 
-    NumPy makes the arrays, as it takes Numba a microsecond to hand one over.
+    NumPy allocates the arrays, as Numba takes a microsecond to return one.
     """
     images = np.ascontiguousarray(images)
     n, k = images.shape
@@ -166,15 +166,15 @@ def encode(images: NDArray[np.uint8]) -> tuple[NonZeros, NonZeros]:
     returns=types.UniTuple(types.int64, 3),
 )
 def find_nonzeros(pixels, masks, transposed_masks, groups, transposed_groups):
-    """Set the masks of a matrix and of its transpose, and how many groups they make.
+    """Set the masks of a matrix and of its transpose, and count their groups.
 
-    Both have the shape (strips of 64 rows, blocks of 64 columns, 64). The masks of the transpose are those of the
-    matrix, 64 x 64 bits at a time, transposed.
+    Both have the shape (strips of 64 rows, blocks of 64 columns, 64). The masks of the transpose are the matrix's masks
+    with their bits transposed, 64 x 64 at a time.
 
     Returns
     -------
     tuple[int, int, int]
-        How many bits are set in the masks; how many rows the groups have, and those of the transpose.
+        The bits set in the masks; the rows in all groups, and in all groups of the transpose.
     """
     n, k = pixels.shape
     strips, blocks, _ = masks.shape
@@ -205,9 +205,9 @@ def find_nonzeros(pixels, masks, transposed_masks, groups, transposed_groups):
 
 @njit
 def last_mask(pixels, i, rest):
-    """Which of the last bytes of a row, fewer than 64, are not zero."""
+    """Mask of the non-zeros among the last bytes of a row, fewer than 64."""
     end = (i + 1) * pixels.shape[1]
-    if end >= BLOCK:  # the 64 bytes before the end are in memory, the first of them no matter
+    if end >= BLOCK:  # load the 64 bytes before the end, and shift out the first of them
         return nonzero_bytes(pixels, end - BLOCK) >> np.uint64(BLOCK - rest)
     mask = np.uint64(0)
     for c in range(rest):
@@ -217,7 +217,7 @@ def last_mask(pixels, i, rest):
 
 @njit
 def round_up(groups):
-    """Turn numbers of rows into numbers of groups; returns how many rows these have."""
+    """Turn counts of rows into counts of groups, in place; returns the rows in all groups, padding included."""
     listed = 0
     for block in range(len(groups)):
         groups[block] = (groups[block] + GROUP - 1) // GROUP
@@ -247,8 +247,8 @@ def fill_form(matrix, masks, groups, rows, sorted_masks, values):
 def sort_rows(masks, n, is_first, rows, sorted_masks, begin):
     """List the rows of a block from the most non-zeros to the fewest; returns how many.
 
-    A counting sort. Even and odd rows are counted apart, as a counter that has just been written can be read only some
-    cycles later. Numbers are unsigned, as a negative index would count from the end, which takes time to find out.
+    A counting sort. Even and odd rows have separate counters, as a counter that has just been written can be read only
+    some cycles later (store-to-load forwarding). Indices are unsigned, which spares Numba's check for negative ones.
     """
     size = np.uint64(BLOCK)
     begin[:] = 0
@@ -276,7 +276,7 @@ def place_of(mask):
 
 @intrinsic
 def nonzero_bytes(typing_context, pixels, start):
-    """Which of 64 bytes from the `start`-th of an array on are not zero, as the bits of a mask."""
+    """Mask of the non-zeros among the 64 bytes that start at the `start`-th of an array."""
 
     def emit(context, builder, signature, arguments):
         first = View.of(context, builder, signature.args[0], arguments[0]).at()
@@ -320,13 +320,13 @@ def transpose_bits(typing_context, masks, transposed, strip, block):
 
 @intrinsic
 def popcount(typing_context, mask):
-    """How many bits are set."""
+    """The number of set bits."""
     return types.int64(types.uint64), lambda context, builder, signature, arguments: builder.ctpop(arguments[0])
 
 
 @intrinsic
 def copy_nonzeros(typing_context, matrix, i, j, mask, values, end):
-    """Copy the bytes of a row, from column `j` on, whose bits are set to `values[end:]`; up to 64 may be written."""
+    """Copy the bytes of a row, from column `j` on, chosen by `mask` to `values[end:]`; may write up to 64."""
 
     def emit(context, builder, signature, arguments):
         _, i, j, mask, _, end = arguments
@@ -348,7 +348,7 @@ def copy_nonzeros(typing_context, matrix, i, j, mask, values, end):
 
 
 def _emit_copy(builder, row, mask, values):
-    """Copy byte after byte."""
+    """Copy byte by byte."""
     rest = cgutils.alloca_once_value(builder, mask)
     with cgutils.for_range(builder, builder.ctpop(mask)) as loop:
         bits = builder.load(rest)
@@ -364,9 +364,9 @@ class SparseMatrix:
     Attributes
     ----------
     shape, dtype
-        Of the array that it stands for.
+        Those of the dense array.
     nonzeros, transposed
-        The bytes of that array, and those of its transpose.
+        The non-zeros of that array and of its transpose.
     """
 
     shape: tuple[int, int]
@@ -384,7 +384,7 @@ class SparseMatrix:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that both forms take."""
+        """Bytes of memory that both forms take."""
         return sum(array.nbytes for array in (*self.nonzeros, *self.transposed))
 
 
@@ -393,7 +393,7 @@ class SparseMatrix:
 
 @intrinsic
 def pack_panel(typing_context, b, j, panel):
-    """Copy B's columns from `j` on to the panel, with zeros for columns that B does not have."""
+    """Pack B's columns from `j` on into the panel, with zeros for missing columns."""
     return types.void(b, j, panel), functools.partial(emit_packing, width=PANEL_VECTORS)
 
 
@@ -404,17 +404,17 @@ def add_block(typing_context, groups, rows, masks, values, start, end, quotients
     Parameters
     ----------
     groups, rows, masks, values
-        How many groups the block has, and all arrays of `NonZeros` but the first.
+        How many groups the block has, and the other arrays of `NonZeros`.
     start, end
-        Where the block's `rows` and `masks` start, and where its `values`.
+        Where the block's `rows` and `masks` start, and where its `values` start.
     quotients
-        What each grey value counts as.
+        The float for each value of a pixel.
     panel
         The block of B, and a row of negative zeros after its `BLOCK` rows.
     bias, is_first
-        What the rows of the result start from in the first block. In the others it is what is in `out`.
+        What the rows of the result start from in the first block. In the others they start from `out`.
     out, j
-        The result, with a row more than A, and the first of the columns.
+        The result, with one more row than A, and its first column to add to.
     width
         One of `WIDTHS`. Only a single vector may be wider than what is left of the result.
 
@@ -431,12 +431,12 @@ def add_block(typing_context, groups, rows, masks, values, start, end, quotients
         )
         vectors = Vectors(context, builder, signature.args[10].dtype)
         integer = j.type
-        # Strides that are known here, which spare the innermost loop its multiplications.
+        # Strides known at compile time, so that the innermost loop need not multiply.
         rows, masks = rows.part(start), masks.part(start)
         values = View(builder, values.at(), (), [integer(1)])
         quotients = View(builder, quotients.at(), (), [integer(REGISTER_BYTES // vectors.lanes)])
         panel = View(builder, panel.at(), (), [integer(PANEL_BYTES)])
-        # The bias is a matrix whose rows are 0 bytes apart.
+        # The bias is a matrix with a row stride of 0.
         before = View(
             builder,
             builder.select(is_first, bias.at(j), out.at(integer(0), j)),
@@ -470,7 +470,7 @@ def add_block(typing_context, groups, rows, masks, values, start, end, quotients
 
 
 class _Member(NamedTuple):
-    """A row of a group, as generated code sees it."""
+    """A row of a group, in generated code."""
 
     mask: ir.Value
     grey: View
@@ -483,7 +483,7 @@ def _load(builder, pointer, what):
 
 
 def _emit_micro_kernel(builder, vectors, members, quotients, panel, width, tail):
-    """Add to rows of the result, held in registers, for the set bits of their masks; the first has the most."""
+    """Add to rows of the result, in registers, for the set bits of their masks; the first row has the most."""
     tile = [(r, c) for r in range(GROUP) for c in range(width)]
     totals = {(r, c): vectors.variable(vectors.constant(0)) for r, c in tile}
     masks = [cgutils.alloca_once_value(builder, member.mask) for member in members]
@@ -492,11 +492,12 @@ def _emit_micro_kernel(builder, vectors, members, quotients, panel, width, tail)
         for r, member in enumerate(members):
             mask = builder.load(masks[r])
             builder.store(builder.and_(mask, builder.sub(mask, _MASK(1))), masks[r])
-            # 64 when the mask has run out: a row of negative zeros, which change no sum, times any grey value.
+            # 64 once the mask is used up: the row of negative zeros, which times any pixel leaves a sum unchanged.
             column = builder.cttz(mask, ir.IntType(1)(0))
             grey = builder.zext(_load(builder, member.grey.at(loop.index), _GREY), _MASK)
             x = vectors.broadcast(quotients.at(grey))
-            # As one address: Intel's CPUs split a multiply-add from memory at the sum of two registers in two.
+            # As one address: Intel's CPUs split a multiply-add with an indexed memory operand (the sum of two
+            # registers) into two operations.
             row = opaque(builder, panel.part(column))
             for c in range(width):
                 total = totals[r, c]
@@ -508,9 +509,9 @@ def _emit_micro_kernel(builder, vectors, members, quotients, panel, width, tail)
 
 
 def _keep_rolled(builder):
-    """Keep LLVM from unrolling a loop, by an instruction without effect that it may not copy past a condition.
+    """Keep LLVM from unrolling a loop, with a no-op that LLVM may not put under another condition.
 
-    Most rows of a block have fewer than twenty non-zeros, and would end up in the loop for the remainder.
+    Most rows of a block have fewer than twenty non-zeros, and would end up in the remainder loop.
     """
     nothing = ir.InlineAsm(ir.FunctionType(ir.VoidType(), []), "", "", side_effect=True)
     builder.call(nothing, [], attrs=("convergent",))
@@ -521,10 +522,10 @@ empty_panel = njit(aligned_empty)
 
 @kernel(row_major_in, flat_in, flat_in, *(form_in(dtype) for dtype in (GROUPS, ROWS, MASKS, VALUES)), matrix_out)
 def product(b, bias, quotients, groups, rows, masks, values, out):
-    """out = A B + bias, added to each row, where A is what `NonZeros` says, with `quotients` for the grey values.
+    """out = A B + bias, where A is given by its `NonZeros`, with `quotients` for the pixels.
 
-    `out` has a row more than A, which is left in any state. The terms of a sum are added block by block, each from left
-    to right.
+    `out` has one more row than A, a dummy for the padding. The terms of a sum are added block by block, and within a
+    block from left to right.
     """
     m = b.shape[1]
     panel = empty_panel(BLOCK + 1, PANEL_BYTES // b.itemsize, b)
@@ -543,14 +544,14 @@ def product(b, bias, quotients, groups, rows, masks, values, out):
             j += columns
 
 
-# What a grey value counts as. Looked up, as a division takes as long as two steps of the innermost loop.
+# The float for each value of a pixel. A division would take as long as two steps of the innermost loop.
 QUOTIENTS = {dtype: np.divide(np.arange(256), 255, dtype=dtype) for dtype in FLOATS}
 
 
 class SparseBackend(NumbaBackend):
-    """Products with images as above; everything else is the numba backend's."""
+    """Products with images as above; everything else comes from the numba backend."""
 
-    # Of images in this form, which is a sixth as large, twice as many leave enough of the cache to the activations.
+    # In this form images take a sixth of the memory, so twice as many leave enough of the cache to the activations.
     chunk = 2 * CHUNK
 
     def _prepare(self, images, dtype):
@@ -569,7 +570,7 @@ class SparseBackend(NumbaBackend):
         return out[:n]
 
 
-_FIRST_WARNING = threading.Lock()  # taken, and never given back
+_FIRST_WARNING = threading.Lock()  # acquired once, and never released
 
 
 def _warn_of_dense_images() -> None:

@@ -10,7 +10,7 @@ if __name__ == "__main__":
 
     from model.cli import main
 
-    # Numba makes a hundred thousand objects that stay. Looking for garbage among them takes a fifth of a second, most
+    # Numba creates a hundred thousand long-lived objects. Garbage collection among them takes a fifth of a second, most
     # of it when the process ends.
     gc.set_threshold(100_000)
     try:

@@ -1,7 +1,7 @@
-"""The data: MNIST, found or fetched and verified; digits28, a stand-in that needs no network; IDX files of any size.
+"""The data: MNIST, verified; digits28, a stand-in that needs no network; IDX files of any size.
 
-MNIST's files come from outside, so nothing in them is taken on trust: sizes are bounded before they are read,
-their structure is checked first, because that gives the more helpful error, and their SHA-256 last.
+MNIST's files come from outside, so nothing in them is trusted. Sizes are bounded before anything is read. The structure
+is checked first, because that gives the more helpful error, and the SHA-256 last.
 """
 
 import contextlib
@@ -76,7 +76,7 @@ FILES = (
     ),
 )
 
-# Remembered, so that only the first of several calls waits for a network that is not there.
+# Cached, so that only the first of several calls waits for a missing network.
 _download_failure = ""
 
 
@@ -107,7 +107,7 @@ class Dataset(NamedTuple):
 
     @property
     def classes(self) -> int:
-        """Ten for digits, else one more than the largest label, so that a label is the number of its class."""
+        """Ten for digits; for ``"idx"`` one more than the largest label, so that a label is the number of its class."""
         return 1 + int(max(self.train_labels.max(), self.test_labels.max())) if self.name == "idx" else 10
 
     def __repr__(self) -> str:
@@ -116,7 +116,7 @@ class Dataset(NamedTuple):
 
 
 def print_notice(text: str) -> None:
-    """Print a line on standard error, which keeps it apart from a program's results."""
+    """Print a line on standard error, apart from the results."""
     print(text, file=sys.stderr)
 
 
@@ -130,7 +130,7 @@ def load_dataset(
     Parameters
     ----------
     name : str
-        ``"mnist"``, ``"digits28"``, ``"idx"``, or ``"auto"``: MNIST if it can be had, else digits28 with a notice.
+        ``"mnist"``, ``"digits28"``, ``"idx"``, or ``"auto"``: MNIST if available, else digits28 with a notice.
     directory : path, optional
         Where the files are, see `load_mnist` and `load_idx`.
     notify : callable
@@ -143,8 +143,8 @@ def load_dataset(
     Raises
     ------
     DataError
-        If the name is unknown or the data cannot be loaded. Under ``"auto"`` the latter is an error only if
-        `directory` or the environment variable ``MNIST_DIR`` is given: whoever points at MNIST wants MNIST.
+        If the name is unknown or the data cannot be loaded. With ``"auto"``, the latter is an error only if
+        `directory` or the environment variable ``MNIST_DIR`` is given: whoever names a folder wants MNIST.
     """
     if name not in DATASETS:
         raise DataError(f"Unknown dataset {name!r}: choose one of {', '.join(DATASETS)}")
@@ -177,8 +177,8 @@ def load_mnist(directory: str | os.PathLike[str] | None = None) -> Dataset:
     Raises
     ------
     DataError
-        If a file is missing or is not MNIST's, if no mirror delivers, or if the cache cannot be written.
-        A given directory that lacks a file is an error too; nothing is downloaded in its place.
+        If a file is missing or is not MNIST's, if no mirror works, or if the cache cannot be written.
+        If a given directory lacks a file, that is an error, too; nothing is downloaded instead.
     """
     source = _given_directory(directory)
     if source is None:
@@ -188,7 +188,7 @@ def load_mnist(directory: str | os.PathLike[str] | None = None) -> Dataset:
 
 
 def load_idx(directory: str | os.PathLike[str] | None = None) -> Dataset:
-    """Open images and labels in the format of MNIST's files, of any number, as memory maps: nothing is read yet.
+    """Open any number of images and labels, in the format of MNIST's files, as memory maps: nothing is read yet.
 
     Parameters
     ----------
@@ -203,7 +203,7 @@ def load_idx(directory: str | os.PathLike[str] | None = None) -> Dataset:
     Raises
     ------
     DataError
-        If no directory is given, or a file is missing, compressed, or not what it should be.
+        If no directory is given, or a file is missing, compressed or invalid.
     """
     source = _given_directory(directory)
     if source is None:
@@ -233,15 +233,15 @@ def limited(dataset: Dataset, count: int | None) -> Dataset:
     Returns
     -------
     Dataset
-        Its training arrays are views of the given ones; the test images are all there.
+        Its training arrays are views of the given ones; all test images stay.
 
     Raises
     ------
     DataError
-        If there are not so many training images, `count` is not positive, or labels are missing.
+        If there are fewer training images, `count` is not positive, or labels are missing.
     """
     images, labels = len(dataset.train_images), len(dataset.train_labels)
-    if images != labels:  # which the views would not show any more
+    if images != labels:  # the views would hide it
         raise DataError(f"{dataset.name} has {images} training images but {labels} labels: one label for each image")
     if count is None:
         return dataset
@@ -258,7 +258,7 @@ def sha256(dataset: Dataset, hash_shards: Callable[[Bytes], bytes] | None = None
     ----------
     dataset : Dataset
     hash_shards : callable, optional
-        Does what `digests` does, but elsewhere: on the workers of a cluster.
+        Replaces `digests`, to hash on the workers of a cluster.
     """
     digest = hashlib.sha256()
     for array in dataset[1:]:
@@ -268,7 +268,7 @@ def sha256(dataset: Dataset, hash_shards: Callable[[Bytes], bytes] | None = None
 
 
 def digests(array: Bytes) -> bytes:
-    """Return the SHA-256 of each shard, 32 bytes each, one after the other: an array may be larger than memory."""
+    """Return the concatenated SHA-256 of each shard, 32 bytes each; the array may be larger than memory."""
     return b"".join(shard_digest(array[rows]) for rows in shard_ranges(len(array)))
 
 
@@ -278,7 +278,7 @@ def shard_digest(rows: Bytes) -> bytes:
 
 
 def cache_directory() -> Path:
-    """Return the directory, by the platform's convention, that keeps this user's downloads and digits28."""
+    """Return the user's cache directory, by the platform's convention, for downloads and digits28."""
     from pooch import os_cache
 
     return Path(os_cache("vectorization-study"))
@@ -290,7 +290,7 @@ def _given_directory(directory: str | os.PathLike[str] | None) -> Path | None:
 
 
 def _download(cache: Path) -> None:
-    """Fetch the files that `cache` lacks or holds damaged; pooch stores only what passes its checksum."""
+    """Download the files that are missing or damaged in `cache`; pooch stores only what passes its checksum."""
     import pooch  # these take a fifteenth of a second to import, and are needed once
     import requests
 
@@ -345,13 +345,13 @@ def _read_pair(directory: Path, images_file: File, labels_file: File) -> tuple[B
 
 
 def _check_pair(images_path: Path, images: Bytes, labels_path: Path, labels: Bytes, advice: str) -> None:
-    """Raise a DataError unless these are pictures of 28 x 28 pixels and a digit for each."""
+    """Raise a DataError unless these are images of 28 x 28 pixels with one digit each."""
     if images.shape[1:] != (28, 28):
         size = " x ".join(map(str, images.shape[1:]))
         raise DataError(f"{images_path}: images of {size} pixels, not 28 x 28. {advice}")
     _check_counts(images, labels_path, labels, advice)
     if labels.max() > 9:
-        problem = f"label {labels.max()} is outside 0-9, and ten digits are what it learns"
+        problem = f"label {labels.max()} is outside 0-9"
         raise DataError(f"{labels_path}: {problem}. {advice}")
 
 
@@ -377,7 +377,7 @@ def _check_folder(directory: Path) -> None:
 
 
 def _check_head(path: Path, head: bytes, advice: str, packed: bool = False) -> None:
-    """Raise a DataError if a file begins as those do that often stand in another's place."""
+    """Raise a DataError if a file starts like one of those that often take its place by mistake."""
     if not head:
         raise DataError(f"{path}: the file is empty. {advice}")
     if head.startswith(b"version https://git-lfs"):
@@ -396,7 +396,7 @@ def _map(directory: Path, file: File) -> tuple[Path, Bytes]:
     if path is None:
         if compressed := _find(directory, file, (".gz",)):
             raise DataError(
-                f"{compressed}: a compressed file cannot be mapped into memory. Unpack it: gunzip {compressed}"
+                f"{compressed}: a compressed file cannot be mapped into memory. Decompress it: gunzip {compressed}"
             )
         raise DataError(f"{directory}: {file.name} is missing or inaccessible. Put it there")
     ndim = len(file.shape)
@@ -484,24 +484,24 @@ def _idx_shape(header: bytes, length: int, ndim: int, source: str, advice: str) 
 
 
 def load_digits28() -> Dataset:
-    """Load digits28, a stand-in that needs no network and has MNIST's shapes and about its sparsity.
+    """Load digits28, a stand-in that needs no network, with MNIST's shapes and about its sparsity.
 
-    The 1797 real handwritten digits of 8 x 8 pixels that come with scikit-learn are prepared as MNIST was
-    (scaled to 20 x 20 pixels, placed by their centre of mass in 28 x 28) and varied a little in position,
-    angle and size until there are 60,000 and 10,000. No original serves both training and test. The result
-    is always the same; it takes a few seconds to make and is kept in the user's cache if that can be written.
+    The 1797 real handwritten digits of 8 x 8 pixels that come with scikit-learn are prepared like MNIST
+    (scaled to 20 x 20 pixels, centred in 28 x 28 by their centre of mass) and varied a little in position,
+    angle and size until there are 60,000 and 10,000. No original is used for both training and test. The
+    result is deterministic. It takes a few seconds to make, and is kept in the user's cache if possible.
 
     Returns
     -------
     Dataset
     """
-    # The recipe's own text names the file, so that data made by another recipe is never mistaken for it.
+    # The file's name holds a hash of the recipe's source, so that data made by another recipe is never used.
     recipe = inspect.getsource(_build_digits28) + inspect.getsource(_vary)
     path = cache_directory() / f"digits28-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.npz"
     try:
         with path.open("rb") as stream, np.load(stream) as stored:
             dataset = Dataset("digits28", *(stored[field] for field in Dataset._fields[1:]))
-    except Exception:  # missing, or damaged in whatever way: make it anew
+    except Exception:  # missing, or damaged in any way: make it anew
         dataset = _build_digits28()
         with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
             _store(dataset, path)

@@ -1,6 +1,6 @@
 """The network: its parameters, the forward pass and the gradients, in terms of the four kernels.
 
-The derivation of the gradients stands in the README, with the same names.
+The README derives the gradients, with the same names.
 """
 
 import itertools
@@ -12,7 +12,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from kernels.backend import Backend
 
-# The published experiment does not give its initialisation; this one was fitted to its accuracies.
+# The published experiment does not state its initialisation. This value was fitted to its accuracies.
 INITIAL_STD = 0.017
 
 
@@ -24,16 +24,16 @@ class MLP:
     Parameters
     ----------
     layer_sizes
-        Pixels, hidden units of each hidden layer, classes.
+        Pixels, units of each hidden layer, classes.
     seed
-        Seed of the random start.
+        Seed of the initial weights.
     dtype
         float32, or float64 for gradient checks.
 
     Attributes
     ----------
     layers : list[tuple[ndarray, ndarray]]
-        Of each layer the weights (inputs, outputs) and the bias (outputs,).
+        For each layer the weights (inputs, outputs) and the bias (outputs,).
 
     Raises
     ------
@@ -64,11 +64,11 @@ class MLP:
 
     @property
     def parameters(self) -> list[NDArray]:
-        """Every weight matrix and bias, layer by layer: the arrays themselves, to be updated in place."""
+        """All weights and biases, layer by layer: the arrays themselves, to be updated in place."""
         return [parameter for layer in self.layers for parameter in layer]
 
     def forward(self, backend: Backend, x: Any) -> tuple[list[Any], NDArray]:
-        """Activations of every layer before the last, `x` first, and the logits.
+        """The input of every layer, `x` first, and the logits.
 
         Parameters
         ----------
@@ -89,7 +89,7 @@ class MLP:
         return activations, backend.matmul(activations[-1], weights, bias)
 
     def gradients(self, backend: Backend, x: Any, labels: NDArray[np.integer]) -> tuple[float, int, list[NDArray]]:
-        """Summed loss over the images, how many are classified correctly, and the loss's gradient.
+        """The summed loss, the number of correctly classified images, and the gradient of the loss.
 
         Parameters
         ----------
@@ -103,7 +103,7 @@ class MLP:
         Returns
         -------
         tuple[float, int, list[ndarray]]
-            Loss and gradient are sums over the n images, not means; the gradient is in the order of `parameters`.
+            Loss and gradient are sums over the n images, not means. The gradient has the order of `parameters`.
         """
         activations, logits = self.forward(backend, x)
         loss, correct, upstream = backend.softmax_grad(logits, labels)
@@ -116,7 +116,7 @@ class MLP:
         return loss, correct, gradient
 
     def predict(self, backend: Backend, images: NDArray[np.uint8]) -> NDArray[np.intp]:
-        """The digit seen in each image.
+        """The predicted digit of each image.
 
         Parameters
         ----------
@@ -134,11 +134,11 @@ class MLP:
         return logits.argmax(axis=1)
 
     def probabilities(self, backend: Backend, images: NDArray[np.uint8]) -> NDArray[np.float64]:
-        """How likely each digit is in each image, for what `predict` takes: (n, classes) in float64.
+        """The probability of each digit in each image, (n, classes) in float64; arguments as for `predict`.
 
-        Each row is the softmax of the logits, or NaN where parameters are so large that these overflow.
+        Each row is the softmax of the logits, or NaN where the logits overflow because parameters are too large.
         """
-        from scipy.special import softmax  # takes a sixth of a second to import, and training does without
+        from scipy.special import softmax  # takes a sixth of a second to import, and training does not need it
 
         with np.errstate(over="ignore", invalid="ignore"):
             _, logits = self.forward(backend, backend.prepare(images, self.dtype))

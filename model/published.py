@@ -25,28 +25,28 @@ PUBLISHED = {
 }
 
 FITTED = (
-    "The published experiment does not give its learning rate and initialisation: "
-    f"0.3 and N(0, {INITIAL_STD}²) were fitted to its accuracies. Epoch 1 is noise of the random start."
+    "The published experiment does not state its learning rate and initialisation: "
+    f"0.3 and N(0, {INITIAL_STD}²) were fitted to its accuracies. Epoch 1 only reflects the random start."
 )
 
 
 class Protocol(NamedTuple):
-    """How to train: over which images, for how long, in which steps."""
+    """How to train: on which images, for how long, in which steps."""
 
     images: int | None
-    """The first so many training images; None for all."""
+    """How many of the training images, from the first on; None for all."""
     epochs: int
     learning_rate: float
     batch_size: int | None
     """Images per step; None for all at once."""
 
     def images_seen(self, dataset: Dataset) -> int:
-        """Images that pass through the network, each epoch's counted."""
+        """Images that pass through the network, in all epochs together."""
         return self.epochs * (self.images or len(dataset.train_images))
 
 
 FULL_BATCH = Protocol(images=None, epochs=250, learning_rate=0.3, batch_size=None)
-"""The published experiment: 250 epochs of gradient descent, one step each over all training images."""
+"""The published experiment: 250 epochs of gradient descent, each one step over all training images."""
 
 MINI_BATCH = Protocol(images=15_000, epochs=1, learning_rate=0.1, batch_size=8)
 """One pass that even pure Python finishes in minutes, to the same accuracy."""
@@ -79,33 +79,33 @@ def run(
 
 
 Run = Callable[[str, int], AbstractContextManager[tuple[Callable[[int], None], Callable[[State], None]]]]
-"""Accompanies a run, given its name and how many images will pass; yields its `on_images` and `on_step`."""
+"""Context of a run, made from its name and the number of images to pass; yields its `on_images` and `on_step`."""
 
 
 def reproduce(
     backends: dict[str, Backend], dataset: Dataset, starts: int, threads: int | None, accompany: Run
 ) -> dict[str, Any]:
-    """The published experiment on every backend, and pure Python's mini-batches.
+    """Run the published experiment on every backend, and mini-batches on pure Python.
 
     Parameters
     ----------
     backends
-        By name. Those that are fast enough for full batches make the published run, from the same random start, and the
-        fastest makes more of them; the others make the run in mini-batches.
+        By name. Those fast enough for full batches make the published run, from the same random start, and the fastest
+        repeats it from other starts. The others train in mini-batches.
     dataset
         The images.
     starts
-        Random starts, the common one included.
+        Random starts, including the common one.
     threads
         Threads that share the work.
     accompany
-        Shows how far each run is, and may stop it.
+        Shows the progress of each run, and may stop it.
 
     Returns
     -------
     dict[str, Any]
-        Plain data: the name of the data set; of each run its protocol, seconds and history; and the lowest and highest
-        accuracies of all random starts by epoch, where there are full-batch runs.
+        Plain data: the name of the data set; the protocol, seconds and history of each run; and the lowest and highest
+        accuracies of all random starts by epoch, if there are full-batch runs.
     """
 
     def run_with_progress(protocol: Protocol, name: str, seed: int = 0) -> History:
@@ -141,7 +141,7 @@ def full_batch_histories(found: dict[str, Any]) -> dict[str, History]:
 
 
 def mini_batch_line(name: str, found: dict[str, Any]) -> str:
-    """What a backend that is too slow for full batches reached in mini-batches, from what `reproduce` returned."""
+    """The result, in words, of a backend that is too slow for full batches, from what `reproduce` returned."""
     protocol, last = Protocol(**found["runs"][name]["protocol"]), history(found["runs"][name]).epochs[-1]
     return (
         f"{name}, one pass over {protocol.images:,} images in mini-batches of {protocol.batch_size}, learning "
@@ -150,12 +150,12 @@ def mini_batch_line(name: str, found: dict[str, Any]) -> str:
 
 
 def history(run: dict[str, Any]) -> History:
-    """The history of one of its runs."""
+    """The history of one run in what `reproduce` returned."""
     return History(run["prepare_seconds"], [Epoch(**epoch) for epoch in run["history"]])
 
 
 def comparison_table(histories: dict[str, History], dataset_name: str, box: Box = SIMPLE) -> Table:
-    """The published accuracies beside those of each backend, in percent, with differences in points."""
+    """The published accuracies beside those of each backend, in percent, with differences in percentage points."""
     table = Table("epoch", *map(str, PUBLISHED), title=f"Accuracy on {dataset_name} (%)", box=box)
     for column in table.columns[1:]:
         column.justify = "right"

@@ -1,9 +1,9 @@
 """Sums over images in a fixed order: the same bits on any number of threads.
 
-A batch is cut into **shards**, contiguous ranges of about two thousand images that depend on its size alone, and these
-into **chunks** of as many images as the backend says, whose activations stay in a core's cache. A shard adds the
-gradients of its chunks in order, and the shards are added in a fixed binary tree, so threads change who computes a sum,
-never the order of its additions.
+A batch is cut into **shards**, contiguous ranges of about two thousand images that depend on its size alone. Shards are
+cut into **chunks**, of a size that the backend chooses so that activations stay in a core's cache. A shard adds the
+gradients of its chunks in order, and the shards are added in a fixed binary tree. Adding floats is not associative, but
+this way threads only change who computes a sum, never the order of its additions.
 """
 
 import itertools
@@ -20,7 +20,7 @@ from model.mlp import MLP
 from model.threads import exhaust
 
 SHARD = 2048
-"""Images of a shard at most: a batch that is no larger trains no faster on two threads than on one."""
+"""The most images in a shard. A batch of no more than this trains no faster on two threads than on one."""
 
 
 class Sums(NamedTuple):
@@ -32,21 +32,21 @@ class Sums(NamedTuple):
 
 
 class Memory:
-    """How much of its prepared images a process keeps.
+    """The budget for the prepared images that a process keeps.
 
     Parameters
     ----------
     limit
-        In bytes; None is no limit.
+        Bytes; None is no limit.
     """
 
     def __init__(self, limit: int | None = None) -> None:
         self.limit = limit
         self.used = 0
-        self._lock = RLock()  # while it is held, garbage collection may give something back
+        self._lock = RLock()  # reentrant, as garbage collection may call `give_back` while it is held
 
     def take(self, x: Any) -> bool:
-        """Whether some prepared images fit, and if so, count them as kept."""
+        """Whether prepared images fit; if so, count them as kept."""
         if self.limit is None:
             return True
         if not hasattr(x, "nbytes"):
@@ -57,7 +57,7 @@ class Memory:
         return fits
 
     def give_back(self, kept: Iterable[Any]) -> None:
-        """Count these as kept no longer."""
+        """Stop counting these as kept."""
         if self.limit is not None:
             with self._lock:
                 self.used -= sum(x.nbytes for x in kept)
@@ -66,8 +66,8 @@ class Memory:
 class Shard:
     """Images and labels, prepared for a backend in chunks.
 
-    Chunks that fit into `memory` are kept, the others are prepared again whenever they are needed. None makes room for
-    another: every epoch takes all in the same order, so the one that was not used for longest is the next to be used.
+    Chunks that fit into `memory` are kept; the others are prepared again whenever they are needed. Nothing is evicted.
+    Every epoch takes all chunks in the same order, so LRU would always evict the one that is needed next.
 
     Parameters
     ----------
@@ -93,7 +93,7 @@ class Shard:
         self.memory.give_back(self.kept.values())
 
     def prepare(self) -> None:
-        """Prepare as many chunks as are kept."""
+        """Prepare chunks until one is not kept."""
         for count, _ in enumerate(self._chunks(), start=1):
             if len(self.kept) < count:
                 break
@@ -128,13 +128,13 @@ class Shard:
 
 
 class Batch(Protocol):
-    """What a step of gradient descent needs of its images, wherever they are."""
+    """What a step of gradient descent needs from its images, wherever they are."""
 
     count: int
-    """Of the images."""
+    """The number of images."""
 
     def gradient(self, mlp: MLP, on_images: Callable[[int], None]) -> Sums:
-        """Sums over all images; calls `on_images` with numbers of images that are done."""
+        """Sums over all images; calls `on_images` with the number of images whenever some are done."""
 
     def evaluate(self, mlp: MLP) -> tuple[float, float]:
         """Mean loss and accuracy over all images."""
@@ -146,7 +146,7 @@ class Shards:
     Parameters
     ----------
     run
-        Applies a function to each item of a list on some threads and yields the results in order.
+        Maps a function over a list on several threads, and yields the results in order.
     backend
         The kernels to use.
     images, labels
@@ -154,7 +154,7 @@ class Shards:
     dtype
         float32 or float64.
     memory
-        Limits what is kept prepared; None is no limit.
+        The budget for prepared images; None is no limit.
     """
 
     def __init__(
@@ -188,16 +188,16 @@ class Shards:
 
 
 def shard_ranges(count: int) -> list[slice]:
-    """Where each shard of `count` images is: the fewest that will do, a power of two, and as even as can be.
+    """The range of each shard of `count` images. Their number is the smallest power of two that suffices.
 
-    32 of 60,000 images, 512 of a million: enough for every core of a large machine, and as many threads or workers as
-    are a power of two have equal shares.
+    60,000 images make 32 shards, a million make 512: enough for every core of a large machine. Shards are as equal as
+    possible, so a number of threads or workers that is a power of two gets equal shares.
     """
     return even_parts(count, 2 ** (math.ceil(count / SHARD) - 1).bit_length())
 
 
 def even_parts(count: int, parts: int) -> list[slice]:
-    """Where each of so many parts of `count` things is."""
+    """The ranges of `parts` nearly equal parts of `count` items."""
     bounds = [count * part // parts for part in range(parts + 1)]
     return [slice(*pair) for pair in itertools.pairwise(bounds)]
 
@@ -209,10 +209,10 @@ def mean(sums: Iterable[tuple[float, int]], count: int) -> tuple[float, float]:
 
 
 def add_in_tree(parts: Iterable[Sums]) -> Sums:
-    """Add neighbours, then sums of neighbours, and so on; which additions are made depends on their number alone.
+    """Pairwise summation: add neighbours, then sums of neighbours, and so on, in an order set by their number alone.
 
-    Sums that wait for their neighbour are of 1, 2, 4, ... parts, like the digits of a binary counter, so that few are
-    held at a time, and each is added while the next are still being computed.
+    Sums that wait for their neighbour cover 1, 2, 4, ... parts, like the digits of a binary counter. So only a few are
+    held at a time, and each is added while the next ones are still being computed.
     """
     waiting: list[Sums] = []
     for count, sums in enumerate(parts, start=1):

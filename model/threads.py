@@ -1,4 +1,4 @@
-"""What the machine lends to a training run: threads, BLAS held to one thread each, memory that is kept, cores."""
+"""A training run's share of the machine: a thread pool, BLAS limited to one thread, malloc settings, cores."""
 
 import contextlib
 import ctypes
@@ -16,10 +16,10 @@ from threadpoolctl import ThreadpoolController
 
 @contextmanager
 def thread_pool(threads: int) -> Iterator[Callable]:
-    """A function that maps another over a list on that many threads, in order, each with BLAS held to one thread.
+    """A function that maps another over a list on `threads` threads, in order, with BLAS limited to one thread.
 
-    The calling thread is one of them: if it only waited for the others, they would have to make room for it whenever
-    there is a result. When an exception, such as Ctrl-C, leaves a thread, the work not yet begun is dropped.
+    The calling thread is one of them: if it only waited, each result would wake it and preempt a working thread. When a
+    thread raises an exception, such as Ctrl-C, the work not yet begun is dropped.
     """
     _keep_freed_memory()
     with blas_on_one_thread():
@@ -31,11 +31,11 @@ def thread_pool(threads: int) -> Iterator[Callable]:
 
 
 def _map(submit: Callable, threads: int, function: Callable, items: Sequence) -> Iterator:
-    """Results in the order of the items, each as soon as this thread is free and those before it are there."""
-    if len(items) == 1:  # a small batch: nobody else is woken
+    """Results in the order of the items, each as soon as this thread is free and all results before it are there."""
+    if len(items) == 1:  # a small batch: wake no other thread
         yield function(items[0])
         return
-    numbered = enumerate(items)  # each thread takes the next, which is a single step of the interpreter
+    numbered = enumerate(items)  # shared by all threads: taking the next is atomic under the GIL
     finished: dict[int, Any] = {}
 
     def work() -> Iterator[None]:
@@ -58,7 +58,7 @@ def _map(submit: Callable, threads: int, function: Callable, items: Sequence) ->
 
 
 _blas_lock = threading.Lock()
-if hasattr(os, "register_at_fork"):  # a child has no other thread that could release it
+if hasattr(os, "register_at_fork"):  # in the child, no other thread could release it
     os.register_at_fork(
         before=_blas_lock.acquire, after_in_parent=_blas_lock.release, after_in_child=_blas_lock.release
     )
@@ -68,10 +68,10 @@ _blas_before: list[tuple[Any, int]] = []
 
 @contextmanager
 def blas_on_one_thread() -> Iterator[None]:
-    """Hold BLAS to one thread in the whole process, until the last of overlapping blocks ends.
+    """Limit BLAS to one thread in the whole process, until the last of overlapping blocks ends.
 
-    The number of BLAS threads belongs to the process: if each block set and restored it on its own, the first to end
-    would lift the limit of the others, and the last would restore the limit itself.
+    The number of BLAS threads is a property of the process. If each block set and restored it, the first to end would
+    lift the limit for the others, and the last would restore the limit itself.
     """
     global _blas_users
     with _blas_lock:
@@ -92,9 +92,9 @@ def blas_on_one_thread() -> Iterator[None]:
 
 
 def _set_threads(library: Any, count: int) -> None:
-    """Set the number of a BLAS's threads, whichever thread asks.
+    """Set the number of a BLAS's threads, from any thread.
 
-    From version 3.8 on, threadpoolctl ignores whoever is not the first thread that has set it.
+    From version 3.8 on, threadpoolctl obeys only the thread that set the number first.
     """
     forget_owner = getattr(library, "clear_controlling_thread", lambda force: None)
     forget_owner(force=True)
@@ -103,16 +103,16 @@ def _set_threads(library: Any, count: int) -> None:
 
 
 def exhaust(iterator: Iterator) -> None:
-    """Run it to its end."""
+    """Consume an iterator."""
     deque(iterator, maxlen=0)
 
 
 def _keep_freed_memory() -> None:
-    """Have glibc, where it is, keep what kernels free for the results of the next ones.
+    """Have glibc's malloc, where there is one, reuse what kernels free instead of returning it to the system.
 
-    Left to itself, it gives memory back to the system whenever a little is free at the end of the heap, and each page
-    costs a page fault when it is taken again: a tenth of an epoch of the fastest backend, and half of it in a worker of
-    Dask, which sets MALLOC_TRIM_THRESHOLD_. These are the highest values that glibc would find by itself (mallopt(3)).
+    By default it returns memory whenever a little is free at the top of the heap, and every page costs a page fault
+    when it is taken again. That is a tenth of an epoch of the fastest backend, and half of one in a Dask worker, since
+    Dask sets MALLOC_TRIM_THRESHOLD_. These are the highest values that glibc would choose by itself (mallopt(3)).
     """
     mmap_threshold, trim_threshold = -3, -1
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library

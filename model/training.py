@@ -1,4 +1,4 @@
-"""The training loop: gradient descent, in one step per epoch or in mini-batches, on a backend's kernels."""
+"""The training loop: gradient descent, full-batch (one step per epoch) or in mini-batches, on a backend's kernels."""
 
 import math
 import time
@@ -26,13 +26,13 @@ class Epoch(NamedTuple):
 
     epoch: int
     loss: float
-    """Mean cross-entropy over the training images, from the forward passes of the epoch: before its updates."""
+    """Mean cross-entropy over the training images, from the epoch's forward passes, so before each update."""
     train_accuracy: float
     """From the same forward passes, 0 to 1."""
     test_accuracy: float | None
-    """After the epoch's last update; None where not evaluated."""
+    """After the epoch's last update; None if not evaluated."""
     seconds: float
-    """Forward, backward and update (with mini-batches, also shuffling and preparing); no evaluation."""
+    """Forward pass, backward pass and update (with mini-batches, also shuffling and preparing); no evaluation."""
 
 
 @dataclass(repr=False)
@@ -43,11 +43,11 @@ class History:
     epochs: list[Epoch] = field(default_factory=list)
 
     def accuracies(self, kind: str) -> NDArray[np.float64]:
-        """One per epoch, "train" or "test"; NaN where the epoch was not evaluated."""
+        """One accuracy per epoch, for `kind` "train" or "test"; NaN where the epoch was not evaluated."""
         return np.array([getattr(epoch, f"{kind}_accuracy") for epoch in self.epochs], np.float64)
 
     def selected(self, rows: int = 10) -> list[Epoch]:
-        """About so many of the epochs with a test accuracy: the first, evenly spaced ones, the last."""
+        """About `rows` of the epochs with a test accuracy: the first, evenly spaced ones, the last."""
         evaluated = [epoch for epoch in self.epochs if epoch.test_accuracy is not None]
         return list(dict.fromkeys(evaluated[:1] + evaluated[::-1][:: -(-len(evaluated) // rows) or 1][::-1]))
 
@@ -63,20 +63,20 @@ class History:
 
 @dataclass
 class State:
-    """Where a run stands between two steps: together with the parameters, all that it takes to go on bitwise."""
+    """The state of a run between two steps. With the parameters, it is all that resuming with the same bits takes."""
 
     rng: Mapping[str, Any]
-    """State of the bit generator at the start of the running epoch, before the images are shuffled."""
+    """State of the bit generator at the start of the current epoch, before the images are shuffled."""
     history: History = field(default_factory=History)
     steps: int = 0
-    """Steps done in the running epoch; the next three are sums over them."""
+    """Steps done in the current epoch; the next three fields are sums over them."""
     loss: float = 0.0
     correct: int = 0
     seconds: float = 0.0
 
     @classmethod
     def start(cls, seed: int) -> "State":
-        """Before the first step of a new run."""
+        """The state before the first step of a new run."""
         return cls(np.random.default_rng(seed).bit_generator.state)
 
 
@@ -106,33 +106,33 @@ def train(
     epochs
         Passes over the training images.
     learning_rate
-        Length of a step as a multiple of the mean gradient.
+        Length of a step, as a multiple of the mean gradient.
     batch_size
-        Images per step, reshuffled each epoch; None takes all at once, in their own order.
+        Images per step, reshuffled each epoch; None takes all at once, unshuffled.
     seed
         Seed of the shuffling, unless a `state` is given.
     threads
-        Threads that share the shards; None takes one per available core. Changes the time, not one bit of the result.
+        Threads that share the shards; None takes one per available core. Changes the time, but no bit of the result.
     memory_limit
-        Bytes of prepared images that are kept at most; those beyond are prepared again whenever they are needed. None
-        keeps all. Changes the time, not one bit of the result.
+        The most bytes of prepared images to keep; the others are prepared again whenever they are needed. None keeps
+        all. Changes the time, but no bit of the result.
     batches
-        Makes the `Batch` of some images, elsewhere: `model.distributed.Cluster.batch`. None makes `Shards`.
+        Makes a `Batch` that lives elsewhere, as `model.extras.dask_workers.Cluster.batch` does. None makes `Shards`.
     eval_every
-        Measure the test accuracy after every so many epochs, and after the last.
+        Measure the test accuracy every `eval_every` epochs, and after the last.
     state
-        Where to go on, with the parameters that `mlp` had there; it is updated in place. With the same settings but
-        for `epochs` the run ends bitwise where it would have ended without the break. None starts a new run.
+        Where to resume, with the parameters that `mlp` had there; it is updated in place. With the same settings, but
+        perhaps more `epochs`, the run ends with the same bits as without the interruption. None starts a new run.
     on_images
-        Called in the caller's thread with the number of images that have passed since its last call.
+        Called in the caller's thread with the number of images processed since its last call.
     on_step
-        Called in the caller's thread with where the run stands: before the first step, after every step, and once more
-        after every epoch. It may raise to stop the run.
+        Called in the caller's thread with the state of the run: before the first step, after every step, and once more
+        after every epoch. It may raise an exception to stop the run.
 
     Returns
     -------
     History
-        One entry per epoch, those before `state` included, and the seconds that preparing the images took.
+        One entry per epoch, including those before `state`, and the seconds that preparing the images took.
 
     Raises
     ------
@@ -163,7 +163,7 @@ def train(
         history.prepare_seconds += time.perf_counter() - start
 
         def evaluated(epoch: Epoch) -> Epoch:
-            """With a test accuracy if these settings ask for one, else without."""
+            """The epoch with a test accuracy if these settings ask for one, else without."""
             if epoch.epoch % eval_every and epoch.epoch != epochs:
                 return epoch._replace(test_accuracy=None)
             if epoch.test_accuracy is None:
@@ -172,7 +172,7 @@ def train(
                 epoch = epoch._replace(test_accuracy=test_accuracy)
             return epoch
 
-        if history.epochs and not state.steps:  # it may have been meant as the last, or is only now
+        if history.epochs and not state.steps:  # only one of the two runs may have it as its last epoch
             history.epochs[-1] = evaluated(history.epochs[-1])
         on_step(state)
         for epoch in range(len(history.epochs) + 1, epochs + 1):
@@ -199,11 +199,11 @@ def train(
 def descend(
     mlp: MLP, batch: Batch, learning_rate: float, on_images: Callable[[int], None] = lambda images: None
 ) -> Sums:
-    """One step of gradient descent on the mean loss over `batch`; returns its sums from before the step."""
+    """One step of gradient descent on the mean loss over `batch`; returns the sums from before the step."""
     sums = batch.gradient(mlp, on_images)
-    with np.errstate(over="ignore", invalid="ignore"):  # the loss tells, at the end of the epoch
+    with np.errstate(over="ignore", invalid="ignore"):  # the loss shows it at the end of the epoch
         for parameter, gradient in zip(mlp.parameters, sums.gradient):
-            gradient *= learning_rate / batch.count  # in place, as a temporary costs half the update
+            gradient *= learning_rate / batch.count  # in place: a temporary would take half the time of the update
             parameter -= gradient
     return sums
 
@@ -216,7 +216,7 @@ def _mini_batches(
     rng: np.random.Generator,
     skipped: int,
 ) -> Iterator[Batch]:
-    """The images in random order, `batch_size` at a time but for the first batches; the last takes what is left."""
+    """Batches of the images in random order, without the first `skipped` ones; the last may be smaller."""
     order = rng.permutation(len(images))
     for start in range(skipped * batch_size, len(images), batch_size):
         batch = order[start : start + batch_size]
@@ -224,7 +224,7 @@ def _mini_batches(
 
 
 def _check_dataset(dataset: Dataset) -> None:
-    """Raise a ValueError unless there are images to train on and to test on, with a label for each."""
+    """Raise a ValueError unless there are training and test images, with a label for each."""
     for kind in ("training", "test"):
         images, labels = dataset[1:3] if kind == "training" else dataset[3:5]
         for name, array, ndim in (("images", images, 2), ("labels", labels, 1)):

@@ -20,14 +20,14 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def run(
     step: Annotated[str | None, typer.Argument(help=f"One of {', '.join(STEPS)}. [default: all of them]")] = None,
-    size: Annotated[int, typer.Option(min=1, help="Multiply square matrices with so many rows and columns.")] = 1024,
-    asm: Annotated[bool, typer.Option("--asm", help="Show the inner loop that the machine executes, too.")] = False,
+    size: Annotated[int, typer.Option(min=1, help="Rows and columns of the square matrices.")] = 1024,
+    asm: Annotated[bool, typer.Option("--asm", help="Also show the inner loop in assembly.")] = False,
 ) -> None:
-    """Climb the ladder: one matrix product, from three Python loops to the speed of BLAS.
+    """Climb the ladder: one matrix product, from three Python loops to BLAS speed.
 
     Each step is a short function in kernels/ladder/steps.py with one new idea, explained in the README beside it. The
-    table shows billions of floating-point operations per second (GFLOP/s), and what percentage that is of NumPy's BLAS
-    on as many threads. Slow steps compute only some rows of the result.
+    table shows billions of floating-point operations per second (GFLOP/s), also as a percentage of NumPy's BLAS on as
+    many threads. Slow steps compute only a few rows of the result.
     """
     if step is not None and step not in STEPS:
         raise typer.BadParameter(f"there is no step {step!r}: choose one of {', '.join(STEPS)}")
@@ -42,13 +42,13 @@ def run(
     console.print(table)
     for name in names if asm else ():
         console.print(f"{name}: {(STEPS[name].__doc__ or '').splitlines()[0]}\n", soft_wrap=True, markup=False)
-        code = ["        run by Python's interpreter"] if name == "loops" else hottest_block(machine_code(name))
+        code = ["        interpreted, no machine code"] if name == "loops" else hottest_block(machine_code(name))
         console.print("\n".join(code) + "\n", soft_wrap=True, markup=False, highlight=False)
 
 
 def main() -> None:
     """Run the command line; a wrong option is one line on stderr and exit code 2."""
-    usage_error: Any = typer.BadParameter.__base__  # the class of all wrong options; its module has changed name
+    usage_error: Any = typer.BadParameter.__base__  # base class of all usage errors; its module was renamed
     try:
         sys.exit(app(standalone_mode=False))
     except usage_error as error:

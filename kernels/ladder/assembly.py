@@ -1,4 +1,4 @@
-"""The machine code of the steps, and its innermost loop."""
+"""The machine code of a step, and the innermost loop in it."""
 
 import re
 
@@ -28,9 +28,9 @@ def machine_code(name: str) -> str:
 
 
 def hottest_block(assembly: str) -> list[str]:
-    """The stretch without a jump that multiplies the most floats: the body of the inner loop.
+    """The basic block (code without a jump) that multiplies the most floats: the body of the inner loop.
 
-    If LLVM knows that the loop takes few passes it writes them one after the other, and this is one or two of them.
+    If LLVM knows that the loop has few iterations, it unrolls the loop, and the block holds one or two of them.
     """
     blocks: list[list[str]] = [[]]
     for line in assembly.splitlines():

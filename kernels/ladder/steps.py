@@ -1,12 +1,12 @@
-"""The steps of the ladder: one matrix product, from three Python loops to the speed of BLAS, one idea per step.
+"""The steps of the ladder: one matrix product, from three Python loops to BLAS speed, one idea per step.
 
-``python -m kernels.ladder`` runs them and ``--asm`` shows what the machine executes; README.md beside this file tells
-the story. All steps compute ``out = a @ b`` for arrays of any shapes, row-major and of one dtype.
+``python -m kernels.ladder`` runs them, and ``--asm`` shows the machine code. README.md beside this file explains each
+step. All of them compute ``out = a @ b`` for row-major arrays of any shapes and one dtype.
 
-Numba translates a function to LLVM's language, and LLVM finds the vectors. Two things help it see them. Floats are not
-associative, and LLVM may round only as the source says; ``contract`` allows it to fuse a product and a sum into one
-instruction that rounds once, and nothing else. And an index that may be negative counts from the end in Python, so
-Numba checks for that, unless the index is unsigned or starts at 0.
+Numba compiles a function to LLVM's intermediate language, and LLVM vectorizes the loops. Two things help it. Adding
+floats is not associative, so LLVM must round exactly as the source says. ``contract`` relaxes one rule: a product and a
+sum may be fused into one instruction that rounds once. And in Python a negative index counts from the end, so Numba
+checks for it, unless the index is unsigned or starts at 0.
 """
 
 import itertools
@@ -21,24 +21,24 @@ from kernels.naive_backend import matmul as naive_matmul
 from kernels.numba_backend import matmul as numba_matmul
 from kernels.simd import aligned_empty, flat_in, kernel, matrix_out, row_major_in
 
-# Rows and columns of a tile of the result: 8 KB, a quarter of the smallest L1 caches.
+# Shape of a tile of the result. It takes 8 KB, a quarter of the smallest L1 caches.
 TILE_ROWS = 16
 TILE_COLUMNS = 128
 
-# Those that this process may run on.
+# The cores that this process may run on.
 CORES: int = config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
 
 FUSED: dict[str, Any] = {"fastmath": {"contract"}}
 product = kernel(row_major_in, row_major_in, matrix_out, **FUSED)
-jit = njit(nogil=True, **FUSED)  # what a step calls, and what is compiled with it
+jit = njit(nogil=True, **FUSED)  # for the functions that a step calls
 aligned = jit(aligned_empty)
 
 
 def loops(a, b, out):
-    """Step 1: three loops in Python, on lists, which it indexes faster than arrays.
+    """Step 1: three Python loops, on lists, which Python indexes faster than arrays.
 
-    Limited by the interpreter: for each multiply-add it looks up names, follows pointers, checks types, and makes two
-    float objects.
+    Limited by the interpreter: each multiply-add looks up names, follows pointers, checks types and creates two float
+    objects.
     """
     naive_matmul(a, b, [0.0] * len(b[0]), out)
 
@@ -49,17 +49,17 @@ three_loops = kernel(row_major_in, row_major_in, flat_in, matrix_out)(naive_matm
 def compiled(a, b, out):
     """Step 2: the same source, compiled. The types are known, so a multiply-add is one multiplication and one addition.
 
-    Limited by the chain of additions: each waits 3 or 4 cycles for the one before, and LLVM must not change their
-    order. With many columns it is worse: `b` is read down a column, which takes a new cache line for each element.
+    Limited by latency. There is one accumulator: each addition waits 3 or 4 cycles for the one before, and LLVM must
+    not reorder them. With many columns it gets worse: `b` is read down a column, a new cache line for each element.
     """
     three_loops(a, b, np.zeros(b.shape[1], b.dtype), out)
 
 
 @product
 def reordered(a, b, out):
-    """Step 3: k before j. The inner loop walks along rows, and its additions are independent of each other.
+    """Step 3: loop interchange, k before j. The inner loop runs along rows, and its additions are independent.
 
-    So LLVM turns it into vectors. Limited by loads and stores: each multiply-add loads from `b` and `out`, and stores.
+    So LLVM vectorizes it. Limited by loads and stores: each multiply-add loads from `b` and `out`, and stores `out`.
     """
     m, n = out.shape
     out[:] = 0
@@ -71,10 +71,10 @@ def reordered(a, b, out):
 
 @product
 def unrolled(a, b, out):
-    """Step 4: four steps of k at once, so that `out` is loaded and stored once for four multiply-adds.
+    """Step 4: loop unrolling, four steps of k at once. `out` is loaded and stored once for four multiply-adds.
 
-    Limited by the loads of `b`, one for each multiply-add, all from the L2 cache: between two uses of a row of `b`, all
-    its other rows pass.
+    Limited by the loads of `b`, one for each multiply-add. All come from L2: between two uses of a row of `b`, all its
+    other rows stream through L1 and evict it.
     """
     m, n = out.shape
     whole = len(b) - len(b) % 4
@@ -106,10 +106,10 @@ def add_products(total, x, y):
 
 @product
 def tiled(a, b, out):
-    """Step 5: one tile of the result at a time, added up in a small array that stays in the L1 cache.
+    """Step 5: cache blocking, one tile of the result at a time. Its accumulators are a small array that stays in L1.
 
-    Four rows of `b`, once in L1, serve all rows of the tile. Limited, where `b` has many columns, by the way to it: the
-    parts of its rows that a tile needs lie far apart, each on a page of memory of its own.
+    Four rows of `b`, once in L1, serve all rows of the tile. With many columns it is limited by access to `b`: the
+    pieces of rows that a tile needs are each on a different page, more pages than the TLB has entries.
     """
     m, n = out.shape
     whole = len(b) - len(b) % 4
@@ -141,10 +141,10 @@ def store(tile, out, top, left):
 
 @product
 def packed(a, b, out):
-    """Step 6: the columns of `b` that a tile needs are first copied side by side, to be read in the order they lie.
+    """Step 6: packing. The columns of `b` that a tile needs are first copied into a contiguous panel.
 
-    The copy serves all tiles below each other. Limited by loads again: for four multiply-adds four vectors of `b` and
-    one of the tile are loaded, and one is stored, all in L1 now.
+    All tiles in those columns share the panel. Limited by loads again, now from L1: four multiply-adds load four
+    vectors of `b` and one of the tile, and store one.
     """
     m, n = out.shape
     whole = len(b) - len(b) % 4
@@ -177,10 +177,10 @@ def pack(b, left, panel):
 
 @product
 def shared(a, b, out):
-    """Step 7: four rows of the tile at once, so that each vector loaded from `b` is used four times.
+    """Step 7: register blocking. Four rows of the tile at once use each vector of `b` while it is in a register.
 
-    A tile is these four rows. Limited by registers: 16 multiply-adds need 16 elements of `a`, each in all lanes of a
-    register, and still load and store the tile. AVX2 has just 16 registers.
+    A tile is these four rows. Limited by registers: 16 multiply-adds need 16 elements of `a`, each broadcast to all
+    lanes of a register, and still load and store the tile. AVX2 has only 16 registers.
     """
     m, n = out.shape
     whole = len(b) - len(b) % 4
@@ -191,7 +191,7 @@ def shared(a, b, out):
         pack(b, left, panel)
         for top in range(0, m, 4):
             rows = min(4, m - top)
-            row1, row2, row3 = min(top + 1, m - 1), min(top + 2, m - 1), min(top + 3, m - 1)  # not below the last row
+            row1, row2, row3 = min(top + 1, m - 1), min(top + 2, m - 1), min(top + 3, m - 1)  # never past the last row
             tile[:] = 0
             for k in range(0, whole, 4):
                 x0, x1 = four_across(a, top, k), four_across(a, row1, k)
@@ -210,16 +210,16 @@ def shared(a, b, out):
 
 
 def vectors(a, b, out):
-    """Step 8: vectors spelled out, in the kernel of numba_backend.py. The tile stays in registers all along k.
+    """Step 8: the micro-kernel of numba_backend.py, in explicit vectors. The tile stays in registers for all of k.
 
-    LLVM does not find this form by itself: in its place the tile goes to L1 and back. Now only `a` and `b` are loaded,
-    and nothing is stored. Limited by the units that multiply and add: there are two, or as many lanes in one.
+    LLVM does not get there by itself: it sends the tile to L1 and back. Now the inner loop only loads `a` and `b`, and
+    stores nothing. Limited by the FMA units, of which a core has one or two.
     """
     numba_matmul(a, b, np.zeros(b.shape[1], b.dtype), out)
 
 
 def threads(a, b, out):
-    """Step 9: a share of the rows for each core. The compiled code lets go of Python's lock while it runs.
+    """Step 9: a share of the rows for each core. The compiled code releases the GIL while it runs.
 
     Limited by the number of cores, and by what they share: the clock, the L3 cache and the memory.
     """
@@ -233,7 +233,7 @@ STEPS: dict[str, Any] = {
 
 
 def in_threads(step: Callable, a: Any, b: Any, out: Any, count: int) -> None:
-    """Run a step in `count` threads of Python, this one among them, each on its own rows of the result."""
+    """Run a step on `count` Python threads, the caller included, each on its own rows of the result."""
     bounds = [len(out) * thread // count for thread in range(count + 1)]
     mine, *others = [slice(*pair) for pair in itertools.pairwise(bounds)]
     with ThreadPoolExecutor(count) as pool:

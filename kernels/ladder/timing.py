@@ -1,4 +1,4 @@
-"""How fast the steps are: their operands, and each step interleaved with BLAS."""
+"""Time the steps: make their operands, and run each step interleaved with BLAS."""
 
 import statistics
 import time
@@ -12,17 +12,17 @@ from threadpoolctl import threadpool_limits
 from kernels.ladder.steps import CORES, STEPS
 from kernels.simd import aligned_empty
 
-# Floating-point operations that a slow step is given to do, by leaving out rows of `a`.
+# Floating-point operations given to a slow step; it gets fewer rows of `a`.
 ENOUGH_FLOP = {"loops": 2e6, "compiled": 1e8, "reordered": 4e9}
 
 
 def operands(name: str, a: NDArray, b: NDArray) -> tuple[Any, Any, Any]:
-    """What to call a step with, to multiply as many rows of `a` with `b` as the step can do in reasonable time.
+    """Arguments for a step: as many rows of `a` as it can multiply by `b` in reasonable time.
 
     Parameters
     ----------
     name
-        Of the step, in `STEPS`.
+        Name of the step in `STEPS`.
 
     Returns
     -------
@@ -36,13 +36,13 @@ def operands(name: str, a: NDArray, b: NDArray) -> tuple[Any, Any, Any]:
 
 
 def measure(names: list[str], size: int, rounds: int = 5) -> dict[str, tuple[int, float, float]]:
-    """Run steps and OpenBLAS interleaved round by round. All operands start at a cache line.
+    """Run the steps and OpenBLAS interleaved, round by round. All operands start on a cache line.
 
     Returns
     -------
     dict
-        For each step the rows of the result that it computed, its GFLOP/s, and their ratio to those of OpenBLAS on as
-        many threads: medians over the rounds.
+        For each step: how many rows of the result it computed, its GFLOP/s, and the ratio to OpenBLAS on as many
+        threads. Both are medians over the rounds.
     """
     rng = np.random.default_rng(0)
     like = np.empty(0, np.float32)
@@ -58,7 +58,7 @@ def measure(names: list[str], size: int, rounds: int = 5) -> dict[str, tuple[int
             for round_ in range(-1, rounds):
                 blas = size / _seconds(np.matmul, a, b, product)
                 speed = rows / _seconds(STEPS[name], *arguments)
-                if round_ >= 0:  # the one before compiles, and fills the caches
+                if round_ >= 0:  # round -1 warms up: it compiles and fills the caches
                     speeds.append(2e-9 * size**2 * speed)
                     ratios.append(speed / blas)
         measured[name] = rows, statistics.median(speeds), statistics.median(ratios)

@@ -18,7 +18,7 @@ from model.training import TrainingError
 app = typer.Typer(
     help="Train a small neural network on MNIST, with its kernels written in different ways.",
     no_args_is_help=True,
-    rich_markup_mode=None,  # which would swallow [default: ...], and shows nothing in narrow terminals
+    rich_markup_mode=None,  # it would swallow [default: ...], and shows nothing in narrow terminals
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -28,8 +28,8 @@ app.command("predict")(predict_command)
 
 
 def main() -> None:
-    """Run the command line; every foreseeable error is one line on stderr and exit code 2."""
-    usage_error: Any = typer.BadParameter.__base__  # the class of all wrong options; its module has changed name
+    """Run the command line; every expected error is one line on stderr and exit code 2."""
+    usage_error: Any = typer.BadParameter.__base__  # base class of all usage errors; its module was renamed
     print_any_name()
     with stoppable():
         try:

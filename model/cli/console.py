@@ -1,4 +1,4 @@
-"""Lines and tables on the terminal. Whatever a user has named is printed as it is: a file name may look like markup."""
+"""Lines and tables on the terminal. Names given by the user are printed verbatim: a file name may look like markup."""
 
 import contextlib
 import io
@@ -13,7 +13,7 @@ err = Console(stderr=True, markup=False, emoji=False, highlight=False)
 
 
 def print_any_name() -> None:
-    """From now on stdout and stderr take every file name: its own bytes in UTF-8, else with escapes."""
+    """Let stdout and stderr print every file name: its own bytes in UTF-8, escapes in other encodings."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             utf8 = stream.encoding.lower().replace("-", "") == "utf8"
@@ -21,19 +21,19 @@ def print_any_name() -> None:
 
 
 def tell(line: str) -> None:
-    """Print a line of results on stdout, however long it is."""
+    """Print a line of results on stdout, without wrapping."""
     print(line, flush=True)
 
 
 def show(table: Table) -> None:
-    """Print a table on stdout, however wide it is: a terminal that is too narrow breaks lines, but no number is cut."""
+    """Print a table on stdout at its full width: a narrow terminal wraps lines, but no number is truncated."""
     wide = out.options.update(width=10_000)
     out.width = max(out.width, out.measure(table, options=wide).maximum)
     out.print(table)
 
 
 def say(line: str) -> None:
-    """Print a line about the run on stderr, however long it is. Nobody hears it where the terminal has been closed."""
+    """Print a line about the run on stderr, without wrapping. It is lost if the terminal has been closed."""
     with contextlib.suppress(OSError):
         print(line, file=sys.stderr, flush=True)
 

@@ -16,26 +16,26 @@ def parse_bytes(text: str) -> int:
     """A number of bytes, as in "500 MB"."""
     match = re.fullmatch(rf"(\d+(?:\.\d+)?) *({'|'.join(UNITS)})?", text)
     if not match:
-        raise typer.BadParameter(f"{text!r} is no number of bytes: give one as in '500 MB' or '2 GiB'")
+        raise typer.BadParameter(f"{text!r} is not a number of bytes: write it as in '500 MB' or '2 GiB'")
     return int(float(match[1]) * UNITS[match[2] or "B"])
 
 
 def parse_path(text: str) -> Path:
-    """A path; `~` is the user's home folder even where the shell leaves it, as in ``--data=~/mnist``."""
+    """A path; `~` is the user's home folder even where the shell does not expand it, as in ``--data=~/mnist``."""
     return Path(os.path.expanduser(text))
 
 
 BackendName = Annotated[
-    str, typer.Option(help=f"Who computes: {', '.join(backend_names())}, or package.module:Class for your own.")
+    str, typer.Option(help=f"The kernels: {', '.join(backend_names())}, or package.module:Class for your own.")
 ]
 BackendNames = Annotated[list[str] | None, typer.Option(help="Run this one; may be repeated. [default: all]")]
 Epochs = Annotated[int, typer.Option(help="Passes over the training images.")]
-LearningRate = Annotated[float, typer.Option(help="How far each step goes down the mean gradient.")]
+LearningRate = Annotated[float, typer.Option(help="Step size: each step is this times the mean gradient.")]
 BatchSize = Annotated[int | None, typer.Option(help="Images per step. [default: all, one step an epoch]")]
-Limit = Annotated[int | None, typer.Option(help="Train on the first so many images only.")]
+Limit = Annotated[int | None, typer.Option(help="Train only on this many images, the first ones.")]
 Hidden = Annotated[int, typer.Option(help="Units in the hidden layer.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the random start and of the shuffling.")]
-Starts = Annotated[int, typer.Option(min=1, help="Random starts of the band in the plot.")]
+Starts = Annotated[int, typer.Option(min=1, help="Random starts for the band in the plot.")]
 Threads = Annotated[
     int | None, typer.Option(help="Threads that share the work; the result is the same. [default: one per core]")
 ]
@@ -44,21 +44,21 @@ MemoryLimit = Annotated[
     typer.Option(
         parser=parse_bytes,
         metavar="BYTES",
-        help="Keep no more prepared images than this in a process, as in '500 MB'; prepare the others each epoch.",
+        help="Keep at most this much of prepared images, as in '500 MB'; prepare the others each epoch.",
     ),
 ]
 Scheduler = Annotated[
     str | None, typer.Option(help="Train on the workers of a Dask cluster: the address, as in tcp://HOST:8786.")
 ]
 Workers = Annotated[
-    int | None, typer.Option(min=1, help="Train on so many Dask workers, started on this machine, to try it.")
+    int | None, typer.Option(min=1, help="Train on this many Dask workers, started on this machine to try it.")
 ]
-EvalEvery = Annotated[int, typer.Option(help="Measure the test accuracy after every so many epochs.")]
+EvalEvery = Annotated[int, typer.Option(help="Measure the test accuracy every this many epochs.")]
 DatasetName = Annotated[
     str,
     typer.Option(
-        help="mnist, digits28 (a stand-in that needs no network), auto: MNIST if it can be had, or idx: other files in "
-        "MNIST's format, with any number of images, mapped into memory."
+        help="mnist; digits28, a stand-in that needs no network; auto, MNIST if available, else digits28; or idx, "
+        "other files in MNIST's format, with any number of images, mapped into memory."
     ),
 ]
 DataFolder = Annotated[
@@ -73,15 +73,14 @@ HistoryFile = Annotated[
     Path | None, typer.Option("--json", parser=parse_path, metavar="FILE", help="Write the history to this file.")
 ]
 NewCheckpoint = Annotated[
-    Path | None, typer.Option(parser=parse_path, metavar="FILE", help="Save the run in this new file, now and then.")
+    Path | None,
+    typer.Option(parser=parse_path, metavar="FILE", help="Save the run in this new file, every minute and at the end."),
 ]
-CheckpointEvery = Annotated[
-    int | None, typer.Option(min=1, help="Save after every so many epochs too, besides once a minute and at the end.")
-]
+CheckpointEvery = Annotated[int | None, typer.Option(min=1, help="Also save every this many epochs.")]
 Resume = Annotated[
     Path | None,
     typer.Option(
-        parser=parse_path, metavar="FILE", help="Go on with the run in this file, with its settings, and save it there."
+        parser=parse_path, metavar="FILE", help="Resume the run in this file, with its settings, and save it there."
     ),
 ]
 Trained = Annotated[

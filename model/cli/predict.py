@@ -17,11 +17,11 @@ def predict_command(picture: opt.Picture, checkpoint: opt.Trained) -> None:
 
     mlp, _, config = load(checkpoint)
     if len(mlp.layers[0][0]) != 784:
-        raise ValueError(f"{checkpoint}: its network is not for pictures of 28 x 28 pixels. Train one on such")
+        raise ValueError(f"{checkpoint}: its network is not for images of 28 x 28 pixels. Train one that is")
     (probabilities,) = mlp.probabilities(get_backend("numpy"), read_picture(picture)[None])
     if np.isnan(probabilities).any():
         raise ValueError(f"{checkpoint}: its parameters are too large to compute with. Use another checkpoint")
-    *_, second, first = [0, *np.argsort(probabilities)]  # of a single class there is no second
+    *_, second, first = [0, *np.argsort(probabilities)]  # a single class has no second
     unsure = f", or perhaps {second}: the network is unsure" if probabilities[first] < SURE else ""
     tell(f"{picture} shows the {'label' if config.dataset == 'idx' else 'digit'} {first}{unsure}")
     if config.dataset == "digits28":

@@ -1,4 +1,4 @@
-"""The live bar of a training run."""
+"""The progress bar of a training run."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,9 +18,9 @@ from model.cli.signals import stoppable_between_steps
 
 @contextmanager
 def training(title: str, images: int, passed: int = 0) -> Iterator[tuple[list[int], Callable[[int], None]]]:
-    """Signals wait for the running step, and a live bar over so many images is on stderr, where that is a terminal.
+    """Defer signals to the end of the step, and show a progress bar over `images` on stderr, if that is a terminal.
 
-    Yields the list of the signals that wait, and how to advance the bar.
+    Yields the list of the deferred signals, and a function that advances the bar.
     """
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn())
     times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())

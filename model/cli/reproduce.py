@@ -27,7 +27,7 @@ def reproduce_command(
     data: opt.DataFolder = None,
     output: opt.OutputFolder = Path("bench/output"),
 ) -> None:
-    """Run the published experiment on every backend, beside the published accuracies."""
+    """Run the published experiment on every backend and compare the accuracies."""
     from model.extras.figure import draw_curves  # matplotlib takes a second to import
 
     backends = {name: get_backend(name) for name in backend or backend_names()}
@@ -52,7 +52,7 @@ def reproduce_command(
 
 @contextmanager
 def stoppable_run(title: str, images: int) -> Iterator[tuple[Callable[[int], None], Callable[[State], None]]]:
-    """A bar for a run of `reproduce`, which a signal stops after the running step."""
+    """A progress bar for a run of `reproduce`; a signal stops the run after the current step."""
     with training(title, images) as (received, on_images):
 
         def on_step(state: State) -> None:

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP (a closed terminal): they end a training run after its running step, all else at once."""
+"""Ctrl-C, SIGTERM and SIGHUP (a closed terminal). In training they are deferred to the end of the current step."""
 
 import contextlib
 import os
@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-NOTICE = b"stopping after the running step; once more stops at once\n"
+NOTICE = b"stopping after the current step; a second signal stops at once\n"
 SAME_SECONDS = 0.5
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 class Stopped(BaseException):
-    """A signal asks the program to end. Not an Exception, so that no library takes it for an error of its own.
+    """A signal asks the program to end. Not an Exception, so that no library handles it as an error.
 
     Attributes
     ----------
@@ -32,17 +32,17 @@ class Stopped(BaseException):
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Within, a signal raises `Stopped`."""
+    """Within the block, a signal raises `Stopped`."""
     with _handled_by(lambda number, frame: stop(number)):
         yield
 
 
 @contextmanager
 def stoppable_between_steps() -> Iterator[list[int]]:
-    """Within, the first signal is put into the list that this yields; the second raises `Stopped`.
+    """Within the block, the first signal is appended to the list that this yields; a second raises `Stopped`.
 
-    One that follows within half a second counts as the same: ``timeout`` and some process managers send theirs twice,
-    to the process and to its group.
+    A second one within half a second counts as the same: ``timeout`` and some process managers send theirs twice, to
+    the process and to its group.
     """
     received: list[int] = []
     first = 0.0
@@ -52,7 +52,7 @@ def stoppable_between_steps() -> Iterator[list[int]]:
         if not received:
             received.append(number)
             first = time.monotonic()
-            with contextlib.suppress(OSError):  # past the console, whose lock this thread may be holding right now
+            with contextlib.suppress(OSError):  # not through the console, whose lock this thread may be holding
                 os.write(2, b"\n" * os.isatty(2) + NOTICE)
         elif time.monotonic() - first > SAME_SECONDS:
             stop(number)
@@ -62,7 +62,7 @@ def stoppable_between_steps() -> Iterator[list[int]]:
 
 
 def stop(number: int, note: str = "") -> NoReturn:
-    """Raise `Stopped`; no further signal disturbs what it unwinds."""
+    """Raise `Stopped`, and ignore further signals while it unwinds the stack."""
     for each in SIGNALS:
         signal.signal(each, signal.SIG_IGN)
     raise Stopped(number, note)
@@ -70,7 +70,7 @@ def stop(number: int, note: str = "") -> NoReturn:
 
 @contextmanager
 def _handled_by(handler: Any) -> Iterator[None]:
-    """Handles the signals within, but none that is ignored: after nohup, a background job's Ctrl-C, or after `stop`."""
+    """Handle the signals, except those being ignored: after nohup, in background jobs (Ctrl-C), or after `stop`."""
     ours = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, handler) for number in ours}
     try:

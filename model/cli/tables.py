@@ -32,7 +32,7 @@ def history_table(history: History, title: str) -> Table:
 
 
 def probability_bars(probabilities: NDArray[np.floating]) -> Table:
-    """A bar for the probability of each class, (classes,), from nothing to certainty."""
+    """A bar for the probability of each class, (classes,), from 0 to 1."""
     table = Table.grid(padding=(0, 2))
     for label, probability in enumerate(probabilities):
         table.add_row(f"{label}", f"{probability:6.1%}", ProbabilityBar(1, 0, probability, width=BAR_WIDTH))
@@ -40,7 +40,7 @@ def probability_bars(probabilities: NDArray[np.floating]) -> Table:
 
 
 class ProbabilityBar(Bar):
-    """A bar that needs no block characters where the terminal's encoding may lack them."""
+    """A bar without block characters where the terminal's encoding may lack them."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         if options.ascii_only:

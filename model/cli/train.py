@@ -49,7 +49,7 @@ def train_command(
     checkpoint_every: opt.CheckpointEvery = None,
     resume: opt.Resume = None,
 ) -> None:
-    """Train the network and show how its accuracy grows."""
+    """Train the network and show its accuracy by epoch."""
     check_files(checkpoint, resume, json_file, checkpoint_every)
     file = checkpoint or resume
     for written in filter(None, (file, json_file)):
@@ -93,7 +93,7 @@ def train_command(
 
 
 def given_settings(context: typer.Context, saved: Checkpoint | None) -> dict[str, Any]:
-    """The settings of a run: those of the command line, and of a checkpoint where that leaves them open."""
+    """The settings of a run: from the command line, else from the checkpoint, else the defaults."""
     settings = {name: context.params[name] for name in Config._fields if name in context.params}
     if saved:
         sources = {name: context.get_parameter_source(name) for name in settings}
@@ -105,13 +105,13 @@ def given_settings(context: typer.Context, saved: Checkpoint | None) -> dict[str
 
 
 def check_files(checkpoint: Path | None, resume: Path | None, json_file: Path | None, every: int | None) -> None:
-    """Raise an error, before any work is done, if what is to be written cannot be, or would replace something else."""
+    """Raise an error, before any work is done, if an output cannot be written or would overwrite something else."""
     if resume and not resume.is_file():
-        load(resume)  # says so
+        load(resume)  # raises the right error
     for written in filter(None, (checkpoint or resume, json_file)):
         check_writable(written)
     if checkpoint and checkpoint.exists() and not (resume and same_file(checkpoint, resume)):
-        raise ValueError(f"{checkpoint} exists: --resume {checkpoint} goes on with it; for a new run name a new file")
+        raise ValueError(f"{checkpoint} exists: resume it with --resume {checkpoint}, or name a new file for a new run")
     for run in filter(None, (checkpoint, resume)):
         if json_file and same_file(json_file, run):
             raise ValueError(f"--json {json_file} is the checkpoint {run}: name another file for the history")
@@ -122,21 +122,21 @@ def check_files(checkpoint: Path | None, resume: Path | None, json_file: Path | 
 
 
 def new_run(config: Config, images: Dataset) -> Checkpoint:
-    """A run before its first step."""
+    """A new run, before its first step."""
     mlp = MLP((images.train_images.shape[1], config.hidden, images.classes), config.seed)
     return Checkpoint(mlp, State.start(config.seed), config)
 
 
 def resumed(saved: Checkpoint, config: Config, file: Path | None) -> Checkpoint:
-    """The saved run, to go on with these settings, which may ask for more epochs."""
+    """The saved run, resumed with these settings, which may ask for more epochs."""
     check_same(saved.config, config)
     if len(saved.state.history.epochs) == config.epochs and not saved.state.steps:
-        say(f"{file} is finished: its {config.epochs} epochs are done, --epochs with more goes on")
+        say(f"{file} is finished: all {config.epochs} epochs are done; for more, raise --epochs")
     return saved._replace(config=config)
 
 
 def images_to_pass(run: Checkpoint, images: Dataset) -> tuple[int, int]:
-    """How many images pass through the network in all of a run's epochs, and how many have already."""
+    """How many images pass through the network in all epochs of a run, and how many already have."""
     count = len(images.train_images)
     passed = min(run.state.steps * (run.config.batch_size or count), count)
     return run.config.epochs * count, len(run.state.history.epochs) * count + passed
@@ -149,12 +149,12 @@ def cluster_of(scheduler: str | None, workers: int | None, threads: int) -> Iter
         yield None
         return
     if scheduler and workers:
-        raise ValueError("--workers starts a cluster of its own: leave it out, or --scheduler")
+        raise ValueError("--workers starts a new cluster: leave out either it or --scheduler")
     try:
         from model.extras.dask_workers import connect  # Dask is needed for nothing else
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"{error}: training on workers needs Dask, install it by: pip install -e '.[distributed]'"
+            f"{error}: training on workers needs Dask, install it with: pip install -e '.[distributed]'"
         ) from error
     with connect(scheduler, workers, threads) as cluster:
         if workers:
@@ -165,12 +165,12 @@ def cluster_of(scheduler: str | None, workers: int | None, threads: int) -> Iter
 def between_steps(
     file: Path | None, every: int | None, run: Checkpoint, received: list[int]
 ) -> Callable[[State], None]:
-    """For `train`: saves before the first step, when it is time to, and at the end; stops for a signal."""
+    """The `on_step` of `train`: saves before the first step, when a save is due, and at the end; stops on a signal."""
     saved = -math.inf
 
     def on_step(state: State) -> None:
         nonlocal saved
-        asked = received[:1]  # looked at once: a signal may arrive at any moment
+        asked = received[:1]  # read once, as a signal may arrive at any moment
         epochs = len(state.history.epochs)
         finished = epochs == run.config.epochs
         due = time.monotonic() - saved >= SAVE_SECONDS or (every and state.steps == 0 and epochs % every == 0)
@@ -179,13 +179,13 @@ def between_steps(
             save(file, run.mlp, state, run.config)
             saved = time.monotonic()
         if asked and not finished:
-            stop(asked[0], f", saved in {file}: --resume {file} goes on" if file else "")
+            stop(asked[0], f", saved in {file}: continue with --resume {file}" if file else "")
 
     return on_step
 
 
 def check_finite(run: Checkpoint) -> None:
-    """Raise a TrainingError if the parameters are such as no checkpoint holds: their loss may not be known yet."""
+    """Raise a TrainingError if parameters are not finite, which a checkpoint rejects; the loss may not show it yet."""
     if not all(np.isfinite(parameter).all() for parameter in run.mlp.parameters):
         rate = run.config.learning_rate
         raise TrainingError(f"the parameters became infinite with learning rate {rate:g}: try a smaller learning rate")

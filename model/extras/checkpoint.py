@@ -1,9 +1,8 @@
-"""Checkpoints: a training run in one safetensors file, from which it goes on bitwise.
+"""Checkpoints: a training run in one safetensors file, from which it resumes with the same bits.
 
-The tensors are the parameters and the history; what else a run is made of stands in the metadata, as JSON, beside a
-checksum of everything. Nothing in a file is taken on trust, and reading one runs no code from it: sizes are bounded
-before they are read, structure and values are checked first, because that gives the more helpful error, and the
-checksum last.
+The tensors are the parameters and the history. The rest of the run's state is in the metadata, as JSON, with a checksum
+of everything. Nothing in a file is trusted, and reading one runs no code from it. Sizes are bounded before anything is
+read. Structure and values are checked first, because that gives the more helpful error, and the checksum last.
 """
 
 import hashlib
@@ -65,24 +64,24 @@ class Checkpoint(NamedTuple):
 
 
 def save(file: Path, mlp: MLP, state: State, config: Config) -> None:
-    """Write a checkpoint, whole or not at all.
+    """Write a checkpoint atomically.
 
     Parameters
     ----------
     file
-        Where to; replaced if it exists.
+        The file to write; replaced if it exists.
     mlp, state
-        The parameters, float32 in any layout, and where the run stands with them: what `train` hands to its `on_step`.
+        The parameters, float32 in any layout, and the state of the run with them: what `train` passes to `on_step`.
     config
         The settings of the run.
 
     Raises
     ------
     CheckpointError
-        If `load` would not accept it, because a parameter is not finite or is float64, for example; then the file is as
-        it was.
+        If `load` would not accept it, because a parameter is not finite or is float64, for example. The file is
+        unchanged then.
     OSError
-        If the file cannot be written, or another process is writing it; then it is as it was.
+        If the file cannot be written, or another process is writing it. The file is unchanged then.
     """
     try:
         content = _content(mlp, state, config)
@@ -122,7 +121,7 @@ def load(file: Path) -> Checkpoint:
 
 
 def check_same(saved: Config, config: Config) -> None:
-    """Raise a CheckpointError that lists what differs, unless `config` continues the run of `saved`, if further."""
+    """Raise a CheckpointError that lists the differences, unless `config` equals `saved` in all but `epochs`."""
     differences = [
         f"{name} {theirs!r}, not {ours!r}"
         for name, theirs, ours in zip(Config._fields, saved, config)
@@ -177,19 +176,19 @@ def _content(mlp: MLP, state: State, config: Config) -> bytes:
 
 
 def _plain(value: Any) -> Any:
-    """For JSON: NumPy's number as one of Python's."""
+    """For JSON: a NumPy scalar as a Python number."""
     if isinstance(value, np.generic):
         return value.item()
     raise TypeError(f"{value!r} is of the type {type(value).__name__}, which a checkpoint cannot hold")
 
 
 def _in_order(tensor: NDArray) -> NDArray:
-    """The same values row by row in little-endian bytes, as the file holds them, from any layout."""
+    """The same values, row-major and little-endian as in the file, from any layout."""
     return np.ascontiguousarray(tensor, np.asarray(tensor).dtype.newbyteorder("<"))
 
 
 def _values(mlp: MLP, state: State, config: Config) -> dict[str, Any]:
-    """Everything that is not in a tensor, as JSON will know it."""
+    """Everything that is not in a tensor, ready for JSON."""
     return {
         **config._asdict(),
         "layer_sizes": [len(mlp.layers[0][0]), *(len(bias) for _, bias in mlp.layers)],

@@ -1,13 +1,13 @@
-"""The trainer's shards on the workers of a Dask cluster: the same bits, on however many, whichever of them die.
+"""The trainer's shards on the workers of a Dask cluster: the same bits on any number of workers, even if some die.
 
-A worker gets a contiguous range of the shards. In an epoch it gets the network and sums its shards: those subtrees of
-the fixed tree of sums that lie within its range. Workers pass these sums on to each other, and add whatever has come
-together, until one of them holds the whole tree. The client sends the network once and receives one sum, however many
-workers there are.
+A worker gets a contiguous range of the shards. In each epoch it receives the network and sums its shards, as far as the
+subtrees of the fixed tree of sums that lie within its range. Workers pass these sums on to each other and add
+neighbours, until one of them holds the whole tree. The client sends the network once and receives one sum, whatever the
+number of workers.
 
-Everything is a task that depends on its arguments alone, so Dask may run it anywhere, and again when a worker dies: the
-images of a shard, where the client sends them; a worker's `Part`, which keeps its shards prepared; the sums of a part;
-those of several. So no task writes to its arguments.
+Everything is a pure task, one that depends on its arguments alone and never writes to them. So Dask may run it
+anywhere, and again when a worker dies. Tasks are the images of a shard, if the client sends them; a worker's `Part`,
+which keeps its shards prepared; the sums of a part; the sums of several parts.
 """
 
 import functools
@@ -47,24 +47,24 @@ from model.training import TrainingError
 PATIENCE = 60.0
 """Seconds to wait for a first worker, and for another one when all are gone."""
 LOOK = 1.0
-"""Seconds between looks at whether there are workers."""
+"""Seconds between checks for workers."""
 ALLOWED_FAILURES = 3
-"""How often all workers may die in one step, as in Dask's setting for a single task."""
+"""How often all workers may die in one step, like Dask's setting for a single task."""
 FAN_IN = 8
-"""Sums that meet in one task: more make fewer tasks, of which the scheduler handles some thousands in a second."""
+"""Sums added in one task. More make fewer tasks, of which the scheduler handles a few thousand per second."""
 CHECKED = 16
-"""Shards of a file that the client hashes itself, to see that the workers have the same one."""
+"""Shards of a file that the client hashes itself, to check that the workers have the same file."""
 
 PACKAGES = ("distributed", "numpy", "numba", "llvmlite")
 DEADLY = "worker after worker dies of the same work, of too little memory perhaps (--memory-limit helps)"
 ADVICE = "scheduler and workers need the client's environment, and the workers one kind of processor"
 
 Node = tuple[int, int]
-"""A subtree of the tree of sums: of the shards from the first number up to the second, exclusive."""
+"""A subtree of the tree of sums: the shards from the first number up to, not including, the second."""
 
 
 class ClusterError(TrainingError):
-    """The cluster cannot be used, or not any longer; the message says why."""
+    """The cluster cannot be used, or no longer; the message says why."""
 
 
 # The tree of sums ----------------------------------------------------------------------------------------------------
@@ -82,7 +82,7 @@ def subtrees(first: int, last: int, node: Node) -> list[Node]:
 
 
 def add_subtrees(sums: dict[Node, Sums], node: Node) -> Sums:
-    """What `add_in_tree` makes of the shards of a node, from the sums of its subtrees, which it uses up."""
+    """What `add_in_tree` returns for the shards of a node, from the sums of its subtrees, which it consumes."""
     if node in sums:
         return sums.pop(node)
     half = sum(node) // 2
@@ -93,12 +93,12 @@ def add_subtrees(sums: dict[Node, Sums], node: Node) -> Sums:
 
 
 def send(value: Any) -> Any:
-    """What the client sends. As a task, Dask can do it again, while scattered data die with their worker."""
+    """Return the client's data. Dask can repeat this task, while scattered data is lost with its worker."""
     return value
 
 
 class Mapped(NamedTuple):
-    """Rows of a file that a worker reads through a memory map of its own."""
+    """Rows of a file that each worker maps into memory."""
 
     file: str
     offset: int
@@ -134,7 +134,7 @@ class Hashed(NamedTuple):
     """Of its shards."""
 
     def read(self, ranges: list[slice]) -> list[NDArray]:
-        """The shards, once they are found to be those that were hashed before."""
+        """The shards, once their hashes are verified."""
         if hash_shards(self.mapped, ranges) != self.digests:
             raise ClusterError(f"{self.mapped.file} of worker {get_worker().address} is not the file that others have")
         array = self.mapped.read()
@@ -142,20 +142,20 @@ class Hashed(NamedTuple):
 
 
 class Part:
-    """The shards of a worker. It travels unprepared: whoever receives it prepares it anew.
+    """The shards of a worker. It is sent unprepared, and prepared again by its receiver.
 
     Parameters
     ----------
     images, labels
-        Of each shard, or where all of them are `Hashed`.
+        Those of each shard, or one `Hashed` for all.
     shards
-        Their numbers, from the first up to the last, exclusive, and
+        The range of their numbers, the end exclusive.
     count
-        the number of images of all parts.
+        The number of images in all parts.
     backend, dtype
-        The kernels' name, and float32 or float64.
+        The backend's name, and float32 or float64.
     memory_limit
-        Of the worker's process, in bytes.
+        Bytes of prepared images in the worker's process.
     expected
         The `surroundings` in which bits agree.
     """
@@ -184,7 +184,7 @@ class Part:
         return {name: value for name, value in vars(self).items() if name != "shards"}
 
     def __sizeof__(self) -> int:
-        """What Dask takes into account before it moves a part or gives a worker more."""
+        """Bytes of prepared images, for Dask's decisions about moving a part or giving a worker more."""
         prepared = itertools.chain(*(shard.kept.values() for shard in vars(self).get("shards", ())))
         return sum(getattr(x, "nbytes", 0) for x in prepared)
 
@@ -202,11 +202,11 @@ class Part:
         return shards
 
     def is_prepared(self, _: None) -> list:
-        """Nothing, once it is."""
+        """An empty list, once the part is prepared."""
         return self.shards[:0]
 
     def gradient(self, mlp: MLP) -> dict[Node, Sums]:
-        """The sums of each node."""
+        """The sums of each subtree."""
         shards = iter(_run()(lambda shard: shard.gradient(mlp), self.shards))
         return {(start, stop): add_in_tree(next(shards) for _ in range(start, stop)) for start, stop in self.nodes}
 
@@ -223,14 +223,14 @@ def prepare(*arguments: Any) -> Part:
 
 
 def merge(shards: int, *parts: dict[Node, Sums]) -> dict[Node, Sums]:
-    """The sums of neighbouring parts, of so many shards in all, added where two subtrees make a larger one."""
+    """The sums of neighbouring parts, of `shards` shards in all, added where two subtrees make a larger one."""
     sums = {node: _copy(sums) for part in parts for node, sums in part.items()}
     first, last = min(start for start, _ in sums), max(stop for _, stop in sums)
     return {node: add_subtrees(sums, node) for node in subtrees(first, last, (0, shards))}
 
 
 def _copy(sums: Sums) -> Sums:
-    """`add` writes to its first argument, but Dask may need what it holds once more."""
+    """A copy for `add`, which works in place, while Dask may need its arguments again."""
     return sums._replace(gradient=[part.copy() for part in sums.gradient])
 
 
@@ -246,7 +246,7 @@ def relative(ranges: list[slice]) -> list[slice]:
 
 
 def surroundings() -> dict[str, str]:
-    """What bits depend on besides data and settings, of this process."""
+    """Everything about this process, besides data and settings, that the bits of a result depend on."""
     root = Path(__file__).parents[2]
     files = sorted(file for folder in ("kernels", "model") for file in (root / folder).rglob("*.py"))
     source = hashlib.sha256(b"".join(file.read_bytes() for file in files))
@@ -262,7 +262,7 @@ def surroundings() -> dict[str, str]:
 
 
 def check_same(worker: str, ours: dict[str, str], expected: dict[str, str]) -> None:
-    """Raise a ClusterError that lists what differs."""
+    """Raise a ClusterError that lists the differences."""
     if differences := [f"{name} {ours[name]}, not {value}" for name, value in expected.items() if ours[name] != value]:
         raise ClusterError(f"worker {worker} would compute other bits: {'; '.join(differences)}: {ADVICE}")
 
@@ -271,19 +271,19 @@ _forever = ExitStack()
 
 
 def _run() -> Callable:
-    """Maps on as many threads as the worker has."""
+    """A map over the worker's threads."""
     return _thread_pool(get_worker().state.nthreads)
 
 
 @functools.cache
 def _thread_pool(threads: int) -> Callable:
-    """For as long as the process lives, as tasks may overlap and all need their BLAS held to one thread."""
+    """A pool for the life of the process: tasks may overlap, and all need BLAS limited to one thread."""
     return _forever.enter_context(thread_pool(threads))
 
 
 @functools.cache
 def _memory(limit: int | None) -> Memory:
-    """Shared by all parts of the process."""
+    """The budget that all parts in the process share."""
     return Memory(limit)
 
 
@@ -298,12 +298,12 @@ class Cluster:
     client
         Connected to their scheduler.
     patience
-        Seconds to wait for a first worker, and for another one when all are gone.
+        Seconds to wait for a first worker, and for another when all are gone.
 
     Raises
     ------
     ClusterError
-        If there is no worker in time, or one would compute other bits.
+        If no worker appears in time, or one would compute different bits.
     """
 
     def __init__(self, client: Client, patience: float = PATIENCE) -> None:
@@ -315,7 +315,7 @@ class Cluster:
             self.threads()
             try:
                 processor = client.submit(surroundings, pure=False).result(timeout=patience)["processor"]
-            except RuntimeError as error:  # the scheduler says so of what it cannot deserialize
+            except RuntimeError as error:  # the scheduler could not deserialize it
                 raise ClusterError(f"the scheduler does not know this project: {ADVICE}") from error
         ours, version = surroundings(), versions["scheduler"]["packages"]["distributed"]
         if version != ours["distributed"]:
@@ -323,14 +323,14 @@ class Cluster:
         self.expected = ours | {"processor": processor}
 
     def batch(self, backend: Backend, images: NDArray, labels: NDArray, dtype: np.dtype, memory: Memory) -> "Parts":
-        """For `train`: images on the workers, each of which has so much memory."""
+        """For `train`: images on the workers, each with this budget of memory."""
         return Parts(self, backend, images, labels, dtype, memory)
 
     def digests(self, array: NDArray) -> bytes:
-        """For `model.data.sha256`: the digests of the shards of an array; a file is read by the workers.
+        """For `model.data.sha256`: the digests of the shards of an array; the workers read a file's.
 
-        A worker hashes what its neighbour will read and then hash again, so that copies that differ are found. The
-        client hashes a few shards, as the workers may all have another file than it has.
+        A worker hashes what its neighbour will read and then hash again, so that copies that differ are detected. The
+        client hashes a few shards, too, as the workers may all have a different file from its own.
         """
         if not isinstance(array, np.memmap):
             return digests(array)
@@ -369,7 +369,7 @@ class Cluster:
 
     @contextmanager
     def explained(self) -> Iterator[None]:
-        """Turns what goes wrong between processes into a `ClusterError`."""
+        """Turn failures between processes into a `ClusterError`."""
         try:
             yield
         except KilledWorker as error:
@@ -420,7 +420,7 @@ class Parts:
         mlp: MLP | None = None,
         on_images: Callable[[int], None] = lambda images: None,
     ) -> Any:
-        """What `method` returns of each part, combined by the workers, in order."""
+        """The results of `method` on each part, combined by the workers, in order."""
         finished = failures = 0
         with self.cluster.explained(), self.cluster.client.as_current():
             while True:
@@ -451,9 +451,9 @@ class Parts:
                 self.parts.clear()
 
     def _goes_on(self, submitted: list[Future]) -> bool:
-        """Waits a moment; whether a task is done or being computed. If all workers have died, Dask may stop for good.
+        """Wait a moment; return whether a task is done or being computed. If all workers have died, Dask may hang.
 
-        When the last worker dies, it leaves tasks that are for that one alone, even when others come.
+        When the last worker dies, some tasks stay assigned to it, even when other workers join.
         """
         unfinished = [future for future in submitted if not future.done()]
         if not unfinished:
@@ -473,7 +473,7 @@ class Parts:
         return self.ranges[last - 1].stop - self.ranges[first].start
 
     def _deal(self) -> None:
-        """Give each worker its shards; if they are the same as before, they keep what they have."""
+        """Give each worker its shards; those that have not changed stay as they are."""
         dealt = deal(len(self.ranges), self.cluster.threads())
         workers = {shards: worker for worker, shards in dealt.items() if shards[0] < shards[1]}
         for shards in [shards for shards, (worker, _) in self.parts.items() if workers.get(shards) != worker]:
@@ -482,13 +482,13 @@ class Parts:
             self._place(workers[shards], shards)
 
     def _place(self, worker: str, shards: Node) -> None:
-        """Have shards prepared by a worker, or by another if it dies."""
+        """Have a worker prepare shards, or another if it dies."""
         sources = [source(*shards) for source in self.sources]
         place = {"workers": [worker], "allow_other_workers": True}
         self.parts[shards] = worker, self._submit(prepare, *sources, shards, self.count, *self.form, **place)
 
     def _source(self, array: NDArray) -> Callable[[int, int], Any]:
-        """What a worker gets of an array for the shards from the first up to the last."""
+        """A function from a range of shards to what a worker gets of an array."""
         if isinstance(array, np.memmap):
             found = self.cluster.digests(array)
 
@@ -501,13 +501,13 @@ class Parts:
         return lambda first, last: futures[first:last]
 
     def _held(self) -> Iterator[Future]:
-        """All that the workers hold."""
+        """All tasks that the workers hold."""
         yield from (part for _, part in self.parts.values())
         yield from self.sent
 
 
 class LeaveSignalsToClient(WorkerPlugin):
-    """Ctrl-C reaches all processes of a terminal, but is for the client to handle."""
+    """Ctrl-C reaches all processes of a terminal, but only the client should handle it."""
 
     def setup(self, worker: Any) -> None:
         """Ignore them."""
@@ -522,9 +522,9 @@ def connect(scheduler: str | None, workers: int | None = None, threads: int = 1)
     Parameters
     ----------
     scheduler
-        Address of one that runs, as in ``tcp://HOST:8786``; None starts a cluster on this machine.
+        Address of a running scheduler, as in ``tcp://HOST:8786``; None starts a cluster on this machine.
     workers, threads
-        How many processes that one gets, and how many threads these share.
+        Worker processes of the new cluster, and the threads that they share.
 
     Raises
     ------
@@ -532,7 +532,7 @@ def connect(scheduler: str | None, workers: int | None = None, threads: int = 1)
         If there is no scheduler, or `Cluster` raises it.
     """
     with ExitStack() as stack:
-        logging.disable(logging.CRITICAL)  # Dask logs the tracebacks of what `explained` says in a line
+        logging.disable(logging.CRITICAL)  # Dask logs tracebacks of what `explained` says in one line
         stack.callback(logging.disable, logging.NOTSET)
         address: Any = scheduler
         if scheduler is None:

@@ -1,4 +1,4 @@
-"""A figure in the project's look, and the accuracy curves over the published points."""
+"""Figures in the project's style, and the accuracy curves over the published points."""
 
 import io
 import os
@@ -53,16 +53,16 @@ _STYLE: Any = {
 
 
 def colour(name: str) -> str:
-    """The colour of a backend; those unknown here share a few more, by name."""
+    """The colour of a backend; unknown ones share a few others, chosen by name."""
     return COLOURS.get(name) or OTHER_COLOURS[sum(name.encode()) % len(OTHER_COLOURS)]
 
 
 @contextmanager
 def figure_file(file: Path, **size: Any) -> Iterator[Figure]:
-    """A new figure in the common look, written to `file` (PNG), whole, when the block ends well.
+    """A new figure in the common style, written to `file` (PNG, atomically) if the block raises nothing.
 
-    It looks the same whatever the user's matplotlibrc and MPLBACKEND say, and needs no GUI. Warnings, as of characters
-    that no font has, are silenced: they must not end a run.
+    It ignores the user's matplotlibrc and MPLBACKEND, and needs no GUI. Warnings, such as of characters that no font
+    has, are silenced: they must not end a run.
     """
     with warnings.catch_warnings(), matplotlib.rc_context():
         warnings.simplefilter("ignore")
@@ -81,12 +81,12 @@ def title(figure: Figure, text: str) -> None:
 
 
 def print_small(figure: Figure, text: str) -> None:
-    """Write where the results come from below everything."""
+    """Write small print, the origin of the results, below everything."""
     figure.supxlabel(text, fontsize=6.5, color=BOUND_COLOUR, x=0.01, ha="left")
 
 
 def draw_curves(file: Path, found: dict[str, Any], small_print: str = "") -> None:
-    """Train and test accuracy of each backend, a band over random starts, and the published points.
+    """Draw train and test accuracy of each backend, a band over random starts, and the published points.
 
     Parameters
     ----------
@@ -95,7 +95,7 @@ def draw_curves(file: Path, found: dict[str, Any], small_print: str = "") -> Non
     found
         What `model.published.reproduce` returned, with full-batch runs.
     small_print
-        Where it comes from.
+        The origin of the results.
     """
     histories, starts = full_batch_histories(found), found["starts"]
     final = [100 * history.accuracies("test")[-1] for history in histories.values()]

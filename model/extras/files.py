@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, by one process at a time."""
+"""Atomic writes: a file is written completely or not at all, by one process at a time."""
 
 import contextlib
 import glob
@@ -16,14 +16,14 @@ try:  # not filelock, which takes a twentieth of a second to import and leaves i
 except ModuleNotFoundError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-PATIENCE = 5.0  # seconds that a writer waits for another, who needs a few milliseconds
+PATIENCE = 5.0  # seconds that a writer waits for another, which takes a few milliseconds
 MAX_REPORT_BYTES = 2**28
 
-_held = threading.local()  # the locks of each thread: its own do not stop it
+_held = threading.local()  # the locks that each thread holds, so that it can lock again
 
 
 def check_writable(file: Path) -> None:
-    """Raise an OSError, before any work is done, if `file` could not be written at its end."""
+    """Raise an OSError, before any work is done, if `file` could not be written when it is finished."""
     folder = resolved(file).parent
     if not folder.is_dir():
         raise OSError(f"cannot write {file}: there is no folder {folder}; create it first")
@@ -40,7 +40,7 @@ def check_writable(file: Path) -> None:
 
 
 def check_replaceable(file: Path, key: str) -> None:
-    """Raise an OSError, before any work is done, if `file` is there and is not a report: a JSON object with `key`."""
+    """Raise an OSError, before any work is done, if `file` exists and is not a report: a JSON object with `key`."""
     if not file.exists():
         return
     try:
@@ -52,7 +52,7 @@ def check_replaceable(file: Path, key: str) -> None:
 
 
 def same_file(one: Path, other: Path) -> bool:
-    """Whether two names mean one file, whether it exists or not: by another spelling, a link, or a hard link."""
+    """Whether two names mean the same file, existing or not: by another spelling, a symbolic link or a hard link."""
     with contextlib.suppress(OSError):
         if os.path.samefile(one, other):
             return True
@@ -60,23 +60,23 @@ def same_file(one: Path, other: Path) -> bool:
 
 
 def resolved(file: Path) -> Path:
-    """The absolute path, without links; one that leads in a loop ends there."""
+    """The absolute path, with symbolic links resolved; a loop of links is left as it is."""
     return Path(os.path.realpath(file))
 
 
 @contextmanager
 def locked(file: Path, patience: float = 0.0) -> Iterator[None]:
-    """Within, only this thread writes `file`.
+    """Within the block, only this thread writes `file`.
 
-    The lock is on a file beside it. It ends with the process, however that ends; the next one to lock takes over the
-    file that is left then. Where the system or the file system has no locks, there is none.
+    The lock is on a file beside it. The system releases it when the process ends, however that happens, and the next
+    owner reuses the lock file. Where the system or the file system has no locks, there is none.
 
     Parameters
     ----------
     file
         Need not exist, but its folder must.
     patience
-        Seconds to wait for another's lock.
+        Seconds to wait while another holds the lock.
 
     Raises
     ------
@@ -94,19 +94,19 @@ def locked(file: Path, patience: float = 0.0) -> Iterator[None]:
         yield
     finally:
         del held[lock]
-        lock.unlink(missing_ok=True)  # before it is closed: so it is still ours
+        lock.unlink(missing_ok=True)  # before closing, while the lock is still ours
         stream.close()
 
 
 def write_whole(file: Path, content: bytes) -> None:
-    """Write `content` beside `file` and rename it: whenever the process is killed, `file` is the old or the new one.
+    """Write atomically, to a temporary file that is then renamed: a killed process leaves the old file or the new one.
 
-    What a killed process has left beside it is removed. A link is followed.
+    Temporary files of killed processes are removed. Symbolic links are followed.
 
     Raises
     ------
     OSError
-        If it cannot be written; then `file` is as it was, and nothing is left beside it.
+        If it cannot be written. Then `file` is unchanged, and no temporary file is left.
     """
     file = resolved(file)
     part = _beside(file, f"{os.getpid()}.part")
@@ -118,13 +118,13 @@ def write_whole(file: Path, content: bytes) -> None:
             with part.open("xb") as stream:
                 stream.write(content)
                 stream.flush()
-                os.fsync(stream.fileno())  # before the new name: some file systems would rename first and write later
+                os.fsync(stream.fileno())  # before renaming: some file systems reorder the two
             part.replace(file)
         except OSError as error:
             raise OSError(f"cannot write {file}: {error.strerror}; what was there before is untouched") from error
         finally:
             part.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # not every system can do this to folders
+    with contextlib.suppress(OSError):  # not every system can sync folders
         folder = os.open(file.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -133,7 +133,7 @@ def write_whole(file: Path, content: bytes) -> None:
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Write `content` to `file`, whole or not at all."""
+    """Write `content` to `file` as JSON, atomically."""
     write_whole(file, json.dumps(content, indent=1).encode() + b"\n")
 
 
@@ -142,7 +142,7 @@ def _beside(file: Path, ending: str) -> Path:
 
 
 def _acquired(lock: Path, file: Path, patience: float) -> tuple[IO[bytes], bool]:
-    """The open lock file, and whether it is locked: not where there are no locks."""
+    """The open lock file, and whether it is locked: False where the system has no locks."""
     deadline = time.monotonic() + patience
     while True:
         try:
@@ -152,7 +152,7 @@ def _acquired(lock: Path, file: Path, patience: float) -> tuple[IO[bytes], bool]
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(stream.fileno()), lock.stat()):
-                with contextlib.suppress(OSError):  # on a full disk, the number is missing in the message
+                with contextlib.suppress(OSError):  # on a full disk, others' messages lack the process number
                     stream.truncate(0)
                     stream.write(b"%d" % os.getpid())
                     stream.flush()

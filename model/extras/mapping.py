@@ -1,4 +1,4 @@
-"""Files that are mapped into memory, and what happens if one is cut short meanwhile."""
+"""Memory maps of files, and what happens if a file is truncated meanwhile."""
 
 import ctypes
 import functools
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 
 def map_bytes(file: Path, offset: int, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    """A read-only memory map of a part of a file. If the file is cut short meanwhile, the process ends with one line.
+    """A read-only memory map of a part of a file. If the file is truncated later, the process ends with one line.
 
     Raises
     ------
@@ -27,15 +27,15 @@ def map_bytes(file: Path, offset: int, shape: tuple[int, ...]) -> NDArray[np.uin
 
 
 _mapped: dict[Path, int] = {}
-"""The end of what is mapped of each file."""
+"""The end of the mapped part of each file."""
 
 
 @functools.cache
 def _end_when_cut_short() -> Any:
-    """Handle SIGBUS, where there is such a thing: what the system sends to who reads a page that its file has no more.
+    """Handle SIGBUS, where it exists: the system sends it to a thread that reads a page beyond the end of its file.
 
-    Python's own handlers would run later, but the thread cannot go on: this one is called by the C library, in the
-    thread that reads, which is in the middle of a kernel and holds no lock that this would need.
+    Python runs its own handlers later, but the thread cannot continue. So this handler is called by the C library, in
+    the reading thread, which is in the middle of a kernel and holds no lock that the handler would need.
     """
     if not hasattr(signal, "SIGBUS"):
         return None

@@ -1,7 +1,7 @@
 """A picture of one handwritten digit, prepared as the images of MNIST were.
 
-Pictures come from outside, so nothing in them is taken on trust: the size of the file and the number of pixels that it
-declares are bounded before anything is decoded, and whatever cannot be read is said in one line.
+Pictures come from outside, so nothing in them is trusted. The size of the file and the number of pixels that it
+declares are bounded before anything is decoded, and every error is one line.
 """
 
 import io
@@ -254,7 +254,7 @@ def smallest_rectangle(mask: NDArray[np.bool_]) -> tuple[float, float]:
 
 
 def inked(grey: NDArray[np.floating]) -> tuple[NDArray[np.floating], float]:
-    """Tell ink from paper, dark on light or light on dark.
+    """Separate ink from paper, dark on light or light on dark.
 
     The paper is the local median, which follows gradients and the edges of shadows; the second time without what looks
     like ink, as bold digits fill half a window. Ink is what it lacks of the paper's
@@ -284,9 +284,9 @@ def inked(grey: NDArray[np.floating]) -> tuple[NDArray[np.floating], float]:
 
 
 def strokes(ink: NDArray[np.floating], whole: bool) -> NDArray[np.bool_]:
-    """Tell the strokes of digits from specks, from lines and bars along the edge, from tables and lines on the paper.
+    """Separate the strokes of digits from specks, lines and bars along the edge, table tops, and lines on the paper.
 
-    What touches the edge is only a digit if nothing else is there, on the `whole` of a picture, and shaped like one.
+    A part that touches the edge is a digit only if there is nothing else on the `whole` picture, and it looks like one.
     """
     levels = np.rint(255 * ink).astype(np.uint8)
     opened = area_opening(np.pad(levels, 2), int(SPECK * levels.size) + 1)[2:-2, 2:-2]  # it fails on a few pixels

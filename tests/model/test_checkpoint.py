@@ -519,7 +519,7 @@ def test_resume(main, tmp_path):
     assert main(*TRAIN, "--epochs", 6, "--checkpoint", long)[0] == 0
     assert main(*TRAIN, "--epochs", 4, "--checkpoint", short, "--threads", 1)[0] == 0
     code, shown, error = main("train", "--resume", short)
-    assert (code, error) == (0, f"{short} is finished: its 4 epochs are done, --epochs with more goes on\n")
+    assert (code, error) == (0, f"{short} is finished: all 4 epochs are done; for more, raise --epochs\n")
     assert "checkpoint written" in shown
     assert main("train", "--resume", short, "--epochs", 6, "--threads", 2)[0] == 0
     assert_same(load(short), load(long))
@@ -622,7 +622,7 @@ def trained(tmp_path_factory):
         (["--resume", "{file}", "--eval-every", 2], "eval_every 3, not 2"),
         (["--resume", "/no/such/file"], "there is no file"),
         (["--resume", "README.md"], "README.md: it is not a checkpoint, or damaged"),
-        (["--checkpoint", "{file}"], "exists: --resume "),
+        (["--checkpoint", "{file}"], "exists: resume it with --resume "),
         (["--checkpoint", "/no/such/folder/x"], "there is no folder /no/such/folder"),
         (["--checkpoint", "/"], "it is a folder"),
         (["--checkpoint", "/proc/run"], "cannot write /proc/run"),
@@ -719,8 +719,8 @@ def test_a_signal_saves_after_the_running_step(main, tmp_path, number, exit_code
     shown, error = process.communicate(timeout=60)
     assert (process.returncode, shown) == (exit_code, "")
     assert error.splitlines() == [
-        "stopping after the running step; once more stops at once",
-        f"interrupted, saved in {file}: --resume {file} goes on",
+        "stopping after the current step; a second signal stops at once",
+        f"interrupted, saved in {file}: continue with --resume {file}",
     ]
     assert stand(load(file).state) > (0, 0)
     epochs = len(load(file).state.history.epochs) + 3
@@ -736,7 +736,7 @@ def test_a_second_signal_stops_at_once(tmp_path, number, exit_code):
     wait_for(file, process)
     time.sleep(0.5)  # until the first step has begun
     process.send_signal(number)
-    assert process.stderr.readline().startswith("stopping after the running step")
+    assert process.stderr.readline().startswith("stopping after the current step")
     process.send_signal(number)  # the same, sent twice
     time.sleep(1)
     assert process.poll() is None

@@ -111,7 +111,7 @@ def test_interrupt_ends_cleanly(arguments, number, exit_code):
         shown += chunk
     stdout, _ = process.communicate(timeout=20)
     assert (process.returncode, stdout) == (exit_code, "")
-    assert "stopping after the running step" in shown.decode()
+    assert "stopping after the current step" in shown.decode()
     assert "interrupted" in shown.decode()
     assert "Traceback" not in shown.decode()
 

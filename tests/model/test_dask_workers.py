@@ -477,7 +477,7 @@ def test_interrupt_leaves_the_step_to_the_workers(tmp_path):
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=20)
     assert process.returncode == 130
-    assert f"saved in {file}: --resume {file} goes on" in errors.replace("\n", "")
+    assert f"saved in {file}: continue with --resume {file}" in errors.replace("\n", "")
     assert "Traceback" not in errors
 
 
@@ -488,9 +488,9 @@ def test_interrupt_leaves_the_step_to_the_workers(tmp_path):
         (["--scheduler", "nonsense://x"], "no scheduler answers at nonsense://x"),
         (["--scheduler", "tcp://127.0.0.1:1", "--workers", "2"], "leave it out, or --scheduler"),
         (["--workers", "0"], "Invalid value for '--workers'"),
-        (["--memory-limit", "much"], "'much' is no number of bytes: give one as in '500 MB'"),
-        (["--memory-limit", "1.2.3 GB"], "'1.2.3 GB' is no number of bytes"),
-        (["--memory-limit", "-5"], "'-5' is no number of bytes"),
+        (["--memory-limit", "much"], "'much' is not a number of bytes: write it as in '500 MB'"),
+        (["--memory-limit", "1.2.3 GB"], "'1.2.3 GB' is not a number of bytes"),
+        (["--memory-limit", "-5"], "'-5' is not a number of bytes"),
     ],
 )
 def test_errors_are_one_line_and_exit_code_2(arguments, message, monkeypatch):
@@ -513,7 +513,7 @@ def test_without_dask():
     command = [sys.executable, "-c", program, "train", *map(str, DIGITS), "--workers", "2"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (2, "")
-    assert re.fullmatch(r"error: .* needs Dask, install it by: pip install -e '\.\[distributed\]'\n", result.stderr)
+    assert re.fullmatch(r"error: .* needs Dask, install it with: pip install -e '\.\[distributed\]'\n", result.stderr)
 
 
 @pytest.mark.slow

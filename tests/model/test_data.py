@@ -576,7 +576,7 @@ def test_broken_idx_file_is_named_with_what_is_wrong(tmp_path, name, content, pr
 
 
 def test_compressed_idx_files_are_not_mapped(folder):
-    with pytest.raises(DataError, match=rf"cannot be mapped into memory. Unpack it: gunzip \S+{TRAIN_IMAGES}.gz"):
+    with pytest.raises(DataError, match=rf"cannot be mapped into memory. Decompress it: gunzip \S+{TRAIN_IMAGES}.gz"):
         load_idx(folder)
 
 
@@ -638,7 +638,7 @@ def test_bytes_after_the_end_do_not_hide_other_content(folder):
 
 def test_more_labels_than_digits_are_explained(folder):
     write(folder, {TRAIN_LABELS: with_element(TRAIN_LABELS, 2, 46)})
-    with pytest.raises(DataError, match="label 46 is outside 0-9, and ten digits are what it learns"):
+    with pytest.raises(DataError, match="label 46 is outside 0-9"):
         load_mnist(folder)
 
 

@@ -468,7 +468,7 @@ def test_predict_refuses_in_one_line(tmp_path):
     assert (result.returncode, result.stdout) == (2, "")
     assert re.fullmatch(rf"error: {text}: is no PNG or JPEG picture.*\n", result.stderr)
     for checkpoint, message in (
-        (small, f"^{small}: its network is not for pictures of 28 x 28 pixels"),
+        (small, f"^{small}: its network is not for images of 28 x 28 pixels"),
         (huge, f"^{huge}: its parameters are too large"),
         (text, f"{text}.* not a checkpoint"),
     ):
