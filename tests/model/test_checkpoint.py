@@ -28,7 +28,7 @@ from model.extras.checkpoint import Checkpoint, CheckpointError, Config, load, s
 from model.extras.files import locked
 from model.mlp import MLP
 from model.training import State, train
-from tests.soak import kill_and_resume
+from tests.support import kills
 from tests.support.runs import assert_same
 
 SIZES = (25, 6, 10)
@@ -795,7 +795,7 @@ def test_parameters_that_have_overflowed_are_not_called_a_damaged_checkpoint(mai
 
 @pytest.mark.slow
 def test_ten_kills():
-    cases = [kill_and_resume.Case("numpy", None), kill_and_resume.Case("numpy", 7)]
-    counts = kill_and_resume.run(cases, 10, seed=0)
+    cases = [kills.Case("numpy", None), kills.Case("numpy", 7)]
+    counts = kills.run(cases, 10, seed=0)
     assert counts["kills"] == 10
     assert counts["runs compared"] >= 2

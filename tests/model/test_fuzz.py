@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.soak.fuzz import READERS, little_memory, outcome, try_inputs
+from tests.support.fuzz import READERS, little_memory, outcome, try_inputs
+from tests.support.systems import needs_proc
 
 
 @pytest.mark.parametrize("name", READERS)
@@ -25,6 +26,7 @@ def test_mutants_made_by_hypothesis(name, random):
         outcome(reader, content)
 
 
+@needs_proc
 def test_findings_are_found(monkeypatch):
     """What raises something of its own, takes too much memory, or gives a wrong result."""
 
