@@ -279,6 +279,7 @@ def other(request, tmp_path_factory):
             yield backend
 
 
+@pytest.mark.slow
 def test_images_are_kept_exactly_on_other_cpus(other, digits28):
     group = {16: 1, 32: 2}[simd.REGISTERS]
     for images in (
@@ -290,6 +291,7 @@ def test_images_are_kept_exactly_on_other_cpus(other, digits28):
         np.testing.assert_array_equal(decode(x.transposed, x.T.shape, group), images.T)
 
 
+@pytest.mark.slow
 @every_dtype
 def test_products_on_other_cpus(other, dtype):
     for hidden in HIDDEN:

@@ -73,6 +73,7 @@ def test_threads_do_not_disturb_each_other(backend):
     assert all(in_threads(same_every_time))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("blas_on_one_thread")
 def test_first_calls_from_many_threads(backend):
     """In a new process, where all of them find that the kernels have yet to be compiled, or loaded from the cache."""
@@ -168,10 +169,15 @@ def test_forked_processes(backend):
     assert [task() for task in tasks] == expected
 
 
+@pytest.mark.slow
 @forks
 @pytest.mark.usefixtures("blas_on_one_thread")
 def test_forks_while_other_threads_compute(backend):
-    """BLAS on several threads does not stand that: a child of OpenBLAS waits for threads that were busy at the fork."""
+    """OpenBLAS does not allow that, even on one thread: each product briefly holds a lock over the list of its buffers,
+    and a child forked at that moment waits for it for ever (one fork in 600 beside small products).
+    """
+    if backend.name == "numpy":
+        pytest.skip("the child of a fork during a product of OpenBLAS may wait for its alloc_lock for ever")
     tasks = [functools.partial(work, backend, 0), functools.partial(training, backend)]
     expected = [task() for task in tasks]
     begin, stopped = threading.Barrier(4), threading.Event()

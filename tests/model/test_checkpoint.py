@@ -711,7 +711,14 @@ def wait_for(file, process):
 
 
 @needs_posix
-@pytest.mark.parametrize(("name", "exit_code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+@pytest.mark.parametrize(
+    ("name", "exit_code"),
+    [
+        ("SIGINT", 130),
+        pytest.param("SIGTERM", 143, marks=pytest.mark.slow),
+        pytest.param("SIGHUP", 129, marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_saves_after_the_running_step(main, tmp_path, name, exit_code):
     """Sent twice at once, as some process managers do, it still counts as one."""
     file = tmp_path / "run"
@@ -733,6 +740,7 @@ def test_a_signal_saves_after_the_running_step(main, tmp_path, name, exit_code):
     assert_same(load(file), load(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 @needs_posix
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_second_signal_stops_at_once(tmp_path, number, exit_code):

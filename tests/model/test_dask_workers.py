@@ -226,6 +226,7 @@ def kept(limit, dask_worker):
 # What goes wrong
 
 
+@pytest.mark.slow
 def test_killed_workers_change_no_bit(processes, digits28):
     """Ten times at a random moment kill -9 and another worker in its place; up to two are missing at a time."""
     processes.have(3)
@@ -262,6 +263,7 @@ def test_killed_workers_change_no_bit(processes, digits28):
     assert [ours.tobytes() for ours in mlp.parameters] == [theirs.tobytes() for theirs in expected]
 
 
+@pytest.mark.slow
 def test_the_last_worker_is_replaced(mortal, tiny):
     """Dask would leave waiting what was meant for it."""
 
@@ -287,6 +289,7 @@ def test_all_workers_gone(mortal, tiny):
         trained(NumpyBackend(), tiny, (25, 6, 10), epochs=9, batches=cluster.batch, on_step=on_step)
 
 
+@pytest.mark.slow
 @needs_posix
 def test_workers_gone_in_the_middle_of_a_step(mortal, tiny):
     """The kernel kills its worker, and the next that tries; Dask gives up before it has killed all there are."""
@@ -312,6 +315,7 @@ def test_work_that_kills_again_and_again(mortal, tiny, nannies):
         nanny.wait()
 
 
+@pytest.mark.slow
 def test_a_scheduler_without_the_project(tmp_path):
     program = "import sys; sys.modules['model'] = None; from distributed.cli.dask_scheduler import main; main()"
     processes = Processes(tmp_path, scheduler=["-c", program])
@@ -323,6 +327,7 @@ def test_a_scheduler_without_the_project(tmp_path):
         processes.end()
 
 
+@pytest.mark.slow
 def test_a_worker_without_the_project(mortal):
     program = "import sys; sys.modules['model'] = None; from distributed.cli.dask_worker import main; main()"
     mortal.start_worker(program=["-c", program])
@@ -353,6 +358,7 @@ def test_an_error_in_a_worker_reaches_the_caller(processes, tiny):
         trained(Broken(), tiny, (25, 6, 10), batches=Cluster(processes.client).batch)
 
 
+@pytest.mark.slow
 def test_scheduler_gone_and_the_checkpoint_stands(mortal, tmp_path):
     """Then a single process goes on, to the bits of one that never saw a cluster."""
     file, whole = tmp_path / "run", tmp_path / "whole"
@@ -374,6 +380,7 @@ def test_scheduler_gone_and_the_checkpoint_stands(mortal, tmp_path):
     assert_same(load(file), load(whole))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [("numpy", "1.0", r"numpy 1\.0, not 2\.\S+"), ("processor", "6502", r"processor (6502, not .*|.*, not 6502)")],
@@ -416,6 +423,7 @@ def test_a_file_that_workers_do_not_have(processes, tmp_path, digits28, monkeypa
         trained(NumpyBackend(), mapped, batches=cluster.batch)
 
 
+@pytest.mark.slow
 @needs_posix
 def test_a_file_cut_short_ends_in_one_line(processes, tmp_path, digits28):
     """Of a worker's own process only that, of this one as well; limit 0 has the pages read again."""
@@ -480,6 +488,7 @@ def test_workers_of_its_own(tmp_path):
     assert_same(*map(load, files))
 
 
+@pytest.mark.slow
 @needs_posix
 def test_interrupt_leaves_the_step_to_the_workers(tmp_path):
     """Ctrl-C reaches them too."""

@@ -8,6 +8,7 @@ from tests.support.fuzz import READERS, little_memory, outcome, try_inputs
 from tests.support.systems import needs_proc
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", READERS)
 def test_sample(name):
     outcomes, findings = try_inputs(name, 0, range(1500))
