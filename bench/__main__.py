@@ -33,9 +33,10 @@ ONCE = (
     "scaling",
     "break_even",
     "workers",
+    "pictures",
     "reproduction",
 )
-"""Studies that `results` makes in the first run only: deterministic, or minutes each."""
+"""Studies that `results` makes in the last run only: deterministic, or minutes each."""
 
 
 def chosen(names: list[str] | None) -> list[str]:
@@ -115,7 +116,7 @@ def results(
         scratch = Path("bench/output/measuring") / f"{number + 1}"
         for file in (scratch / RUN, scratch / "quick" / RUN):
             file.unlink(missing_ok=True)
-        names = [name for name in STUDIES if number == 0 or name not in ONCE]
+        names = [name for name in STUDIES if number == runs - 1 or name not in ONCE]
         out.print(f"run {number + 1} of {runs}: {', '.join(names)}")
         options = ["--dataset", dataset, "--output", str(scratch), "--no-report", *["--quick"] * quick]
         subprocess.run(_bench("run", *names, *options))
@@ -128,7 +129,7 @@ def results(
         date = min(section.conditions.date for section in found.sections.values())[:10]
         same_day = len(list(folder.glob(f"run-{date}-*.json")))
         write(folder / f"run-{date}-{same_day + 1}.json", dataclasses.replace(found, skipped=skipped))
-        write(folder / MACHINE, read(Machine, measured / MACHINE) if number == 0 else read(Machine, folder / MACHINE))
+        write(folder / MACHINE, read(Machine, measured / MACHINE))
     DEFAULT.mkdir(parents=True, exist_ok=True)
     out.print(f"to publish: python -m bench.publish.tables, and commit {folder}")
     show(folder, DEFAULT, failures)

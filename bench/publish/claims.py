@@ -107,6 +107,14 @@ def _product(start: str, one: bool) -> Pick:
     return pick
 
 
+def _small_step(size: int) -> Pick:
+    def pick(run: Run) -> Comparison | None:
+        section = run.sections.get("mini_batches")
+        return section.found.steps.get(1, {}).get(size) if section else None
+
+    return pick
+
+
 def _climb(product: str) -> Pick:
     def pick(run: Run) -> Comparison | None:
         found = run.sections["ladder"].found.climbs if "ladder" in run.sections else []
@@ -127,6 +135,15 @@ CLAIMS = (
     Claim("sparse-framework", "sparse", FASTEST, STEP, _step),
     Claim("sparse-scipy", "sparse", "SciPy CSR", STEP, _step),
     Claim("sparse-torch-csr", "sparse", "PyTorch CSR", STEP, _step),
+    *(
+        Claim(f"batch-{key}-{size}", ours, base, f"a step over {size} images, 1 thread", _small_step(size))
+        for size in (32, 128, 512)
+        for key, ours, base in (
+            ("sparse-torch", "sparse", "PyTorch"),
+            ("sparse-by-hand", "sparse", "PyTorch by hand"),
+            ("numba-torch", "numba", "PyTorch"),
+        )
+    ),
     Claim("time-numba", "numba", "numpy", "mini-batches to the published accuracy", _time_to),
     Claim("time-sparse", "sparse", "numpy", "mini-batches to the published accuracy", _time_to),
     Claim("command", "sparse", "numpy", "250 epochs with start and evaluations", _command),
@@ -194,9 +211,11 @@ def sentence(claim: Claim, folders: Iterable[Folder]) -> str:
     for name, found in cells(claim, folders).items():
         low, high = two_digits(found.low), two_digits(found.high)
         spans.append(f"{name} {low if low == high else f'{low} to {high}'}")
+    if not spans:
+        return f"How `{claim.competitor}` compares with `{claim.base}` has not been measured yet."
     return (
         f"`{claim.competitor}` is faster than {claim.base if claim.base == FASTEST else f'`{claim.base}`'} "
-        f"{where(claim, folders)} (× its time: {'; '.join(spans)})"
+        f"{where(claim, folders)} (× its time: {'; '.join(spans)})."
     )
 
 

@@ -73,8 +73,9 @@ def existing_run(folder: Path) -> Run:
     OSError
         If the folder cannot be written.
     """
-    if folder.exists() and not folder.is_dir():
-        raise OSError(f"{folder} is a file: name a folder for the results")
+    for place in (folder, *folder.parents):
+        if place.is_file():
+            raise OSError(f"{place} is a file: name a folder for the results")
     folder.mkdir(parents=True, exist_ok=True)
     probe = folder / ".writable"
     probe.touch()

@@ -415,7 +415,7 @@ def altered(array, value):
         ({"run": "[" * 50_000}, "its metadata are damaged"),
         ({"run": "[]"}, "its metadata are incomplete"),
         ({"run": "no JSON"}, "its metadata are damaged"),
-        ({"format": "vectorization-study checkpoint 2"}, "it has another format"),
+        ({"format": "vectorization-study checkpoint 3"}, "it has another format"),
     ],
 )
 def test_a_forged_checkpoint_is_refused(file, changes, message):
@@ -780,6 +780,7 @@ def test_signals_are_ignored_once_the_program_ends_and_where_they_were():
 
 
 @needs_posix
+@pytest.mark.filterwarnings("ignore:.*JAX is multithreaded:RuntimeWarning")  # where other tests have imported it
 def test_a_closed_terminal_saves(tmp_path):
     """Its system sends SIGHUP, and nothing can be written to it any more."""
     import pty

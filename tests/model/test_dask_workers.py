@@ -84,9 +84,10 @@ def processes(tmp_path_factory):
 
 @pytest.fixture
 def mortal(tmp_path):
-    """A cluster of one's own, with a worker."""
+    """A cluster for one test, with a worker that has imported the project: on a busy machine, that takes seconds."""
     started = Processes(tmp_path)
     started.have(1)
+    Cluster(started.client)
     yield started
     started.end()
 

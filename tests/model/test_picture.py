@@ -213,14 +213,14 @@ def kinds(mnist):
 
 def test_kinds_of_pictures(kinds):
     """Within 3 points of clean pictures, and 5 for pencil and lines: on 20 pictures, none more may be wrong."""
-    right = kinds["accuracy"]
+    right = kinds.right
     for name, accuracy in right.items():
         assert accuracy >= right[pictures.CLEAN] - 5, name
-    assert kinds["pairs"] == 100
+    assert kinds.pairs_refused == 100
 
 
 def test_no_blank_page_is_a_digit(kinds):
-    assert kinds["blank"] == dict.fromkeys(pictures.BLANK, 100)
+    assert kinds.blank_refused == dict.fromkeys(pictures.BLANK, 100)
 
 
 def test_large_texts_in_a_png_are_skipped():
