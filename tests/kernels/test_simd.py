@@ -71,8 +71,8 @@ def test_matmul_stays_inside_its_arrays(layout_a, layout_b, place, dtype):
 @pytest.mark.parametrize("layout", ["row-major", "misaligned"])
 def test_relu_stays_inside_its_arrays(layout, place, dtype):
     for size in range(70):
-        z = Guarded(integers(size, dtype), layout, place)
-        out = Guarded(np.full(size, np.nan, dtype), place=place)
+        z = Guarded(integers((1, size), dtype), layout, place)
+        out = Guarded(np.full((1, size), np.nan, dtype), place=place)
         numba_backend.relu(z.read_only(), out.array)
         z.assert_unchanged()
         out.assert_canaries_live()
@@ -85,9 +85,9 @@ def test_relu_stays_inside_its_arrays(layout, place, dtype):
 @pytest.mark.parametrize("layout", ["row-major", "misaligned"])
 def test_relu_grad_stays_inside_its_arrays(layout, place, dtype):
     for size in range(70):
-        upstream = Guarded(integers(size, dtype, 1), layout, place)
-        activations = Guarded(integers(size, dtype, 2), layout, place)
-        out = Guarded(np.full(size, np.nan, dtype), place=place)
+        upstream = Guarded(integers((1, size), dtype, 1), layout, place)
+        activations = Guarded(integers((1, size), dtype, 2), layout, place)
+        out = Guarded(np.full((1, size), np.nan, dtype), place=place)
         numba_backend.relu_grad(upstream.read_only(), activations.read_only(), out.array)
         upstream.assert_unchanged()
         activations.assert_unchanged()
