@@ -73,13 +73,15 @@ TUNING = {
     (16, 16): Tuning(6, 2, 2, chain=6, transposed_depth=256, copies=True),
     (16, 32): Tuning(6, 2, 2, chain=6, transposed_depth=256, copies=True),
     # NEON: 24 sums. Longer chains make LLVM update an address with each load (LD1R), which takes a multiply-add unit.
+    # Judged by llvm-mca alone, as no ARM was at hand.
     (32, 16): Tuning(6, 4, 2, chain=2, transposed_depth=256, copies=True),
     # AVX-512 on Zen 4 and 5, which read x.T in place without loss.
     (32, 64): Tuning(6, 4, 1, chain=6, transposed_depth=800),
 }[REGISTERS, REGISTER_BYTES]
 
-# AVX-512 on Intel. Only the name of the CPU tells it from Zen. On Emerald Rapids: x W1 takes 0.80 times the time of
-# OpenBLAS, and 0.88 in tiles of 6 x 4; x.T dz 0.82, and 1.2 without prefetching, 1.4 in deep blocks.
+# AVX-512 on Intel. Only the name of the CPU tells it from Zen. The numbers are those of a prototype of this tile on an
+# Emerald Rapids; this code itself has yet to run there. x W1 took 0.80 times the time of OpenBLAS, and 0.88 in tiles of
+# 6 x 4; x.T dz 0.82, and 1.2 without prefetching, 1.4 in deep blocks.
 if REGISTER_BYTES == 64 and not CPU.startswith("znver"):
     TUNING = Tuning(14, 2, 1, chain=6, transposed_depth=64, prefetches=True)
 
@@ -528,7 +530,8 @@ def softmax_grad_row(typing_context, logits, i, label, out):
 class NumbaBackend(Backend):
     """The compiled functions above."""
 
-    # `ascontiguousarray` also sees to it that no subclass of an array, with rules of its own, gets to machine code.
+    # Machine code does not count dimensions. The contract has, and `ascontiguousarray` returns as many of any subclass,
+    # where the `ravel` of an np.matrix has two.
 
     @property
     def compile_seconds(self):

@@ -1,5 +1,6 @@
 """The compiled kernels stay inside their arrays, are right at every edge, and never run stale code."""
 
+import importlib.util
 import itertools
 import os
 import shutil
@@ -116,6 +117,25 @@ def test_softmax_grad_stays_inside_its_arrays(layout, place, dtype):
         out.assert_canaries_live()
         np.testing.assert_allclose(loss, expected[0], rtol=1e-5, atol=1e-6)
         assert correct == expected[1]
+
+
+@every_dtype
+@pytest.mark.parametrize("kind", [np.matrix, np.memmap])
+def test_subclasses_are_read_as_plain_arrays(kind, dtype):
+    backend, plain = get_backend("numba"), integers((5, 5), dtype)
+    array = plain.view(kind)
+    np.testing.assert_array_equal(backend.relu(array), np.maximum(plain, 0))
+    np.testing.assert_array_equal(backend.relu_grad(array, array), np.maximum(plain, 0))
+    np.testing.assert_array_equal(backend.matmul(array, array), plain @ plain)
+    for mine, other in zip(
+        backend.softmax_grad(array, np.arange(5)), backend.softmax_grad(plain, np.arange(5)), strict=True
+    ):
+        np.testing.assert_array_equal(mine, other)
+
+
+def test_what_is_no_array_is_refused():
+    with pytest.raises(TypeError):
+        get_backend("numba").matmul(get_backend("sparse").prepare(np.ones((2, 3), np.uint8)), np.ones((3, 2), "f4"))
 
 
 # Right at every edge ----------------------------------------------------------------------------------------
@@ -283,6 +303,67 @@ def test_narrower_vectors(cpu, features, register_bytes, tmp_path):
         pytest.skip("this CPU has no vectors as wide")
     probe = start_probe("f4", "f8", NUMBA_CPU_NAME=cpu, NUMBA_CPU_FEATURES=features, NUMBA_CACHE_DIR=str(tmp_path))
     assert finish(probe)[1:] == (register_bytes, True, 0, 0.5)
+
+
+OTHERS = {
+    "SSE": (16, 16, "generic"),
+    "NEON": (16, 32, "generic"),
+    "AVX-512 on Intel": (64, 32, "skylake-avx512"),
+    "AVX-512 on Zen": (64, 32, "znver4"),
+}
+
+
+@pytest.fixture(scope="module", params=OTHERS.values(), ids=OTHERS)
+def other(request, tmp_path_factory):
+    """The module as it is compiled for other vector registers; LLVM makes what this CPU lacks of what it has."""
+    for dtype in np.float32, np.float64:  # compile for this CPU what results are compared with
+        one = np.ones((1, 1), dtype)
+        get_backend("numba").softmax_grad(get_backend("numba").matmul(one, one), np.zeros(1, int))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(numba.config, "CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        for name, value in zip(("REGISTER_BYTES", "REGISTERS", "CPU"), request.param, strict=True):
+            patch.setattr(simd, name, value)
+        spec = importlib.util.spec_from_file_location("numba_backend_elsewhere", numba_backend.__file__)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        yield module
+
+
+@pytest.mark.slow
+@every_dtype
+def test_products_for_other_cpus_have_the_same_bits(other, dtype):
+    """An element is the same chain of multiply-adds, however wide a vector and however large a tile."""
+    generator = np.random.default_rng(0)
+    mr, deep = other.MR, max(other.KC_TRANSPOSED, other.KC_FEW)
+    width, edge = (size // dtype().itemsize for size in (other.TILE_BYTES, other.EDGE_BYTES))
+    sizes = [
+        *itertools.product([1, mr - 1, 2 * mr + 1], [0, 5], [1, edge + 1, 2 * width - 1]),
+        (2 * mr + 1, deep + 1, 3 * width + edge + 1),
+        (other.PACK_ROWS + 1, 2 * deep + 3, width + 3),
+        (2 * width + 1, deep + 1, 10),
+        (other.FEW_ROWS - 1, 2 * other.KC, other.NC_BYTES // dtype().itemsize + edge + 1),
+    ]
+    for m, k, n in sizes:
+        a, b, bias = (generator.standard_normal(shape).astype(dtype) for shape in [(m, k), (k, n), n])
+        expected = get_backend("numba").matmul(a, b, bias)
+        for layout_a, layout_b in itertools.product("CF", "CF"):
+            product = other.NumbaBackend().matmul(np.asarray(a, order=layout_a), np.asarray(b, order=layout_b), bias)
+            np.testing.assert_array_equal(product, expected, err_msg=f"{m} x {k} x {n}, {layout_a}{layout_b}")
+
+
+@pytest.mark.slow
+@every_dtype
+@pytest.mark.parametrize("classes", [1, 2, 9, 10, 33])
+def test_softmax_for_other_cpus(other, classes, dtype):
+    """Its sums are added in another order, so they may differ by the rounding of as many terms."""
+    logits = np.random.default_rng(0).standard_normal((7, classes)).astype(dtype)
+    labels = np.arange(7) % classes
+    loss, correct, gradient = other.NumbaBackend().softmax_grad(logits, labels)
+    expected = get_backend("numba").softmax_grad(logits, labels)
+    tolerance = (classes + 4) * np.finfo(dtype).eps
+    np.testing.assert_allclose(loss, expected[0], rtol=tolerance, atol=7 * tolerance)
+    assert correct == expected[1]
+    np.testing.assert_allclose(gradient, expected[2], rtol=0, atol=tolerance)
 
 
 @pytest.mark.slow
