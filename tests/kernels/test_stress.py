@@ -4,6 +4,7 @@ import faulthandler
 import functools
 import multiprocessing
 import os
+import sys
 import threading
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
@@ -149,6 +150,8 @@ def fork_and_compile(codes, array):
 
 @forks
 def test_forked_processes(backend):
+    if backend.name == "numpy" and sys.platform == "darwin":
+        pytest.skip("Apple's Accelerate, NumPy's BLAS there, does not survive a fork")
     tasks = [functools.partial(work, backend, 0), functools.partial(training, backend)]
     expected = [task() for task in tasks]
     in_threads(lambda number: work(backend, number))

@@ -377,11 +377,11 @@ def test_predict_refuses_in_one_line(tmp_path):
     huge = saved(tmp_path / "huge", huge)
     result = run_model("predict", text, "--checkpoint", network)
     assert (result.returncode, result.stdout) == (2, "")
-    assert re.fullmatch(rf"error: {text}: is no PNG or JPEG picture.*\n", result.stderr)
+    assert re.fullmatch(rf"error: {re.escape(str(text))}: is no PNG or JPEG picture.*\n", result.stderr)
     for checkpoint, message in (
-        (small, f"^{small}: its network is not for images of 28 x 28 pixels"),
-        (huge, f"^{huge}: its parameters are too large"),
-        (text, f"{text}.* not a checkpoint"),
+        (small, f"^{re.escape(str(small))}: its network is not for images of 28 x 28 pixels"),
+        (huge, f"^{re.escape(str(huge))}: its parameters are too large"),
+        (text, f"{re.escape(str(text))}.* not a checkpoint"),
     ):
         with pytest.raises((ValueError, CheckpointError), match=message) as error:
             predict_command(good, checkpoint)
