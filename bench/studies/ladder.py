@@ -79,7 +79,7 @@ def measure(dataset: Dataset, quick: bool) -> Found:
 
 
 def climb(product: str, threads: int, quick: bool) -> Climb:
-    """The steps at one product. Operands begin at a cache line: else, alignment is left to chance."""
+    """Time the steps at one product. Operands start on a cache line, so that alignment is not left to chance."""
     m, k, n = SHAPES[product]
     rng = np.random.default_rng(0)
     a, b = (aligned(rng.standard_normal(shape, np.float32)) for shape in ((m, k), (k, n)))
@@ -107,7 +107,7 @@ def climb(product: str, threads: int, quick: bool) -> Climb:
 
 
 def aligned(values: NDArray) -> NDArray:
-    """The same from a cache line's start."""
+    """A copy that starts on a cache line."""
     rows, columns = values.shape
     out = aligned_empty(rows, columns, values.dtype.type(0))
     out[:] = values
@@ -156,7 +156,7 @@ Place = tuple[str, str]
 
 
 def lines_of_code(step: str) -> int:
-    """Lines of all that a step is made of in kernels/, without comments, docstrings and blank lines."""
+    """Lines of code in kernels/ that a step runs, without comments, docstrings and blank lines."""
     code = {place: ast.unparse(node) for place, node in _reached((steps.__name__, step), {}).items()}
     return sum(bool(line.strip()) for text in code.values() for line in text.splitlines())
 
