@@ -1,4 +1,4 @@
-"""What every competitor does, and how it is called."""
+"""The task of every competitor, and its interface."""
 
 import importlib
 import warnings
