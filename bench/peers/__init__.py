@@ -79,7 +79,7 @@ class Form:
     compile_seconds: float | None = None
     """What the first step took longer than the last, if it compiles."""
     seconds: float | None = None
-    """Of a step, where several forms were measured in turn."""
+    """Of a step, where several forms were interleaved."""
     skipped: str | None = None
 
 

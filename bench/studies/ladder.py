@@ -34,7 +34,7 @@ BLAS = "OpenBLAS"
 
 @dataclass(frozen=True)
 class Climb:
-    """The steps at one product on so many threads."""
+    """The steps at one product, on a number of threads."""
 
     product: str
     threads: int
@@ -67,7 +67,7 @@ class Found:
     kind: Literal["ladder"] = "ladder"
 
     def climb(self, product: str, threads: int) -> Climb:
-        """The steps at `product` on so many threads."""
+        """The steps at `product` on `threads` threads."""
         return next(climb for climb in self.climbs if (climb.product, climb.threads) == (product, threads))
 
 
@@ -90,7 +90,7 @@ def climb(product: str, threads: int, quick: bool) -> Climb:
     runs[BLAS] = partial(np.matmul, a, b, np.empty_like(expected)), 2 * len(a) * b.size
     for step in STEPS:
         if (step == "threads") if threads == 1 else (step == "loops"):
-            continue  # the last step has threads of its own, and of Python loops only one runs at a time
+            continue  # the last step starts threads itself, and the GIL lets only one thread run Python loops
         arguments = operands(step, a, b)
         rows = len(arguments[0])
         on_all = threads > 1 and step != "threads"

@@ -87,7 +87,7 @@ def add_up(values, passes, again):
 
 
 def peak(threads: int) -> tuple[Callable[[], None], int]:
-    """A function that does multiply-adds on registers on so many threads, and how many operations those are."""
+    """A function that does multiply-adds on registers on `threads` threads, and its number of operations."""
     lanes = simd.REGISTER_BYTES // 4
     values = np.full((threads, 1, lanes), 2.0**-12, np.float32)  # a row for each thread; sums stay small
     run_chains(values[0, 0].copy(), 1)  # compiles

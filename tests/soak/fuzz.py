@@ -267,7 +267,7 @@ def outcome(reader: Reader, content: bytes) -> str:
 
 @contextmanager
 def little_memory(size: int) -> Iterator[None]:
-    """Let this process allocate so many bytes more, and not more."""
+    """Limit how many more bytes this process may allocate."""
     before = resource.getrlimit(resource.RLIMIT_AS)
     statistics = Path("/proc/self/statm")
     if statistics.exists():
