@@ -33,6 +33,7 @@ ONCE = (
     "scaling",
     "break_even",
     "workers",
+    "pictures",
     "reproduction",
 )
 """Studies that `results` makes in the last run only: deterministic, or minutes each."""

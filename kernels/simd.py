@@ -336,11 +336,6 @@ def flat_in(dtype: types.Float) -> types.Array:
     return types.Array(dtype, 1, "C", readonly=True, aligned=False)
 
 
-def flat_out(dtype: types.Float) -> types.Array:
-    """(n,) array to write, contiguous."""
-    return types.Array(dtype, 1, "C")
-
-
 def integers_in(dtype: types.Float) -> types.Array:
     """(n,) array of int64 to read, with any stride."""
     return types.Array(types.int64, 1, "A", readonly=True, aligned=False)
@@ -350,6 +345,10 @@ class Kernel:
     """A function that is compiled, or loaded from the cache on disk, once for each float type.
 
     It releases the GIL, and is thread-safe.
+
+    A call goes straight to the machine code, as Numba takes longer to look at the types of four arrays than for all
+    else. So nothing but the size of their elements is checked: arrays must have the dimensions, the layout and the
+    dtype that `parameters` say.
 
     Raises
     ------
@@ -368,6 +367,7 @@ class Kernel:
         self._options: dict[str, Any] = {"nogil": True, "error_model": "numpy"} | options
         self._source = _read(function)
         self._compiled: dict[np.dtype, Callable] = {}
+        self._dispatchers: list[Any] = []  # which own the machine code
 
     def __call__(self, array: np.ndarray, *arguments: Any) -> Any:
         """Call the version for the dtype of the first argument."""
@@ -383,7 +383,10 @@ class Kernel:
     def _compile(self, dtype: np.dtype) -> Callable:
         with _COMPILING, event.install_timer("numba:compile", _SECONDS.append):
             if dtype not in self._compiled:
-                self._compiled[dtype] = self._dispatcher(dtype, self._cache(dtype))
+                dispatcher = self._dispatcher(dtype, self._cache(dtype))
+                (version,) = dispatcher.overloads.values()
+                self._dispatchers.append(dispatcher)
+                self._compiled[dtype] = version.entry_point
         return self._compiled[dtype]
 
     def _dispatcher(self, dtype: np.dtype, cache: "_Cache | None") -> Any:

@@ -223,6 +223,19 @@ def billion_table(results: Path) -> str:
     return _markdown(table)
 
 
+def picture_table(results: Path) -> str:
+    """Kinds of pictures, and how often they are recognised, or refused as they should be."""
+    found = found_in(results, "pictures")
+    table = Table("kind", "right (%)", "blank pages refused (%)", box=MARKDOWN)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, right in found.right.items():
+        blank = found.blank_refused.get(name)
+        table.add_row(name, f"{right:.0f}", "" if blank is None else f"{blank:.0f}")
+    table.add_row("two digits: refused", f"{found.pairs_refused:.0f}", "")
+    return f"{_markdown(table)}\n\n{found.pictures} pictures of each kind."
+
+
 def machine_table(results: Path) -> str:
     """Each machine, and how often and when it was measured."""
     table = Table("machine", "CPU", "runs", "days", "commit", "NumPy's BLAS", box=MARKDOWN)
@@ -241,6 +254,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "workers": workers_table,
     "growth": growth_table,
     "billion": billion_table,
+    "pictures": picture_table,
     "speed": speed_table,
     "competitors": competitor_table,
     "accuracy": accuracy_table,

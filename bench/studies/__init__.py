@@ -23,6 +23,7 @@ STUDIES = (
     "scaling",
     "break_even",
     "workers",
+    "pictures",
     "reproduction",
 )
 

@@ -81,7 +81,7 @@ def _reset_high_water_mark() -> int:
     try:
         ctypes.CDLL(None).malloc_trim(0)
         (PROCESS / "clear_refs").write_text("5")
-    except (OSError, AttributeError) as error:
+    except (OSError, AttributeError, TypeError) as error:  # TypeError: CDLL(None) on Windows
         raise UnavailableError(f"the system does not tell the peak memory of a part of a process: {error}") from error
     return _status("VmRSS")
 

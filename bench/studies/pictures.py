@@ -1,25 +1,21 @@
 """Study: how often the digit in a picture is recognised, by the kind of picture that people take.
 
-The pictures are drawn from MNIST's test images: enlarged, on paper, in uneven light. Alone, without keeping the result:
-``python -m bench.studies.pictures``.
+The pictures are drawn from MNIST's test images: enlarged, on paper, in uneven light.
 """
 
 import io
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
-import typer
 from numpy.typing import NDArray
 from PIL import Image
-from rich.box import MARKDOWN, SIMPLE, Box
-from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from scipy import ndimage
 
 from kernels import get_backend
-from model.data import Dataset, load_dataset
+from model.data import Dataset
 from model.extras.picture import PictureError, decode, prepare
 from model.mlp import MLP
 from model.training import train
@@ -307,36 +303,30 @@ def refused(mlp: MLP, contents: list[bytes]) -> float:
     return 100 * float(np.mean([recognised(mlp, content) is None for content in contents]))
 
 
-def measure(dataset: Dataset, quick: bool) -> dict[str, Any]:
-    """Percent of pictures of each kind that are recognised, and of blank pages and of pairs that are refused."""
-    mlp, count = network(dataset), 20 if quick else 200
+@dataclass(frozen=True)
+class Found:
+    """What the study found, in percent."""
+
+    pictures: int
+    """Of each kind."""
+    right: dict[str, float]
+    """Digits that are recognised, by kind."""
+    blank_refused: dict[str, float]
+    """Blank pages that are refused, by kind."""
+    pairs_refused: float
+    """Pictures of two digits that are refused."""
+    kind: Literal["pictures"] = "pictures"
+
+
+def measure(dataset: Dataset, quick: bool) -> Found:
+    """How pictures of each kind are recognised, and blank pages and pairs of digits refused; takes about a minute."""
+    mlp, count = network(dataset), 20 if quick else 100
     chosen = np.random.default_rng(0).permutation(len(dataset.test_images))[:count]
     images, labels = dataset.test_images[chosen], dataset.test_labels[chosen]
     rng, nothing = np.random.default_rng(0), np.zeros(images.shape[1], np.uint8)
-    return {
-        "pictures": count,
-        "accuracy": {name: accuracy(mlp, kind, images, labels) for name, kind in track(KINDS.items(), transient=True)},
-        "blank": {name: refused(mlp, [kind(nothing, rng) for _ in range(count)]) for name, kind in BLANK.items()},
-        "pairs": refused(mlp, [pair(*two, rng) for two in zip(images, images[::-1])]),
-    }
-
-
-def table(found: dict[str, Any], box: Box = MARKDOWN) -> Table:
-    """Kinds of pictures, and how often they are recognised, or refused as they should be."""
-    result = Table("kind", "right (%)", "blank pages refused (%)", box=box)
-    for column in result.columns[1:]:
-        column.justify = "right"
-    for name, right in found["accuracy"].items():
-        blank = found["blank"].get(name)
-        result.add_row(name, f"{right:.1f}", "" if blank is None else f"{blank:.1f}")
-    result.add_row("two digits: refused", f"{found['pairs']:.1f}", "")
-    return result
-
-
-def main(quick: bool = False, dataset: str = "auto") -> None:
-    """Print the table of kinds."""
-    Console().print(table(measure(load_dataset(dataset), quick), SIMPLE))
-
-
-if __name__ == "__main__":
-    typer.run(main)
+    return Found(
+        pictures=count,
+        right={name: accuracy(mlp, kind, images, labels) for name, kind in track(KINDS.items(), transient=True)},
+        blank_refused={name: refused(mlp, [kind(nothing, rng) for _ in range(count)]) for name, kind in BLANK.items()},
+        pairs_refused=refused(mlp, [pair(*two, rng) for two in zip(images, images[::-1])]),
+    )

@@ -15,7 +15,7 @@ from bench.publish.folder import Folder, existing_run, read_folder, save
 from bench.publish.report import write_report
 from bench.publish.tables import PUBLISHED_RESULTS, ROOT, folders, main_folder
 from bench.studies import epochs
-from tests.bench.test_readme import CLAIMED
+from tests.support.claims import CLAIMED
 
 ENVIRONMENT = {"cpu": "a CPU", "cores": 2, "python": "3", "packages": {}, "variables": {}, "blas": []}
 CONDITIONS = Conditions("2026-01-01T00:00:00", "MNIST", False, "abc", 0.1, 0.0, 1.0, None, ENVIRONMENT)

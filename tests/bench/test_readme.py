@@ -6,9 +6,9 @@ import pytest
 
 from bench.publish.claims import CLAIMS
 from bench.publish.tables import DOCUMENTS, NUMBERS, PUBLISHED_RESULTS, ROOT, TABLES, refresh
+from tests.support.claims import CLAIMED
 
 README = ROOT / "README.md"
-CLAIMED = re.compile(r"\b(faster|fastest|reaches|passes BLAS|outperforms|beats)\b", re.IGNORECASE)
 
 
 def test_python_example(monkeypatch, digits28, capsys):

@@ -4,9 +4,7 @@ import errno
 import json
 import os
 import pickle
-import pty
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -28,8 +26,9 @@ from model.extras.checkpoint import Checkpoint, CheckpointError, Config, load, s
 from model.extras.files import locked
 from model.mlp import MLP
 from model.training import State, train
-from tests.soak import kill_and_resume
+from tests.support import kills
 from tests.support.runs import assert_same
+from tests.support.systems import needs_posix, needs_proc
 
 SIZES = (25, 6, 10)
 CONFIG = Config("numpy", "tiny", "0" * 64, None, 6, 0.3, 1200, 0, 2, 2)
@@ -135,7 +134,10 @@ def test_a_full_disk_leaves_the_old_file(file, monkeypatch, function):
     assert list(file.parent.iterdir()) == [file]
 
 
+@needs_posix
 def test_a_file_that_may_not_grow_leaves_the_old_one(file):
+    import resource
+
     before, run = file.read_bytes(), load(file)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) - 1, limits[1]))
@@ -148,6 +150,7 @@ def test_a_file_that_may_not_grow_leaves_the_old_one(file):
     assert list(file.parent.iterdir()) == [file]
 
 
+@needs_posix
 @pytest.mark.parametrize(("function", "steps"), [("os.fsync", 3), ("pathlib.Path.replace", 3), ("os.open", 4)])
 def test_killed_inside_a_write(file, function, steps):
     """Before the new file is safe on the disk, before it gets its name, and right after."""
@@ -625,7 +628,7 @@ def trained(tmp_path_factory):
         (["--checkpoint", "{file}"], "exists: resume it with --resume "),
         (["--checkpoint", "/no/such/folder/x"], "there is no folder /no/such/folder"),
         (["--checkpoint", "/"], "it is a folder"),
-        (["--checkpoint", "/proc/run"], "cannot write /proc/run"),
+        pytest.param(["--checkpoint", "/proc/run"], "cannot write /proc/run", marks=needs_proc),
         (["--checkpoint-every", 2], "--checkpoint-every goes with --checkpoint"),
         (["--checkpoint", "x", "--checkpoint-every", 0], "Invalid value for '--checkpoint-every'"),
     ],
@@ -707,15 +710,23 @@ def wait_for(file, process):
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_a_signal_saves_after_the_running_step(main, tmp_path, number, exit_code):
+@needs_posix
+@pytest.mark.parametrize(
+    ("name", "exit_code"),
+    [
+        ("SIGINT", 130),
+        pytest.param("SIGTERM", 143, marks=pytest.mark.slow),
+        pytest.param("SIGHUP", 129, marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_saves_after_the_running_step(main, tmp_path, name, exit_code):
     """Sent twice at once, as some process managers do, it still counts as one."""
     file = tmp_path / "run"
     process = start(*TRAIN, "--epochs", 10**6, "--checkpoint", file)
     wait_for(file, process)
     time.sleep(0.5)  # epochs that the file does not have yet
-    process.send_signal(number)
-    process.send_signal(number)
+    for _ in range(2):
+        process.send_signal(getattr(signal, name))
     shown, error = process.communicate(timeout=60)
     assert (process.returncode, shown) == (exit_code, "")
     assert error.splitlines() == [
@@ -729,6 +740,8 @@ def test_a_signal_saves_after_the_running_step(main, tmp_path, number, exit_code
     assert_same(load(file), load(tmp_path / "whole"))
 
 
+@pytest.mark.slow
+@needs_posix
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_second_signal_stops_at_once(tmp_path, number, exit_code):
     file = tmp_path / "run"
@@ -747,6 +760,7 @@ def test_a_second_signal_stops_at_once(tmp_path, number, exit_code):
     assert list(tmp_path.iterdir()) == [file]
 
 
+@needs_posix
 def test_signals_are_ignored_once_the_program_ends_and_where_they_were():
     """The user's impatience must not break what is unwound, nor a Ctrl-C for others a background job."""
     program = """if True:
@@ -765,9 +779,12 @@ def test_signals_are_ignored_once_the_program_ends_and_where_they_were():
     assert (result.returncode, result.stdout, result.stderr) == (0, "15\n", "")
 
 
+@needs_posix
 @pytest.mark.filterwarnings("ignore:.*JAX is multithreaded:RuntimeWarning")  # where other tests have imported it
 def test_a_closed_terminal_saves(tmp_path):
     """Its system sends SIGHUP, and nothing can be written to it any more."""
+    import pty
+
     file = tmp_path / "run"
     child, terminal = pty.fork()
     if child == 0:
@@ -794,9 +811,10 @@ def test_parameters_that_have_overflowed_are_not_called_a_damaged_checkpoint(mai
 # Kills
 
 
+@needs_posix
 @pytest.mark.slow
 def test_ten_kills():
-    cases = [kill_and_resume.Case("numpy", None), kill_and_resume.Case("numpy", 7)]
-    counts = kill_and_resume.run(cases, 10, seed=0)
+    cases = [kills.Case("numpy", None), kills.Case("numpy", 7)]
+    counts = kills.run(cases, 10, seed=0)
     assert counts["kills"] == 10
     assert counts["runs compared"] >= 2

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pty
 import re
 import signal
 import subprocess
@@ -11,6 +10,7 @@ import sys
 import pytest
 
 from tests.support.runs import run_model
+from tests.support.systems import needs_posix
 
 TRAIN = ("train", "--dataset", "digits28", "--limit", "600", "--epochs", "3", "--backend", "numpy")
 
@@ -52,7 +52,10 @@ def test_a_long_history_stays_readable():
     assert len(rows) <= 12
 
 
+@needs_posix
 def test_progress_bar_on_a_terminal():
+    import pty
+
     main, terminal = pty.openpty()
     command = [sys.executable, "-m", "model", *TRAIN]
     subprocess.run(command, stdout=subprocess.DEVNULL, stderr=terminal, check=True, timeout=60)
@@ -72,7 +75,7 @@ def test_progress_bar_on_a_terminal():
         (["--hidden", "1000000000"], "too large for this machine"),
         (["--hidden", "9" * 40], "Maximum allowed dimension exceeded"),
         (["--memory-limit", "9" * 400], "too large for this machine"),
-        (["--checkpoint", "/dev/fd/loop"], "cannot write"),
+        pytest.param(["--checkpoint", "/dev/fd/loop"], "cannot write", marks=needs_posix),
         (["--batch-size", "601"], "batch_size must be from 1 to 600"),
         (["--limit", "0"], "choose 1 to 60000"),
         (["--hidden", "0"], "layer_sizes must be two or more positive numbers"),
@@ -93,6 +96,7 @@ def test_errors_are_one_line_and_exit_code_2(arguments, message):
     assert message in result.stderr
 
 
+@needs_posix
 @pytest.mark.parametrize(
     ("arguments", "number", "exit_code"),
     [
@@ -101,6 +105,8 @@ def test_errors_are_one_line_and_exit_code_2(arguments, message):
     ],
 )
 def test_interrupt_ends_cleanly(arguments, number, exit_code):
+    import pty
+
     main, terminal = pty.openpty()
     command = [sys.executable, "-m", "model", *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=terminal, text=True)
@@ -116,6 +122,7 @@ def test_interrupt_ends_cleanly(arguments, number, exit_code):
     assert "Traceback" not in shown.decode()
 
 
+@needs_posix
 def test_ctrl_c_during_the_imports(tmp_path):
     """A module that waits takes Typer's place: the signal arrives while it is imported."""
     (tmp_path / "typer.py").write_text("print(flush=True); import time; time.sleep(60)")
@@ -129,6 +136,7 @@ def test_ctrl_c_during_the_imports(tmp_path):
     assert process.returncode == 130
 
 
+@needs_posix
 @pytest.mark.parametrize("name", ["run[bold].json", "run:100:.json", "x[/run].json", "run[red]\u2588.json", "\udce9"])
 def test_file_names_are_printed_as_they_are(tmp_path, name):
     (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -145,6 +153,7 @@ def test_file_names_are_printed_as_they_are(tmp_path, name):
     assert files == {name, f"{name}.json"}
 
 
+@needs_posix
 def test_a_loop_of_links(tmp_path):
     loop = tmp_path / "loop"
     loop.symlink_to("loop")

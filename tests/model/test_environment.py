@@ -31,18 +31,18 @@ def project(tmp_path, monkeypatch):
 
 
 def test_the_commit_of_a_repository_around_the_project_is_not_its_own(project):
-    assert environment._commit() is None
+    assert environment.environment()["commit"] is None
 
 
 def test_the_projects_own_commit(project, monkeypatch):
     git(project, "init")
     git(project, "add", ".")
     git(project, "commit", "-m", "ours")
-    own = environment._commit()
+    own = environment.environment()["commit"]
     assert own
     assert not own.endswith("-dirty")
     monkeypatch.setenv("GIT_DIR", str(project.parent / ".git"))
     monkeypatch.setenv("GIT_WORK_TREE", str(project.parent))
-    assert environment._commit() == own
+    assert environment.environment()["commit"] == own
     (project / "file").write_text("changed")
-    assert environment._commit() == f"{own}-dirty"
+    assert environment.environment()["commit"] == f"{own}-dirty"

@@ -4,9 +4,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.soak.fuzz import READERS, little_memory, outcome, try_inputs
+from tests.support.fuzz import READERS, little_memory, outcome, try_inputs
+from tests.support.systems import needs_proc
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", READERS)
 def test_sample(name):
     outcomes, findings = try_inputs(name, 0, range(1500))
@@ -25,6 +27,7 @@ def test_mutants_made_by_hypothesis(name, random):
         outcome(reader, content)
 
 
+@needs_proc
 def test_findings_are_found(monkeypatch):
     """Input that raises an unexpected error, takes too much memory, or gives a wrong result."""
 

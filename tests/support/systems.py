@@ -1,0 +1,28 @@
+"""What not every operating system has: a test that needs it is skipped, with the reason."""
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+needs_posix = pytest.mark.skipif(
+    os.name != "posix", reason="Windows has no POSIX signals, pseudo-terminals, named pipes or limits of a process"
+)
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system has no /proc")
+
+needs_long_double = pytest.mark.skipif(
+    np.finfo(np.longdouble).eps >= np.finfo(np.float64).eps, reason="longdouble is no wider than float64 here"
+)
+
+
+def peak_memory() -> int:
+    """Bytes that this process has held at most; 0 where the system does not tell."""
+    if os.name != "posix":
+        return 0
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # getrusage(2) of macOS counts in bytes
