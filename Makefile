@@ -29,7 +29,7 @@ test-oldest test-newest:
 	.venv-$@/bin/uv pip install --quiet --python .venv-$@ --resolution $(RESOLUTION) --editable '.[test]'
 	.venv-$@/bin/python -m pytest tests/ -m "not slow" $(ARGS)
 
-results: .venv/peers  ## Run all studies, three times, into bench/results/MACHINE/, ready to send in (needs MNIST; half an hour)
+results: .venv/peers  ## Run all studies, in three runs, into bench/results/MACHINE/, to be sent in (needs MNIST; half an hour)
 	$(BIN)/python -m bench results $(ARGS)
 
 publish: $(READY)  ## Renew the READMEs' tables and figures from all folders in bench/results/

@@ -34,7 +34,7 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture(scope="session")
 def backend(request):
-    """Each backend in turn."""
+    """Each backend, one after the other."""
     return get_backend(request.param)
 
 

@@ -58,7 +58,7 @@ def run(
     wanted = chosen(names)
     folder = output / "quick" if quick else output
     existing_run(folder)
-    if len(wanted) > 1:  # each in a process of its own, without the threads of another's packages
+    if len(wanted) > 1:  # each in a fresh process, without threads of another's packages
         options = ["--dataset", dataset, "--output", str(output), "--no-report", *["--quick"] * quick]
         failed = [name for name in wanted if subprocess.run(_bench("run", name, *options)).returncode]
     else:

@@ -40,7 +40,7 @@ def tiny():
 
 
 def pytest_collection_modifyitems(items):
-    """Pure Python trains in a process of its own meanwhile: what waits for it comes last."""
+    """Pure Python trains in a separate process meanwhile: tests that wait for it run last."""
     items.sort(key=lambda item: "test_mini_batch_accuracy[naive" in item.name)
 
 

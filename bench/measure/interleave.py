@@ -1,7 +1,7 @@
-"""Who is faster, by how much: competitors in turn, round by round, so that a drifting machine hits all alike.
+"""Interleaved timing: competitors alternate round by round, so that all see the same machine state.
 
-Every published ratio comes from here. The benchmarks of pytest-benchmark run each test as a block, which is good for
-tables and no basis for ratios.
+Every published ratio comes from here. pytest-benchmark runs each test as a block. That is fine for tables, but no basis
+for ratios: the machine drifts between blocks.
 """
 
 import time
@@ -43,29 +43,29 @@ def interleave(
     rest: float = 0,
     steps: int = 1,
 ) -> dict[str, NDArray[np.float64]]:
-    """Seconds of each competitor in each round; a round runs every one of them once, in random order.
+    """Seconds of each competitor in each round; a round runs each of them once, in random order.
 
     Parameters
     ----------
     competitors
-        By name, functions without arguments.
+        Functions without arguments, by name.
     rounds
         Number of rounds.
     seed
         Seed of the order.
     warmup
-        Rounds more, before them, that fill caches and compile and are not counted.
+        Extra rounds at the start, which compile and fill caches and are not counted.
     rest
-        Seconds of sleep before each, in which the threads of the one before, which spin for a while after their work,
-        leave the cores.
+        Seconds of sleep before each competitor. Idle threads of the one before may spin for a while; they leave the
+        cores meanwhile.
     steps
-        Calls of a competitor in its turn. Of several, the first is not counted: after a rest, all threads may wake on
-        one core, and it takes the system tens of milliseconds to spread them. In training, a step follows a step.
+        Calls of a competitor in each round. Of several, the first is not counted: after a rest, all threads may wake on
+        one core, and the scheduler takes tens of milliseconds to spread them. In training, step follows step.
 
     Returns
     -------
     dict[str, ndarray]
-        By name, (rounds,) seconds of a call, the mean of those counted; entries of one round belong together.
+        By name, (rounds,) seconds per call, the mean of the counted ones; entries of one round belong together.
     """
     rng = np.random.default_rng(seed)
     seconds = {name: np.empty(rounds) for name in competitors}

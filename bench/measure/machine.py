@@ -1,4 +1,4 @@
-"""What machine this is, and what else it is doing: from the system's own files, which know more than the CPU tells."""
+"""Which machine this is, and what else runs on it, mostly from the system's files, which know more than CPUID."""
 
 import datetime
 import os

@@ -1,4 +1,4 @@
-"""A function in a process of its own."""
+"""Run a function in a fresh process."""
 
 import os
 from collections.abc import Callable
@@ -11,16 +11,16 @@ from unittest import mock
 def in_fresh_process(
     function: Callable[..., Any], *arguments: Any, cores: int | None = None, **environment: str
 ) -> Any:
-    """What the function returns in a process of its own, which inherits nothing but the arguments.
+    """The result of a function in a fresh process, which inherits only the arguments.
 
     Parameters
     ----------
     function, arguments
-        Of a module, and what can be pickled.
+        A function at module level, and arguments that can be pickled.
     cores
-        How many of the available cores the process may use, where the system can tell it; None is all.
+        How many of the available cores the process may use, where the system supports it; None is all.
     environment
-        Variables that are set in it besides.
+        Additional environment variables.
     """
     pin: dict[str, Any] = {}
     if cores and hasattr(os, "sched_setaffinity"):

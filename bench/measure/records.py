@@ -1,8 +1,8 @@
-"""What was measured, as typed records. Each has a ``kind``, and pydantic reads and writes it whole: nobody guesses.
+"""Measurements as typed records. Each has a ``kind``, so that a file says what it is; pydantic reads and writes them.
 
-A study returns a record of its own class `Found`, whose ``kind`` is the study's name. Timings in it are `Rounds` or
+A study returns a record, its class `Found`, whose ``kind`` is the study's name. Timings in it are `Rounds` or
 `Comparison`, which keep every round; medians, intervals and ratios are computed where they are shown. A `Run` is one
-file: a `Section` for each study, with the conditions under which it was made. A folder for each machine holds its
+file: a `Section` for each study, with the conditions under which it was measured. The folder of a machine holds
 ``machine.json`` and a file for each run.
 """
 
@@ -29,7 +29,7 @@ Interval = tuple[float, float] | None
 
 
 class RecordError(Exception):
-    """A file is no record of the kind that was asked for; the message says which file and what to do."""
+    """A file is not a record of the expected kind; the message names the file and says what to do."""
 
 
 def rounded(values: NDArray[np.floating] | list[float]) -> list[float]:
@@ -59,7 +59,7 @@ class Rounds:
 
     @cached_property
     def interval(self) -> Interval:
-        """95 % confidence interval of the median, by the bootstrap; None of too few rounds."""
+        """95 % bootstrap confidence interval of the median; None if there are too few rounds."""
         return _bootstrap(np.median, self.seconds)
 
     @property
@@ -82,7 +82,7 @@ class Ratio:
     ratio: float
     base_seconds: float
     interval: Interval
-    """95 % confidence interval, rounds resampled as wholes; None of too few rounds."""
+    """95 % bootstrap confidence interval, with whole rounds resampled; None if there are too few."""
 
     @property
     def verdict(self) -> str:
@@ -145,7 +145,7 @@ def _bootstrap(statistic: Any, *samples: list[float]) -> Interval:
 
 @dataclass(frozen=True)
 class Conditions:
-    """Under which a section was measured."""
+    """The conditions under which a section was measured."""
 
     date: str
     """ISO 8601, with seconds and time zone."""
@@ -154,11 +154,11 @@ class Conditions:
     commit: str | None
     """Of the project's files, with "-dirty" if one was changed since; None where git cannot tell."""
     load: float | None
-    """Load average of the last minute before it began: processes of others that wanted a core."""
+    """Load average of the minute before it began: other processes that wanted a core."""
     steal: float | None
-    """Share of the CPU time that the hypervisor gave to others meanwhile."""
+    """Share of the CPU time that the hypervisor gave to other machines meanwhile."""
     seconds: float | None
-    """How long it took in all."""
+    """Total duration."""
     busy: str | None
     """Why the timings are in doubt; None where nothing is known to disturb them."""
     environment: dict[str, Any]
@@ -266,7 +266,7 @@ def read(kind: type[Record], file: Path) -> Record:
 
 
 def write(file: Path, record: Any) -> None:
-    """Write a record, whole or not at all."""
+    """Write a record atomically."""
     text = TypeAdapter[Any](type(record)).dump_json(record, indent=1).decode()
     lists = re.compile(r"\[[^][{}\"]*\]")  # numbers stand side by side
     write_whole(file, lists.sub(lambda match: re.sub(r"\s+", " ", match[0]), text).encode() + b"\n")

@@ -1,9 +1,9 @@
-"""The same step of gradient descent in other packages, each in the form that is fastest here, one file for a package.
+"""The same step of gradient descent in other packages, each in its fastest form here, one file per package.
 
-All start from the same weights, on the same threads, over all images at once, and in float32 but for the category that
-says otherwise. A step is the forward pass, the mean loss (which any training loop reports), the backward pass and the
-update; ours also counts the images that are classified correctly. The images are prepared once, before the steps: as
-float32, divided by 255, or as what is not zero of these.
+All start from the same weights, on the same threads, over all images at once, in float32 unless the category says
+otherwise. A step is the forward pass, the mean loss (which any training loop reports), the backward pass and the
+update. Ours also counts the correctly classified images. The images are prepared once, before the steps: as float32,
+divided by 255, or as the non-zeros of these.
 """
 
 import copy
@@ -79,7 +79,7 @@ class Form:
     compile_seconds: float | None = None
     """What the first step took longer than the last, if it compiles."""
     seconds: float | None = None
-    """Of a step, where several forms were measured in turn."""
+    """Of a step, where several forms were interleaved."""
     skipped: str | None = None
 
 
@@ -132,7 +132,7 @@ def verified(
     form: str | None = None,
     batches: Sequence[NDArray[np.integer]] | None = None,
 ) -> tuple[Competitor, Form]:
-    """A competitor whose first three steps led to `expected`, with its error and its seconds of compilation.
+    """A competitor whose first three steps match `expected`, with its error and its seconds of compilation.
 
     Parameters
     ----------
@@ -174,9 +174,10 @@ def _first_steps(started: Competitor, batches: Sequence[NDArray] | None) -> list
 
 
 def update_error(parameters: list[NDArray], start: list[NDArray], expected: list[NDArray]) -> float:
-    """How far the update of a parameter is from that to `expected`, relative to its norm; the largest of all.
+    """The largest error of a parameter's update, relative to the norm of the update to `expected`.
 
-    The update, not the parameter: weights hardly move in three steps, so that theirs would hide even a missing image.
+    It is the error of the update, not of the parameter: weights hardly move in three steps, so a relative error of
+    theirs would hide even a missing image.
     """
     return max(
         float(np.linalg.norm(theirs.astype(np.float64) - exact) / np.linalg.norm(exact - before))

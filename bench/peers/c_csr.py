@@ -18,7 +18,7 @@ from kernels.numpy_backend import NumpyBackend
 # Not -ffast-math: GCC then links code that has the whole process flush denormals to zero, in every other kernel too.
 COMMAND = "cc -O3 -march=native -ffp-contract=fast -shared -fPIC"
 
-# Eight vectors of sums stay in registers; GCC 12 leaves those of a plain loop in memory, five times as slow.
+# Eight vectors of accumulators stay in registers; GCC 12 spills those of a plain loop, which is five times as slow.
 SOURCE = """
 #ifdef __AVX512F__
 enum {WIDE = 16};

@@ -1,6 +1,6 @@
 """The loops of the naive backend, compiled: ``--backend bench.peers.compiled_naive:CompiledNaiveBackend``.
 
-Not among the named backends: it shows what compilation alone brings, and is an example of a backend of one's own.
+It is not one of the named backends: it shows what compilation alone gains, and is an example of a custom backend.
 """
 
 import numpy as np

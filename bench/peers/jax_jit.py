@@ -12,7 +12,7 @@ from bench.peers.task import Learner, Task, package
 class JAX(Learner):
     """JAX: loss, gradients and update in one compiled function, which reuses the memory of the old parameters.
 
-    XLA's CPU client makes as many threads as the process may use cores, and takes no other number.
+    XLA's CPU client starts one thread for each core that the process may use, and takes no other number.
     """
 
     compiles = True

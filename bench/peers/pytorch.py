@@ -93,7 +93,7 @@ def _onednn_loss(torch: ModuleType, network: Any, images: Any, labels: Any) -> A
 
 
 class PyTorchBFloat16(PyTorch):
-    """PyTorch with products in bfloat16, of 8 bits, accumulated in float32: another category, with a larger error."""
+    """PyTorch with products in bfloat16 (8 bits of precision), accumulated in float32: another category, less exact."""
 
     tolerance = 2.0**-6
     """Four units of bfloat16's rounding, one each for pixels, weights, activations and their gradients.

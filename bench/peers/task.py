@@ -1,4 +1,4 @@
-"""What every competitor does, and how it is called."""
+"""The task of every competitor, and its interface."""
 
 import importlib
 import warnings
@@ -14,7 +14,7 @@ from model.mlp import MLP
 
 
 def tolerance(images: int) -> float:
-    """By how much an update in float32 over so many images may differ from float64's, relative to its norm.
+    """The allowed error of an update in float32 over this many images, against float64, relative to its norm.
 
     By the share of two images. An average image makes up at least 1/n of the update over n. On MNIST rounding errors
     come to a tenth of such a share, and to 0.8 where the input of a unit, for one image, rounds to the other side of
@@ -67,15 +67,15 @@ class Learner(Competitor):
 
     @abstractmethod
     def learn_rows(self, rows: NDArray[np.integer]) -> float:
-        """One step over these of its own images, which a peer keeps as floats; returns the loss as `learn` does."""
+        """One step over some of its images, which a peer keeps as floats; returns the loss as `learn` does."""
 
     @abstractmethod
     def accuracy(self) -> float:
-        """Share of its own images that are classified correctly."""
+        """Share of its images that are classified correctly."""
 
 
 def package(name: str, how: str = "make bench-peers installs it") -> ModuleType:
-    # torch warns of its own deprecated parts, and that its sparse tensors are new.
+    # torch warns about deprecated parts of torch, and that its sparse tensors are new.
     warnings.filterwarnings("ignore", module="torch")
     warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
     try:

@@ -43,7 +43,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Cell:
-    """What the runs on a machine say of a claim."""
+    """The evidence of a machine's runs for a claim."""
 
     ratios: list[Ratio]
 
@@ -69,7 +69,7 @@ class Cell:
 
     @property
     def verdict(self) -> str:
-        """What all runs agree on; "undecided" where they do not, or one cannot tell."""
+        """The verdict of all runs; "undecided" if they disagree or one cannot tell."""
         verdicts = {row.verdict for row in self.ratios}
         return verdicts.pop() if len(verdicts) == 1 and "equal" not in verdicts else "undecided"
 
@@ -165,13 +165,13 @@ BY_KEY = {claim.key: claim for claim in CLAIMS}
 
 
 def cell(claim: Claim, folder: Folder) -> Cell | None:
-    """What a machine says; None where it was not measured there."""
+    """A machine's evidence; None if the claim was not measured there."""
     ratios = [row for run in folder.runs if (row := claim.ratio(run))]
     return Cell(ratios) if ratios else None
 
 
 def cells(claim: Claim, folders: Iterable[Folder]) -> dict[str, Cell]:
-    """By machine, where it was measured."""
+    """The evidence by machine, where the claim was measured."""
     return {folder.machine.name: found for folder in folders if (found := cell(claim, folder))}
 
 

@@ -1,4 +1,4 @@
-"""Every figure that a folder of results has data for. One that cannot be drawn costs a line, never the others."""
+"""Draw every figure that a folder of results has data for. One that fails is reported, and the others are drawn."""
 
 from collections.abc import Callable
 from functools import partial
@@ -11,7 +11,7 @@ from bench.studies import STUDIES, study
 
 
 def draw_all(folder: Folder, output: Path, say: Callable[[str], None]) -> dict[str, Path]:
-    """Draw into `output`; what went wrong is said. Returns the files drawn, by study."""
+    """Draw into `output`, and report failures through `say`. Returns the files drawn, by study."""
     drawn: dict[str, Path] = {}
 
     def attempt(name: str, draw: Callable[[Path], None]) -> None:

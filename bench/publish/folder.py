@@ -1,4 +1,4 @@
-"""A folder of results: one machine, and the runs that were made on it."""
+"""A folder of results: one machine and its runs."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ class Folder:
     runs: list[Run]
 
     def section(self, study: str) -> Section | None:
-        """What a study found, in the first run that has it, beside most others; None where none has."""
+        """A study's section of the first run that has it; None if there is none."""
         return next((run.sections[study] for run in self.runs if study in run.sections), None)
 
     def found(self, study: str) -> Any:
@@ -27,7 +27,7 @@ class Folder:
         return section.found if section else None
 
     def every(self, study: str) -> list[Any]:
-        """What a study found in each run that has it."""
+        """A study's record from each run that has it."""
         return [run.sections[study].found for run in self.runs if study in run.sections]
 
     @property
@@ -37,7 +37,7 @@ class Folder:
 
     @property
     def commits(self) -> list[str]:
-        """Commits that were measured, the first first."""
+        """The measured commits, in order."""
         sections = [section for run in self.runs for section in run.sections.values()]
         return list(dict.fromkeys(section.conditions.commit or "unknown" for section in sections))
 
@@ -84,6 +84,6 @@ def existing_run(folder: Path) -> Run:
 
 
 def save(folder: Path, machine: Machine, run: Run) -> None:
-    """Write both files, each whole or not at all."""
+    """Write both files, each atomically."""
     write(folder / MACHINE, machine)
     write(folder / RUN, run)

@@ -39,13 +39,13 @@ def label(
 
 
 def note(axes: Axes, text: str, place: tuple[float, float], above: float, **look: Any) -> None:
-    """Small `text`, so many points above a place on a line."""
+    """Small `text`, `above` points over a place on a line."""
     look = {"fontsize": 8, "color": BOUND_COLOUR, **look}
     axes.annotate(text, place, (0, above), textcoords="offset points", annotation_clip=True, **look)
 
 
 def bound(axes: Axes, x: float, text: str, y: float) -> None:
-    """A vertical line that no dense code passes by much, with its name."""
+    """A labelled vertical line at a reference that dense code hardly exceeds."""
     axes.axvline(x, color=BOUND_COLOUR, linestyle="--", linewidth=1)
     axes.annotate(
         text, (x, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=7.5, color=BOUND_COLOUR
@@ -53,7 +53,7 @@ def bound(axes: Axes, x: float, text: str, y: float) -> None:
 
 
 def short(value: float) -> str:
-    """At least two digits, at most three, and no more than matter."""
+    """A number with two or three significant digits."""
     if value >= 1000:
         return f"{float(f'{value:.3g}'):,.0f}"
     return f"{value:.0f}" if value >= 20 else f"{value:.1f}" if value >= 1 else f"{value:#.2g}"
@@ -99,7 +99,7 @@ def right_labels(axes: Axes, texts: Sequence[str], fontsize: float = 8.5) -> Non
 
 
 def ordered(names: Any) -> list[str]:
-    """Backends in the order of the study, foreign ones last."""
+    """Backends in the study's order, others last."""
     known = backend_names()
     return sorted(names, key=lambda name: (known.index(name) if name in known else len(known), name))
 
@@ -109,7 +109,7 @@ def in_seconds(seconds: float) -> str:
 
 
 def small_print(conditions: Conditions, machine: Machine) -> str:
-    """Where results come from, in two lines."""
+    """The origin of results, in two lines."""
     found = conditions.environment
     packages = found["packages"]
     versions = ", ".join(f"{name} {packages[name]}" for name in ("numpy", "numba", "llvmlite") if name in packages)

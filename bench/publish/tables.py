@@ -38,13 +38,13 @@ DOCUMENTS = (
 
 
 class MissingError(Exception):
-    """No published machine has what a table or number is made of."""
+    """No published machine has the data for a table or number."""
 
 
 def refresh(text: str, results: Path) -> str:
-    """`text` with all between ``<!-- name -->`` and ``<!-- /name -->`` made anew from the folders in `results`.
+    """`text` with everything between ``<!-- name -->`` and ``<!-- /name -->`` renewed from the folders in `results`.
 
-    Tables have lines of their own; numbers stand within a sentence. One that no machine has data for stays as it is.
+    Tables are on separate lines, numbers within a sentence. One that no machine has data for stays as it is.
 
     Raises
     ------
@@ -80,7 +80,7 @@ def main_folder(results: Path) -> Folder:
 
 
 def found_in(results: Path, study: str) -> Any:
-    """What a study found on the main machine."""
+    """A study's record on the main machine."""
     found = main_folder(results).found(study)
     if found is None:
         raise MissingError(study)
@@ -204,7 +204,7 @@ def workers_table(results: Path) -> str:
 
 
 def growth_table(results: Path) -> str:
-    """What an image costs as their number grows, through memory maps and with a memory limit."""
+    """The cost of an image as their number grows, through memory maps and with a memory limit."""
     table = Table("images", "µs per image", "memory of the process (MB)", box=MARKDOWN)
     for column in table.columns:
         column.justify = "right"
@@ -264,7 +264,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
 
 
 def _step_gain(product: str, step: str, base: str, base_product: str = "") -> Callable[[Path], str]:
-    """How many times as fast as another a step of the ladder is, on one thread: the range of the runs."""
+    """The speed of a step of the ladder relative to another, on one thread: the range of the runs."""
 
     def number(results: Path) -> str:
         runs = main_folder(results).every("ladder")

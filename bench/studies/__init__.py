@@ -1,8 +1,8 @@
 """Studies: measurements that take more than a benchmark, one module each.
 
-A study has a dataclass `Found` whose ``kind`` is the study's name (`bench.measure.records` says what it is made of),
-``measure(dataset, quick)``, which returns one, and perhaps ``draw(found, small_print, file)``. ``python -m bench run``
-makes them, ``python -m bench draw`` draws them again.
+A study has a dataclass `Found` whose ``kind`` is the study's name (its parts are in `bench.measure.records`), a
+``measure(dataset, quick)`` that returns one, and usually a ``draw(found, small_print, file)``. ``python -m bench run``
+runs studies, ``python -m bench draw`` draws their results again.
 """
 
 import importlib
@@ -34,7 +34,7 @@ def study(name: str) -> ModuleType:
 
 
 def found_class(name: str) -> type:
-    """The class of what a study finds.
+    """The record class of a study.
 
     Raises
     ------

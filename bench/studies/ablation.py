@@ -1,4 +1,4 @@
-"""Study: what each idea of the sparse backend brings, both products on one thread with and without it."""
+"""Study: an ablation of the sparse backend, both products on one thread with and without each technique."""
 
 import importlib.util
 import itertools
@@ -84,7 +84,7 @@ def measure(dataset: Dataset, quick: bool) -> Found:
 
 
 def prepared(backend: Backend, chunks: list[NDArray]) -> tuple[Backend, list[Any]]:
-    """A backend and its form of the images."""
+    """A backend, and the images as it prepares them."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # dense images are slower than on another backend, which is the point
         return backend, [backend.prepare(chunk) for chunk in chunks]
@@ -137,7 +137,7 @@ def variant(**constants: str) -> Iterator[Backend]:
 
 
 def shuffled(backend: Backend, xs: list[Any]) -> tuple[Backend, list[Any]]:
-    """The same images, the groups of each block in random order, so that nothing foretells how long the next one is."""
+    """The same images, the groups of each block in random order, so that trip counts cannot be predicted."""
 
     def reordered(form: NonZeros) -> NonZeros:
         rng = np.random.default_rng(0)
@@ -156,7 +156,7 @@ def shuffled(backend: Backend, xs: list[Any]) -> tuple[Backend, list[Any]]:
 
 
 class PlainLoops(NumbaBackend):
-    """Compressed sparse rows and the loops that anyone would write, compiled: LLVM finds vectors in the innermost."""
+    """Compressed sparse rows and the obvious loops, compiled; LLVM vectorizes the innermost."""
 
     def _prepare(self, images, dtype):
         return csr_array(super()._prepare(images, dtype))

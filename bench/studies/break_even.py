@@ -1,4 +1,4 @@
-"""Study: after how many epochs what a backend costs at the start is earned back, in processes of their own."""
+"""Study: after how many epochs a backend's start-up cost is paid back, each run in a fresh process."""
 
 import json
 import math
@@ -53,10 +53,10 @@ class Found:
 
 
 def measure(dataset: Dataset, quick: bool) -> Found:
-    """Seconds that a short run takes before and after its epochs, and for each; and the whole 250 epochs.
+    """Seconds of a short run, its epochs, and what comes before and after them; and of the whole 250 epochs.
 
-    From the start of the process to its end: loading, preparing, compiling if nothing is cached, evaluating the test
-    images once in a short run and ten times in the long one.
+    Runs are timed from the start of the process to its end: loading, preparing, compiling if nothing is cached, and
+    evaluating the test images, once in a short run and ten times in the long one.
     """
     seconds: dict[str, list[float]] = {start: [] for start in STARTS}
     data = ["--dataset", dataset.name.lower(), *(["--limit", len(dataset.train_images)] if quick else [])]
@@ -90,7 +90,7 @@ def train_in_process(*options: Any, cache: Path) -> list[float]:
 
 
 def break_even(ours: Start, theirs: Start) -> float:
-    """The number of epochs after which both took as long; infinite if ours never catches up."""
+    """The number of epochs after which both have taken the same time; infinite if ours never catches up."""
     late, gain = ours.fixed - theirs.fixed, theirs.epoch - ours.epoch
     return max(0.0, late / gain) if gain > 0 else 0.0 if late <= 0 else math.inf
 

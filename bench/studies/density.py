@@ -1,4 +1,4 @@
-"""Study: from which share of non-zero pixels on dense products are faster, both products on one thread."""
+"""Study: the share of non-zero pixels above which dense products are faster, both products on one thread."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
 """Study: a full-batch step on every backend, and the two big products on OpenBLAS, interleaved on all threads.
 
-Pure Python takes part with a few images, and its time is scaled up.
+Pure Python runs on a few images, and its time is scaled up.
 """
 
 from collections.abc import Callable, Sequence
@@ -45,7 +45,7 @@ class Found:
 
 
 def measure(dataset: Dataset, quick: bool, names: Sequence[str] | None = None) -> Found:
-    """Steps of the backends `names`, by default of all."""
+    """Time steps of the backends `names`, by default all."""
     threads, whole = available_cores(), len(dataset.train_images)
     chosen = {name: get_backend(name) for name in names or backend_names()}
     parts = {name: few(dataset, backend) for name, backend in chosen.items()}
@@ -69,7 +69,7 @@ def measure(dataset: Dataset, quick: bool, names: Sequence[str] | None = None) -
 
 
 def few(dataset: Dataset, backend: Backend) -> Dataset:
-    """The images that a backend takes in a round."""
+    """The images of a backend's step: a few for pure Python, all for others."""
     return limited(dataset, FEW_IMAGES) if backend.too_slow_for_full_batches else dataset
 
 

@@ -84,7 +84,7 @@ def measure(dataset: Dataset, quick: bool) -> Found:
 
 
 def _big_products(task: Task) -> Callable[[], None]:
-    """The two products with the images, on BLAS's own threads: what no dense step can undercut by much."""
+    """The two products with the images, on BLAS's own threads: no dense step can take much less."""
     x = get_backend("numpy").prepare(task.images)
     weights, _ = task.mlp.layers[0]
     upstream = np.ones((len(x), weights.shape[1]), np.float32)
@@ -135,7 +135,7 @@ def draw(found: Found, small_print: str, file: Path) -> None:
 
 
 def _title(found: Found) -> str:
-    """What this run shows, in the words of its own interval."""
+    """The result of this run, worded by its interval."""
     framework = fastest_framework(found)
     row: Ratio = found.steps.ratio("sparse", framework or "numpy")
     interval = f" ({row.interval[0]:.2f} to {row.interval[1]:.2f})" if row.interval else ""

@@ -72,7 +72,7 @@ class Found:
 def measure(
     dataset: Dataset, quick: bool, names: Sequence[str] | None = None, kernels: Sequence[str] = tuple(KERNELS)
 ) -> Found:
-    """Some kernels on some backends, by default all on all; each kernel's backends are interleaved."""
+    """Time kernels on backends, by default all on all; the backends are interleaved, kernel by kernel."""
     per_image = {}
     with thread_pool(1):
         for kernel in kernels:
@@ -90,7 +90,7 @@ def checked_call(backend: Backend, name: str, dataset: Dataset) -> tuple[Callabl
     Raises
     ------
     AssertionError
-        If its result is further from float64's than rounding errors explain: it would not be worth timing.
+        If its result is further from float64's than rounding errors explain.
     """
     kernel = KERNELS[name]
     count = FEW_IMAGES if backend.too_slow_for_full_batches else CHUNK

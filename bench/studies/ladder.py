@@ -34,7 +34,7 @@ BLAS = "OpenBLAS"
 
 @dataclass(frozen=True)
 class Climb:
-    """The steps at one product on so many threads."""
+    """The steps at one product, on a number of threads."""
 
     product: str
     threads: int
@@ -67,7 +67,7 @@ class Found:
     kind: Literal["ladder"] = "ladder"
 
     def climb(self, product: str, threads: int) -> Climb:
-        """The steps at `product` on so many threads."""
+        """The steps at `product` on `threads` threads."""
         return next(climb for climb in self.climbs if (climb.product, climb.threads) == (product, threads))
 
 
@@ -79,7 +79,7 @@ def measure(dataset: Dataset, quick: bool) -> Found:
 
 
 def climb(product: str, threads: int, quick: bool) -> Climb:
-    """The steps at one product. Operands begin at a cache line: else, alignment is left to chance."""
+    """Time the steps at one product. Operands start on a cache line, so that alignment is not left to chance."""
     m, k, n = SHAPES[product]
     rng = np.random.default_rng(0)
     a, b = (aligned(rng.standard_normal(shape, np.float32)) for shape in ((m, k), (k, n)))
@@ -90,7 +90,7 @@ def climb(product: str, threads: int, quick: bool) -> Climb:
     runs[BLAS] = partial(np.matmul, a, b, np.empty_like(expected)), 2 * len(a) * b.size
     for step in STEPS:
         if (step == "threads") if threads == 1 else (step == "loops"):
-            continue  # the last step has threads of its own, and of Python loops only one runs at a time
+            continue  # the last step starts threads itself, and the GIL lets only one thread run Python loops
         arguments = operands(step, a, b)
         rows = len(arguments[0])
         on_all = threads > 1 and step != "threads"
@@ -107,7 +107,7 @@ def climb(product: str, threads: int, quick: bool) -> Climb:
 
 
 def aligned(values: NDArray) -> NDArray:
-    """The same from a cache line's start."""
+    """A copy that starts on a cache line."""
     rows, columns = values.shape
     out = aligned_empty(rows, columns, values.dtype.type(0))
     out[:] = values
@@ -156,7 +156,7 @@ Place = tuple[str, str]
 
 
 def lines_of_code(step: str) -> int:
-    """Lines of all that a step is made of in kernels/, without comments, docstrings and blank lines."""
+    """Lines of code in kernels/ that a step runs, without comments, docstrings and blank lines."""
     code = {place: ast.unparse(node) for place, node in _reached((steps.__name__, step), {}).items()}
     return sum(bool(line.strip()) for text in code.values() for line in text.splitlines())
 

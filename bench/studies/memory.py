@@ -1,11 +1,11 @@
-"""Study: the memory that training takes, each competitor in a process of its own.
+"""Study: the memory that training takes, each competitor in a fresh process.
 
-That is the most that two full-batch steps hold, with what preparing the images for them takes, above what is resident
-before: the interpreter, the packages, the images as bytes, and what an earlier network and its steps have left behind,
-such as compiled code. The system's own high-water mark is read, so only Linux tells.
+It is the peak of two full-batch steps and of preparing their images, above what is resident before: the interpreter,
+the packages, the images as bytes, and what an earlier network and its steps have left behind, such as compiled code. It
+comes from the system's high-water mark, which only Linux has.
 
-The process is a fresh one, in which all threads get their memory from one arena of glibc's malloc. It can give back all
-that is free only of the first arena; what it keeps of others would be resident before, and be used again uncounted.
+In the fresh process, all threads allocate from one arena of glibc's malloc. Only the first arena can return all its
+free memory. What others keep would count as resident before, and then be reused without being counted.
 """
 
 import ctypes
@@ -60,7 +60,7 @@ def peak_of_competitor(name: str, images: NDArray, labels: NDArray) -> int:
 
 
 def peak_bytes(make: Callable[[], Competitor]) -> int:
-    """What making a competitor and two of its steps take at most, above what is resident after another's step.
+    """Peak bytes of creating a competitor and two of its steps, above what is resident after an earlier one's steps.
 
     Raises
     ------

@@ -1,9 +1,9 @@
 """Study: steps over mini-batches, head to head, on one thread and on all.
 
-Every step takes other images, as in training: repeated ones would stay in the caches and be known to the branch
-predictor. The frameworks keep all images as floats and take rows of them, which is faster than to prepare them anew;
-ours prepare each batch from bytes, as the trainer does. On one thread the process has one core, as JAX takes no other
-number.
+Every step takes different images, as in training: repeated ones would stay in the caches, and the branch predictor
+would learn them. The frameworks keep all images as floats and take rows of them, which is faster than preparing them
+anew. Ours prepare each batch from bytes, as the trainer does. On one thread the process is pinned to one core, as JAX
+takes the number of its threads from there.
 """
 
 from collections.abc import Callable, Iterator
@@ -104,7 +104,7 @@ def batches(count: int, size: int) -> Iterator[NDArray[np.integer]]:
 
 
 def turn(learner: Learner, rows: Iterator[NDArray[np.integer]], steps: int) -> None:
-    """So many steps over the next batches."""
+    """Take some steps over the next batches."""
     for _ in range(steps):
         learner.learn_rows(next(rows))
 

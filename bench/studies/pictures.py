@@ -58,7 +58,7 @@ def across(shape: tuple[int, ...], rng: Random) -> Floats:
 
 
 def gradient(shape: tuple[int, ...], rng: Random, depth: float = 0.35) -> Floats:
-    """Light that fades by so much across the page, for each pixel and colour."""
+    """Light that fades across the page, for each pixel and colour."""
     return (1 - depth * across(shape, rng))[..., None]
 
 

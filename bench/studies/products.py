@@ -40,7 +40,7 @@ class Found:
 def measure(dataset: Dataset, quick: bool) -> Found:
     """The numba backend's products against OpenBLAS's, on one thread and, rows split over plain threads, on all.
 
-    On one thread MKL's beside, where PyTorch brings it; on more, its idle threads would spin in the next one's time.
+    On one thread MKL takes part, too, where PyTorch brings it; on more, its idle threads would disturb the next timing.
     Takes about 40 seconds, or 15.
     """
     rounds = 3 if quick else 8

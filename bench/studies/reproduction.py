@@ -1,4 +1,4 @@
-"""Study: the published experiment on every backend, as ``python -m model reproduce`` makes it."""
+"""Study: the published experiment on every backend, as in ``python -m model reproduce``."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

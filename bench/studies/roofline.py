@@ -1,6 +1,6 @@
-"""Study: how far the big products are from what arithmetic and memory allow, on one thread (Williams et al. 2009).
+"""Study: the big products in the roofline model, on one thread (Williams et al. 2009).
 
-What the machine can do is measured here too: multiply-adds on registers, and reading memory.
+The bounds are measured as well: multiply-adds on registers, and the bandwidth of caches and memory.
 """
 
 import functools
@@ -35,8 +35,8 @@ from model.threads import thread_pool
 
 # What the machine can do -------------------------------------------------------------------------------------------
 
-# Sums independent of each other: a multiply-add takes 4 cycles and two start in each, on some ARM cores four. With the
-# factor, all must fit the registers: 32 of them with AVX-512 and on ARM, else 16.
+# Independent accumulators: a multiply-add has a latency of 4 cycles, and two start in each, on some ARM cores four.
+# With the factor, all must fit the registers: 32 with AVX-512 and on ARM, else 16.
 CHAINS = 16 if simd.REGISTER_BYTES == 64 or platform.machine() in ("aarch64", "arm64") else 12
 PASSES = 5_000_000
 
@@ -63,7 +63,7 @@ def _chains(advance: Callable[..., ir.Value]) -> Callable:
 
 
 def _multiply_add(vectors, builder, view, total, factor, index, chain):
-    # The sum is what is overwritten, as by FMA instructions that destroy an operand: no move is needed.
+    # The accumulator is the operand that the FMA instruction overwrites, so no move is needed.
     return vectors.fma(factor, factor, total)
 
 
@@ -87,7 +87,7 @@ def add_up(values, passes, again):
 
 
 def peak(threads: int) -> tuple[Callable[[], None], int]:
-    """A function that does multiply-adds on registers on so many threads, and how many operations those are."""
+    """A function that does multiply-adds on registers on `threads` threads, and its number of operations."""
     lanes = simd.REGISTER_BYTES // 4
     values = np.full((threads, 1, lanes), 2.0**-12, np.float32)  # a row for each thread; sums stay small
     run_chains(values[0, 0].copy(), 1)  # compiles
@@ -99,7 +99,7 @@ def peak(threads: int) -> tuple[Callable[[], None], int]:
     return run, 2 * threads * CHAINS * lanes * PASSES
 
 
-# Bytes read: half of any L1 cache; more than any L1 has and less than L2; many times the L3 cache.
+# Bytes read: half of any L1 cache; more than any L1 and less than any L2; many times the L3.
 MEMORY = {"L1": 16 * 1024, "L2": 384 * 1024, "DRAM": 384 * 1024**2}
 
 
@@ -108,7 +108,7 @@ def reader(level: str) -> tuple[Callable[[], None], int]:
     pass_bytes = CHAINS * simd.REGISTER_BYTES
     passes = MEMORY[level] // pass_bytes
     values = aligned_empty(1, passes * pass_bytes // 4, np.float32(0))[0]
-    values.fill(0)  # pages that were never written are all the same one, which is in the cache
+    values.fill(0)  # pages never written all map to the same zero page, which is in the cache
     again = max(1, 2**27 // values.nbytes)
     add_up(values[: pass_bytes // 4], 1, 1)  # compiles
     return partial(add_up, values, passes, again), again * values.nbytes

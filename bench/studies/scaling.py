@@ -53,7 +53,7 @@ FLOP_OF_PIXEL, FLOP_OF_CLASSES = 2 * 2, 3 * 2 * 10
 
 
 class Point(NamedTuple):
-    """A place on an axis: what to time there, how often in a row, and the images of that as a share of an epoch's."""
+    """A point on an axis: what to time, how often in a row, and its share of the images of an epoch."""
 
     train: Callable[[], Any]
     share: float = 1.0
@@ -97,7 +97,7 @@ class Found:
 
 
 def measure(dataset: Dataset, quick: bool) -> Found:
-    """Seconds per epoch along each axis, competitors and points in turn; takes about 85 seconds, or 40."""
+    """Seconds per epoch along each axis, competitors and points interleaved; takes about 85 seconds, or 40 if quick."""
     rounds = 2 if quick else 3
     check(dataset)
     with ExitStack() as stack:
@@ -274,7 +274,7 @@ def thread_counts() -> list[int]:
 def shifted(dataset: Dataset, count: int) -> Dataset:
     """`dataset` with `count` training images: all of them, again shifted by one pixel, by two, in each direction.
 
-    What leaves a picture on one side comes in on the other, so that each has as many non-zero pixels as before.
+    Shifts wrap around, so each image keeps its number of non-zero pixels.
     """
     whole = len(dataset.train_images)
     edge = int(dataset.train_images.shape[1] ** 0.5)

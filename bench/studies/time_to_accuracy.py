@@ -1,9 +1,9 @@
 """Study: seconds from the images in memory to the published test accuracy, in mini-batches.
 
-Each backend takes the batch size and learning rate that were fastest for it on images held out of the training set; the
-test images serve for the report alone. Counted are shuffling, preparing, steps, and an evaluation on all test images
-after every 2,500 others; not counted are loading and compilation. Pure Python is extrapolated: it takes NumPy's steps,
-and for each image the time that a few of them took.
+Each backend uses the batch size and learning rate that were fastest for it on images held out of the training set. The
+test images are used for the report alone. The time includes shuffling, preparing, steps, and an evaluation on all test
+images after every 2,500 training images. It excludes loading and compilation. Pure Python is extrapolated: it takes
+NumPy's steps, at the time per image that it needed for a few.
 """
 
 import itertools
@@ -170,7 +170,7 @@ def recipes_of(name: str, quick: bool) -> list[Recipe]:
 
 
 def try_recipes(name: str, dataset: Dataset, run: Callable, recipes: list[Recipe]) -> list[Trial]:
-    """Every recipe from two random starts, in turn, and the most promising ones from `TRIALS`."""
+    """Try every recipe from two random starts, interleaved, and the most promising ones from `TRIALS`."""
     for size in {recipe.batch_size: recipe for recipe in recipes}.values():
         reach(name, dataset, size, 0, run)  # compiles
     curves: dict[Recipe, list[Curve]] = {recipe: [] for recipe in recipes}
@@ -272,7 +272,7 @@ def draw(found: Found, small_print: str, file: Path) -> None:
 
 
 def _title(found: Found) -> str:
-    """No ranking: those whose intervals overlap share the first place."""
+    """Competitors whose intervals overlap share the first place."""
     times = found.times.rounds
     first = min(times, key=lambda name: times[name].median)
     level = [name for name in times if times[name].low <= times[first].high]

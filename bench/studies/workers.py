@@ -1,7 +1,7 @@
 """Study: what training on Dask workers costs as workers and images grow, and what a billion images would take.
 
-Workers and scheduler are processes on this machine, which talk over its loopback interface. An epoch is a step over
-all images. Files of any size are the images again and again, read through a memory map.
+Workers and scheduler are processes on this machine and talk over its loopback interface. An epoch is a step over all
+images. Larger files repeat the images, and are read through a memory map.
 """
 
 import hashlib
@@ -86,7 +86,7 @@ class Growth:
 
 @dataclass(frozen=True)
 class Peak:
-    """Training from the command line, in a process of its own."""
+    """Training from the command line, in a fresh process."""
 
     limit: int | None
     """Bytes, as for ``--memory-limit``."""
@@ -144,7 +144,7 @@ def hash_rate(file: Path) -> float:
 
 
 def memory(folder: Path, limit: int | None) -> Peak:
-    """The command line in a process of its own on all images."""
+    """Peak memory of the command line on all images, in a fresh process."""
     options = ["--dataset", "idx", "--data", folder, "--backend", "numpy", "--epochs", EPOCHS, "--eval-every", EPOCHS]
     options += ["--memory-limit", limit] if limit is not None else []
     command = [sys.executable, "-c", PROGRAM, "train", *map(str, options)]
@@ -164,10 +164,10 @@ def write(dataset: Dataset, folder: Path) -> None:
 
 
 def traffic(images: Dataset, workers: Iterable[int], epochs: int = 5) -> list[Traffic]:
-    """Of an epoch on so many workers: bytes through the client's sockets, tasks, and seconds more than in one process.
+    """An epoch by number of workers: bytes through the client's sockets, tasks, and the overhead over one process.
 
-    Scheduler and workers are processes of their own, of which more than there are cores share these: their seconds are
-    an upper bound.
+    Scheduler and workers are processes that share the cores, more processes than cores, so the overhead is an upper
+    bound.
     """
     found = []
     with (
@@ -208,10 +208,9 @@ def alone(images: Dataset, threads: int) -> float:
 
 
 def growth(dataset: Dataset, folder: Path, counts: Iterable[int]) -> list[Growth]:
-    """Microseconds for an image and peak of the process's own memory, through memory maps and with a limit.
+    """Microseconds per image and peak of the process's own memory, through memory maps and with a limit.
 
-    Files of any size are the images again and again. Pages of the mapped files are not counted: the system takes them
-    back when it needs them.
+    Larger files repeat the images. Pages of mapped files are not counted: the system reclaims them when it needs them.
     """
     found = []
     for count in counts:
@@ -231,7 +230,7 @@ def growth(dataset: Dataset, folder: Path, counts: Iterable[int]) -> list[Growth
 
 
 def repeat(dataset: Dataset, folder: Path, count: int) -> None:
-    """Write so many training images, those of the data set again and again."""
+    """Write `count` training images, repeating those of the data set."""
     write(dataset, folder)
     for file, array in zip(FILES[:2], dataset[1:3]):
         shape = (count, *file.shape[1:])
@@ -242,11 +241,11 @@ def repeat(dataset: Dataset, folder: Path, count: int) -> None:
 
 
 def calculation(found: Found, workers: int, images: float) -> dict[str, float]:
-    """What training on workers like this machine would take: computed, not measured.
+    """The cost of training on workers like this machine: calculated, not measured.
 
-    Assumed: the cost of an image is that of the largest number measured here, and shared by all threads; the scheduler
-    takes as long for each task as here, one after the other; sums travel up the tree, `FAN_IN` to a worker, and the
-    parameters down as many levels, at `BANDWIDTH`; hashing keeps all threads busy, twice, and disks keep up.
+    Assumptions: an image costs what it does at the largest number measured here, and all threads share that; the
+    scheduler handles tasks one by one, each in the time measured here; sums travel up the tree, `FAN_IN` to a worker,
+    and the parameters down as many levels, at `BANDWIDTH`; hashing keeps all threads busy, twice, and disks keep up.
 
     Returns
     -------

@@ -53,7 +53,7 @@ Scheduler = Annotated[
 Workers = Annotated[
     int | None, typer.Option(min=1, help="Train on this many Dask workers, started on this machine to try it.")
 ]
-EvalEvery = Annotated[int, typer.Option(help="Measure the test accuracy every this many epochs.")]
+EvalEvery = Annotated[int, typer.Option(help="Measure the test accuracy once in this many epochs.")]
 DatasetName = Annotated[
     str,
     typer.Option(
@@ -76,7 +76,7 @@ NewCheckpoint = Annotated[
     Path | None,
     typer.Option(parser=parse_path, metavar="FILE", help="Save the run in this new file, every minute and at the end."),
 ]
-CheckpointEvery = Annotated[int | None, typer.Option(min=1, help="Also save every this many epochs.")]
+CheckpointEvery = Annotated[int | None, typer.Option(min=1, help="Also save once in this many epochs.")]
 Resume = Annotated[
     Path | None,
     typer.Option(

@@ -325,7 +325,7 @@ def test_wrong_types_in_every_place(kernel, position, wrong):
 
 
 class Custom(NumpyBackend):
-    """A backend of one's own."""
+    """A custom backend."""
 
 
 def test_backends_are_found_by_name():

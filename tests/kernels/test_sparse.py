@@ -96,7 +96,7 @@ def test_only_non_zeros_take_memory(sparse):
 
 
 def test_rows_are_visited_from_the_fullest_to_the_emptiest(sparse):
-    """That is what lets the CPU foresee the end of the innermost loop."""
+    """So the trip count of the innermost loop repeats, and its exit branch predicts well."""
     nonzeros = sparse.prepare(random_images((130, 3 * BLOCK), 0.3)).nonzeros
     for masks in np.split(nonzeros.masks, np.cumsum(nonzeros.groups)[:-1] * GROUP):
         numbers = [mask.bit_count() for mask in masks.tolist()]

@@ -22,7 +22,7 @@ SECONDS = 120  # for what takes one or two
 
 
 def work(backend, seed):
-    """Every kernel on data of one's own, in both dtypes: all results as bytes."""
+    """Every kernel on this thread's data, in both dtypes: all results as bytes."""
     rng = np.random.default_rng(seed)
     n, pixels = (20, 30) if backend.name == "naive" else (500, 300)  # long enough for threads to meet
     images = rng.integers(0, 256, (n, pixels), np.uint8) * (rng.random((n, pixels)) < 0.2).astype(np.uint8)

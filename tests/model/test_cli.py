@@ -1,4 +1,4 @@
-"""The command line, as a user meets it: in processes of their own."""
+"""The command line as a user sees it: in separate processes."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Training on Dask: a scheduler and workers in processes of their own, which die when it hurts."""
+"""Training on Dask: a scheduler and workers in separate processes, which die at the worst moments."""
 
 import contextlib
 import itertools
@@ -53,7 +53,7 @@ class Processes:
         self.workers.append(self._start("dask_worker", *options, program=program))
 
     def have(self, count):
-        """Start or kill workers until there are so many, and the scheduler knows it."""
+        """Start or kill workers until there are `count`, and the scheduler knows it."""
         while len(self.workers) < count:
             self.start_worker()
         while len(self.workers) > count:

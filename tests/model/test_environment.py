@@ -15,7 +15,7 @@ def git(folder, *arguments):
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    """A folder that plays the project's, and a repository around it with a commit of its own."""
+    """A stand-in for the project's folder, and a repository around it with another commit."""
     if not shutil.which("git"):
         pytest.skip("git is not installed")
     for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"):

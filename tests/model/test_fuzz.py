@@ -29,7 +29,7 @@ def test_mutants_made_by_hypothesis(name, random):
 
 @needs_proc
 def test_findings_are_found(monkeypatch):
-    """What raises something of its own, takes too much memory, or gives a wrong result."""
+    """Input that raises an unexpected error, takes too much memory, or gives a wrong result."""
 
     def read(content):
         if content == "error":

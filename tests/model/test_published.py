@@ -33,7 +33,7 @@ def mini_batch_run(backend_name, dataset_name):
 
 @pytest.fixture(scope="session", autouse=True)
 def naive_runs(request):
-    """The minutes of pure Python, begun before the first test in processes of their own: futures by data set."""
+    """Pure Python trains for minutes, so it starts before the first test, in other processes: futures by data set."""
     if not any("naive" in item.name and "mini_batch" in item.name for item in request.session.items):
         yield {}
         return

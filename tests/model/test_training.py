@@ -89,7 +89,7 @@ def test_trajectories_agree(backend, digits28, batch_size):
 
 @pytest.mark.slow
 def test_a_long_run_keeps_memory_flat_and_backends_together():
-    """In a process of its own, whose memory no other test has grown; the whole program takes minutes."""
+    """In a fresh process, whose memory no other test has grown; the whole program takes minutes."""
     command = [sys.executable, "-m", "tests.soak.long_run", "--images", "500", "--hidden", "16"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr

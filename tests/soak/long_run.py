@@ -37,7 +37,7 @@ class LongRun(NamedTuple):
 
 
 def long_run(backend: str, dtype: type, epochs: int, images: int, hidden: int) -> LongRun:
-    """Train on the first so many images of digits28."""
+    """Train on the first images of digits28."""
     mlp, memory = MLP((784, hidden, 10), dtype=dtype), []
 
     def on_step(state: State) -> None:
@@ -61,7 +61,7 @@ def apart(ours: MLP, theirs: MLP) -> float:
 
 
 def compare(epochs: int, images: int, hidden: int) -> None:
-    """Train with each backend in turn, report, and raise an AssertionError if a bound does not hold."""
+    """Train with each backend, report, and raise an AssertionError if a bound does not hold."""
     backends = [name for name in backend_names() if name != "naive"]
     for dtype in DTYPES:
         runs: dict[str, LongRun] = {}

@@ -255,7 +255,7 @@ def outcome(reader: Reader, content: bytes) -> str:
 
 @contextmanager
 def little_memory(size: int) -> Iterator[None]:
-    """Let this process allocate so many bytes more, and not more, where the system tells how many it has."""
+    """Limit how many more bytes this process may allocate, where the system tells how many it has."""
     statistics = Path("/proc/self/statm")
     if not statistics.exists():
         yield
