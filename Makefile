@@ -4,7 +4,7 @@ BIN := .venv/bin
 RESULTS ?= bench/output
 READY := .venv/ready
 
-.PHONY: help bench bench-peers test test-oldest test-newest plots results lint constraints clean
+.PHONY: help bench bench-peers test test-oldest test-newest plots results publish lint constraints clean
 
 help:  ## Show this help
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20

@@ -51,7 +51,7 @@ BANDWIDTH = 10e9 / 8
 PROGRAM = """
 import atexit
 from pathlib import Path
-from model.__main__ import main
+from model.cli import main
 atexit.register(lambda: print(Path("/proc/self/status").read_text()))
 main()
 """

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from bench.measure import interleave
-from bench.measure.interleave import ratio, verdict
 from bench.measure.records import Comparison
 from bench.peers import PEERS, best_form, competitor, expected_parameters, update_error, verified
 from bench.peers.pytorch import PyTorch, PyTorchByHand
@@ -244,11 +243,14 @@ def test_ratios_are_not_disturbed_by_a_drifting_machine():
     drift = rng.uniform(1, 4, 40)
     noise = rng.normal(1, 0.01, (3, 40))
     seconds = {"half": 0.5 * drift * noise[0], "same": drift * noise[1], "base": drift * noise[2]}
-    half, same = (ratio("", seconds, name, "base") for name in ("half", "same"))
-    assert half["low"] <= 0.5 <= half["high"]
-    assert half["high"] - half["low"] < 0.05  # the base alone, from 1 to 4, would leave ten times that
-    assert [verdict(half), verdict(same), verdict(ratio("", seconds, "base", "half"))] == ["faster", "equal", "slower"]
-    assert half["ratio"] == pytest.approx(half["seconds"] / half["base_seconds"])
+    found = Comparison.of("", seconds)
+    half = found.ratio("half", "base")
+    low, high = half.interval
+    assert low <= 0.5 <= high
+    assert high - low < 0.05  # the base alone, from 1 to 4, would leave ten times that
+    verdicts = [found.ratio(*pair).verdict for pair in (("half", "base"), ("same", "base"), ("base", "half"))]
+    assert verdicts == ["faster", "equal", "slower"]
+    assert half.ratio == pytest.approx(found.median("half") / half.base_seconds)
 
 
 class Hungry(Competitor):

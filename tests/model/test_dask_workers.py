@@ -534,7 +534,7 @@ def test_numbers_of_bytes(text, size):
 
 
 def test_without_dask():
-    program = "import sys; sys.modules['distributed'] = None; from model.__main__ import main; main()"
+    program = "import sys; sys.modules['distributed'] = None; from model.cli import main; main()"
     command = [sys.executable, "-c", program, "train", *map(str, DIGITS), "--workers", "2"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (2, "")
@@ -551,7 +551,7 @@ def test_beyond_memory(tmp_path, digits28):
     write_idx(tmp_path, large)
     options = ("--dataset", "idx", "--data", tmp_path, "--epochs", 2, "--hidden", 128, "--checkpoint", tmp_path / "run")
     program = (
-        "import atexit, sys; from pathlib import Path; from model.__main__ import main;"
+        "import atexit, sys; from pathlib import Path; from model.cli import main;"
         "atexit.register(lambda: print(Path('/proc/self/status').read_text())); main()"
     )
     command = [sys.executable, "-c", program, "train", *options, "--memory-limit", "200 MB"]
