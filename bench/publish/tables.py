@@ -9,6 +9,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,13 +95,13 @@ def origin(results: Path, study: str) -> str:
     return small_print(section.conditions, folder.machine) if section else ""
 
 
-def claim_table(results: Path) -> str:
-    """Claims by machine."""
+def claim_table(results: Path, products: bool = False) -> str:
+    """Claims by machine: those about single products, or all others."""
     every = folders(results)
     columns = [f"{folder.machine.name}, at {', '.join(folder.commits)}" for folder in every]
     table = Table("time of / relative to", *columns, "holds on", box=MARKDOWN)
     for claim in CLAIMS:
-        found = cells(claim, every)
+        found = cells(claim, every) if claim.key.startswith("product-") == products else {}
         if found:
             holding = sum(each.holds for each in found.values())
             texts = [cell_text(cell(claim, folder), claim.base) for folder in every]
@@ -250,6 +251,7 @@ def machine_table(results: Path) -> str:
 
 TABLES: dict[str, Callable[[Path], str]] = {
     "claims": claim_table,
+    "product-claims": partial(claim_table, products=True),
     "machines": machine_table,
     "workers": workers_table,
     "growth": growth_table,
