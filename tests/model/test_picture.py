@@ -95,17 +95,18 @@ def network(dataset):
     return mlp
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_accuracy_is_kept(trained, variant, record_property):
-    """On 500 images, by what is in the picture alone."""
+    """On 500 images of each data set; an enlarged one takes a tenth of a second."""
     assert_accuracy_is_kept(*trained, variant, record_property)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_accuracy_is_kept_on_all_test_images(mnist, variant, record_property):
+def test_accuracy_is_kept_on_a_thousand_images(mnist, variant, record_property):
     mlp = network(limited(mnist, 6000))
-    assert_accuracy_is_kept(mlp, mnist.test_images, mnist.test_labels, variant, record_property)
+    assert_accuracy_is_kept(mlp, mnist.test_images[::10], mnist.test_labels[::10], variant, record_property)
 
 
 def assert_accuracy_is_kept(mlp, images, labels, variant, record_property):
@@ -211,6 +212,7 @@ def kinds(mnist):
     return pictures.measure(mnist, quick=True)
 
 
+@pytest.mark.slow
 def test_kinds_of_pictures(kinds):
     """Within 3 points of clean pictures, and 5 for pencil and lines: on 20 pictures, none more may be wrong."""
     right = kinds.right
@@ -219,6 +221,7 @@ def test_kinds_of_pictures(kinds):
     assert kinds.pairs_refused == 100
 
 
+@pytest.mark.slow
 def test_no_blank_page_is_a_digit(kinds):
     assert kinds.blank_refused == dict.fromkeys(pictures.BLANK, 100)
 
@@ -361,7 +364,7 @@ def test_letters_from_training_to_prediction(tmp_path, digits28):
     resumed = run_model("train", *options, "--epochs", 2, "--resume", file)
     assert resumed.returncode == 0, resumed.stderr
     result = run_model("predict", picture, "--checkpoint", file)
-    assert re.search(r"shows the label \d+\n", result.stderr + result.stdout)
+    assert re.search(r"shows the label \d+, or perhaps \d+: the network is unsure\n", result.stderr + result.stdout)
     assert re.findall(r"^ *(\d+) ", result.stdout, re.MULTILINE) == [str(label) for label in range(27)]
 
 
