@@ -23,20 +23,8 @@ out = Console(markup=False, highlight=False, soft_wrap=True)
 Output = Annotated[Path, typer.Option(help="Folder for the results and plots.")]
 DEFAULT = Path("bench/output")
 
-ONCE = (
-    "kernels",
-    "roofline",
-    "time_to_accuracy",
-    "memory",
-    "ablation",
-    "density",
-    "scaling",
-    "break_even",
-    "workers",
-    "pictures",
-    "reproduction",
-)
-"""Studies that `results` makes in the last run only: deterministic, or minutes each."""
+EVERY_RUN = ("epochs", "ladder", "head_to_head", "mini_batches", "products")
+"""Studies that `results` makes in every run. The others, deterministic or minutes each, come in the last run only."""
 
 
 def chosen(names: list[str] | None) -> list[str]:
@@ -116,7 +104,7 @@ def results(
         scratch = Path("bench/output/measuring") / f"{number + 1}"
         for file in (scratch / RUN, scratch / "quick" / RUN):
             file.unlink(missing_ok=True)
-        names = [name for name in STUDIES if number == runs - 1 or name not in ONCE]
+        names = [name for name in STUDIES if number == runs - 1 or name in EVERY_RUN]
         out.print(f"run {number + 1} of {runs}: {', '.join(names)}")
         options = ["--dataset", dataset, "--output", str(scratch), "--no-report", *["--quick"] * quick]
         subprocess.run(_bench("run", *names, *options))
