@@ -513,7 +513,7 @@ def test_interrupt_leaves_the_step_to_the_workers(tmp_path):
     [
         (["--scheduler", "tcp://127.0.0.1:1"], "no scheduler answers at tcp://127.0.0.1:1"),
         (["--scheduler", "nonsense://x"], "no scheduler answers at nonsense://x"),
-        (["--scheduler", "tcp://127.0.0.1:1", "--workers", "2"], "leave it out, or --scheduler"),
+        (["--scheduler", "tcp://127.0.0.1:1", "--workers", "2"], "leave out either it or --scheduler"),
         (["--workers", "0"], "Invalid value for '--workers'"),
         (["--memory-limit", "much"], "'much' is not a number of bytes: write it as in '500 MB'"),
         (["--memory-limit", "1.2.3 GB"], "'1.2.3 GB' is not a number of bytes"),
