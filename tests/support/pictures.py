@@ -5,7 +5,7 @@ import struct
 import zlib
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from model.extras.picture import decode, prepare
 
@@ -65,6 +65,11 @@ def on_transparent_palette():
     return encoded(image, transparency=int(np.asarray(image)[0, 0]))
 
 
+def with_transparent_margin(paper):
+    """A page that is one layer of a larger picture, which shows nothing else."""
+    return encoded(ImageOps.expand(digit("RGBA", "black", paper), (30, 12, 25, 20), (0, 0, 0, 0)))
+
+
 def by_orientation(orientation, kind):
     """Stored in one of the eight ways that cameras store pictures."""
     methods = Image.Transpose
@@ -90,7 +95,10 @@ PICTURES = {
     "white on transparent": encoded(digit("RGBA", (255, 255, 255, 255), (255, 255, 255, 0))),
     "white on transparent of any colour": on_invisible_noise(),
     "transparent on white": encoded(digit("RGBA", (255, 255, 255, 0), (255, 255, 255, 255))),
+    "transparent margin": with_transparent_margin("white"),
+    "transparent margin around grey": with_transparent_margin((150, 150, 150)),
     "16 bits": encoded(with_levels(0, 65535)),
+    "16 bits of 12": encoded(with_levels(300, 4095)),
     "16 bits, bright": encoded(with_levels(65535, 40000)),
     "16 bits, dark": encoded(with_levels(0, 20000)),
     "interlaced": encoded(digit(), interlace=1),
