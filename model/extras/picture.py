@@ -154,9 +154,9 @@ def without_metadata(content: bytes) -> bytes:
 
 
 def full_range(levels: NDArray[Any]) -> NDArray[np.uint8]:
-    """Scale grey levels to 0 to 255, by the range that they use."""
-    low, high = levels.min(), levels.max()
-    return np.rint(255 / max(high - low, 1) * (levels - low)).astype(np.uint8)
+    """Scale grey levels to 0 to 255, by the range that they use, a few stray pixels aside."""
+    low, high = np.percentile(levels, (0.1, 99.9))
+    return np.rint(255 / max(high - low, 1) * (levels.clip(low, high) - low)).astype(np.uint8)
 
 
 def opaque(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -47,8 +47,10 @@ def digit(mode="RGB", ink="black", paper="white"):
 
 
 def with_levels(ink, paper):
-    """Grey of 16 bits."""
-    return Image.fromarray(np.where(np.asarray(digit("L")) == 0, ink, paper).astype(np.uint16))
+    """Grey of 16 bits, with one pixel that is stuck at full brightness."""
+    levels = np.where(np.asarray(digit("L")) == 0, ink, paper).astype(np.uint16)
+    levels[3, 3] = 65535
+    return Image.fromarray(levels)
 
 
 def on_invisible_noise():
@@ -98,7 +100,7 @@ PICTURES = {
     "transparent margin": with_transparent_margin("white"),
     "transparent margin around grey": with_transparent_margin((150, 150, 150)),
     "16 bits": encoded(with_levels(0, 65535)),
-    "16 bits of 12": encoded(with_levels(300, 4095)),
+    "16 bits, hardly used": encoded(with_levels(50, 900)),
     "16 bits, bright": encoded(with_levels(65535, 40000)),
     "16 bits, dark": encoded(with_levels(0, 20000)),
     "interlaced": encoded(digit(), interlace=1),
