@@ -643,7 +643,7 @@ def test_bytes_after_the_end_do_not_hide_other_content(folder):
 
 def test_more_labels_than_digits_are_explained(folder):
     write(folder, {TRAIN_LABELS: with_element(TRAIN_LABELS, 2, 46)})
-    with pytest.raises(DataError, match="label 46 is outside 0-9"):
+    with pytest.raises(DataError, match=r"label 46 is outside 0-9, and ten digits .*--dataset idx$"):
         load_mnist(folder)
 
 
