@@ -99,7 +99,7 @@ def pytest_terminal_summary(terminalreporter, exitstatus, config):
     sections = {name: stash[name] for name in RECORDED if name in stash}
     if not sections:
         return
-    from bench.__main__ import with_rates
+    from bench.commands import with_rates
     from bench.measure.machine import machine
     from bench.measure.records import Run
     from bench.publish.folder import existing_run, read_folder, save

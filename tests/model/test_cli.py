@@ -123,11 +123,12 @@ def test_interrupt_ends_cleanly(arguments, number, exit_code):
 
 
 @needs_posix
-def test_ctrl_c_during_the_imports(tmp_path):
+@pytest.mark.parametrize("program", ["model", "bench"])
+def test_ctrl_c_during_the_imports(tmp_path, program):
     """A module that waits takes Typer's place: the signal arrives while it is imported."""
     (tmp_path / "typer.py").write_text("print(flush=True); import time; time.sleep(60)")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    command = [sys.executable, "-m", "model", "train"]
+    command = [sys.executable, "-m", program]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
     with subprocess.Popen(command, **options) as process:
         process.stdout.readline()
