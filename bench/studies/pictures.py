@@ -319,7 +319,7 @@ class Found:
 
 
 def measure(dataset: Dataset, quick: bool) -> Found:
-    """How pictures of each kind are recognised, and blank pages and pairs of digits refused; takes about a minute."""
+    """How pictures of each kind are recognised, and blank pages and pairs of digits refused; takes a few minutes."""
     mlp, count = network(dataset), 20 if quick else 100
     chosen = np.random.default_rng(0).permutation(len(dataset.test_images))[:count]
     images, labels = dataset.test_images[chosen], dataset.test_labels[chosen]
