@@ -522,7 +522,7 @@ def test_resume(main, tmp_path):
     assert main(*TRAIN, "--epochs", 6, "--checkpoint", long)[0] == 0
     assert main(*TRAIN, "--epochs", 4, "--checkpoint", short, "--threads", 1)[0] == 0
     code, shown, error = main("train", "--resume", short)
-    assert (code, error) == (0, f"{short} is finished: all 4 epochs are done; for more, raise --epochs\n")
+    assert (code, error) == (0, f"{short} is finished: all 4 epochs are done; raise --epochs to train further\n")
     assert "checkpoint written" in shown
     assert main("train", "--resume", short, "--epochs", 6, "--threads", 2)[0] == 0
     assert_same(load(short), load(long))
@@ -629,7 +629,7 @@ def trained(tmp_path_factory):
         (["--checkpoint", "/no/such/folder/x"], "there is no folder /no/such/folder"),
         (["--checkpoint", "/"], "it is a folder"),
         pytest.param(["--checkpoint", "/proc/run"], "cannot write /proc/run", marks=needs_proc),
-        (["--checkpoint-every", 2], "--checkpoint-every goes with --checkpoint"),
+        (["--checkpoint-every", 2], "--checkpoint-every needs --checkpoint"),
         (["--checkpoint", "x", "--checkpoint-every", 0], "Invalid value for '--checkpoint-every'"),
     ],
 )

@@ -82,7 +82,7 @@ def test_progress_bar_on_a_terminal():
         (["--seed", "-1"], "Invalid value for '--seed'"),
         (["--threads", "0"], "threads must be at least 1"),
         (["--dataset", "cifar"], "Unknown dataset 'cifar'"),
-        (["--dataset", "mnist", "--data", "/nowhere"], "/nowhere: there is no folder of this name"),
+        (["--dataset", "mnist", "--data", "/nowhere"], "/nowhere: no such folder"),
         (["--json", "/no/such/folder/x.json"], "there is no folder /no/such/folder"),
         (["--json", "/"], "it is a folder"),
         (["--frobnicate"], "No such option: --frobnicate"),

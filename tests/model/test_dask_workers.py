@@ -513,7 +513,7 @@ def test_interrupt_leaves_the_step_to_the_workers(tmp_path):
     [
         (["--scheduler", "tcp://127.0.0.1:1"], "no scheduler answers at tcp://127.0.0.1:1"),
         (["--scheduler", "nonsense://x"], "no scheduler answers at nonsense://x"),
-        (["--scheduler", "tcp://127.0.0.1:1", "--workers", "2"], "leave out either it or --scheduler"),
+        (["--scheduler", "tcp://127.0.0.1:1", "--workers", "2"], "use either --workers or --scheduler"),
         (["--workers", "0"], "Invalid value for '--workers'"),
         (["--memory-limit", "much"], "'much' is not a number of bytes: write it as in '500 MB'"),
         (["--memory-limit", "1.2.3 GB"], "'1.2.3 GB' is not a number of bytes"),
@@ -540,7 +540,7 @@ def test_without_dask():
     command = [sys.executable, "-c", program, "train", *map(str, DIGITS), "--workers", "2"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (2, "")
-    assert re.fullmatch(r"error: .* needs Dask, install it with: pip install -e '\.\[distributed\]'\n", result.stderr)
+    assert re.fullmatch(r"error: .* needs Dask; install it with: pip install -e '\.\[distributed\]'\n", result.stderr)
 
 
 @needs_proc

@@ -102,13 +102,13 @@ def with_element(name, index, value):
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
     [
-        (f"{TRAIN_IMAGES}.gz", GZIP[f"{TRAIN_IMAGES}.gz"][:-20], "truncated, the gzip stream"),
+        (f"{TRAIN_IMAGES}.gz", GZIP[f"{TRAIN_IMAGES}.gz"][:-20], "truncated, the gzip stream ends early"),
         (f"{TRAIN_IMAGES}.gz", PLAIN[TRAIN_IMAGES], "cannot be read .*[Nn]ot a gzipped file"),
         (f"{TEST_LABELS}.gz", GZIP[f"{TEST_LABELS}.gz"][:10] + bytes([7] * 20), "cannot be read"),
-        (TRAIN_IMAGES, PLAIN[TRAIN_IMAGES][:-1], "truncated, 3935 bytes where 3936 belong"),
+        (TRAIN_IMAGES, PLAIN[TRAIN_IMAGES][:-1], "truncated, 3935 bytes instead of 3936"),
         (TRAIN_IMAGES, PLAIN[TRAIN_IMAGES][:9], "truncated inside its header"),
         (TRAIN_IMAGES, PLAIN[TRAIN_IMAGES] + b"\0", "longer than MNIST's 3936 bytes"),
-        (TRAIN_IMAGES, PLAIN[TRAIN_LABELS], "magic number 00000801 where 00000803 belongs"),
+        (TRAIN_IMAGES, PLAIN[TRAIN_LABELS], "magic number 00000801 instead of 00000803"),
         (TRAIN_IMAGES, idx(np.zeros((5, 27, 29), np.uint8)), "images of 27 x 29 pixels, not 28 x 28"),
         (TRAIN_LABELS, idx(ARRAYS[TRAIN_LABELS][:4]), "4 labels for 5 images"),
         (TRAIN_LABELS, with_element(TRAIN_LABELS, 2, 10), "label 10 is outside 0-9"),
@@ -269,8 +269,8 @@ def test_damaged_file_in_the_cache_is_downloaded_again(server, use_mirrors, cach
     ("mirror", "problem"),
     [
         ("absent", "404"),
-        ("silent", "no answer in time"),
-        ("abrupt", "the connection broke off"),
+        ("silent", "timed out"),
+        ("abrupt", "the connection was dropped"),
         ("stalled", "ConnectionError"),
         ("corrupt", "checksum mismatch"),
     ],
@@ -559,10 +559,10 @@ def test_idx_files_may_have_any_classes_and_size(tmp_path, largest, shape):
     ("name", "content", "problem"),
     [
         (TRAIN_IMAGES, None, "train-images-idx3-ubyte is missing or inaccessible. Put it there"),
-        (TRAIN_IMAGES, PLAIN[TRAIN_IMAGES][:-1], "truncated, 3935 bytes where 3936 belong"),
+        (TRAIN_IMAGES, PLAIN[TRAIN_IMAGES][:-1], "truncated, 3935 bytes instead of 3936"),
         (TRAIN_IMAGES, PLAIN[TRAIN_IMAGES] + b"x", "too long"),
-        (TRAIN_IMAGES, PLAIN[TRAIN_LABELS], "magic number 00000801 where 00000803 belongs"),
-        (TEST_IMAGES, idx(np.zeros((3, 20, 20), np.uint8)), "images of 400 pixels, but 784 to train on"),
+        (TRAIN_IMAGES, PLAIN[TRAIN_LABELS], "magic number 00000801 instead of 00000803"),
+        (TEST_IMAGES, idx(np.zeros((3, 20, 20), np.uint8)), "images of 400 pixels, but 784 in training"),
         (TEST_LABELS, b"", "the file is empty"),
         (TEST_LABELS, PLAIN[TEST_LABELS][:6], "truncated inside its header of 8 bytes"),
         (TEST_LABELS, idx(np.array([], np.uint8)), "no data"),
@@ -609,7 +609,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
         (b"", "the file is empty"),
         (PAGE, "a web page"),
         (POINTER, "a Git LFS pointer, not the file itself; git lfs pull fetches it"),
-        (GZIP[f"{TEST_LABELS}.gz"], f"compressed by gzip, which its name hides; rename it to {TEST_LABELS}.gz"),
+        (GZIP[f"{TEST_LABELS}.gz"], f"compressed with gzip, but not named so; rename it to {TEST_LABELS}.gz"),
         (b"PK\3\4" + bytes(40), "a zip archive; unpack it"),
     ],
 )
@@ -654,7 +654,7 @@ def test_a_file_or_nothing_in_a_folders_place(folder, load):
         DataError, match=re.escape(f"{file} is a file. Name the folder that holds it: --data {folder}") + "$"
     ):
         load(file)
-    with pytest.raises(DataError, match=r"/none: there is no folder of this name"):
+    with pytest.raises(DataError, match=r"/none: no such folder"):
         load(folder / "none")
 
 
@@ -663,7 +663,7 @@ def test_the_home_folder(folder, monkeypatch):
     assert_tiny(load_mnist(f"~/{folder.name}"))
     monkeypatch.setenv("MNIST_DIR", f"~/{folder.name}")
     assert_tiny(load_mnist())
-    with pytest.raises(DataError, match="there is no folder"):
+    with pytest.raises(DataError, match="no such folder"):
         load_mnist("~nobody-of-this-name/x")
 
 
@@ -672,7 +672,7 @@ def test_the_home_folder(folder, monkeypatch):
 
 @pytest.mark.parametrize("count", [None, 2, 4])
 def test_limiting_does_not_hide_missing_labels(count):
-    with pytest.raises(DataError, match="tiny has 5 training images but 4 labels: one label for each image"):
+    with pytest.raises(DataError, match="tiny has 5 training images but 4 labels: each image needs one"):
         limited(TINY._replace(train_labels=TINY.train_labels[:4]), count)
 
 
