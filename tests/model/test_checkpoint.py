@@ -101,13 +101,13 @@ def test_what_is_saved_is_loaded(file):
 def test_a_state_of_another_run_is_an_error(tiny):
     state = State.start(0)
     state.steps = 6
-    with pytest.raises(ValueError, match="after step 6 of an epoch, which has only 5"):
+    with pytest.raises(ValueError, match="after step 6 of an epoch that has only 5"):
         train(MLP(SIZES), NumpyBackend(), tiny, epochs=2, batch_size=1200, state=state)
     state.steps, state.history.epochs = 0, [checkpoint.Epoch(1, 0, 0, 0, 0)] * 3
-    with pytest.raises(ValueError, match="3 epochs are done or begun already: epochs must not be less, not 2"):
+    with pytest.raises(ValueError, match="3 epochs are done or begun already: epochs must be at least that, not 2"):
         train(MLP(SIZES), NumpyBackend(), tiny, epochs=2, state=state)
     state.steps = 1
-    with pytest.raises(ValueError, match="4 epochs are done or begun already: epochs must not be less, not 3"):
+    with pytest.raises(ValueError, match="4 epochs are done or begun already: epochs must be at least that, not 3"):
         train(MLP(SIZES), NumpyBackend(), tiny, epochs=3, batch_size=1200, state=state)
 
 
