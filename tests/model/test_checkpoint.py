@@ -127,7 +127,7 @@ def test_a_full_disk_leaves_the_old_file(file, monkeypatch, function):
     run.state.steps += 1
     fail_to(function, monkeypatch)
     with pytest.raises(
-        OSError, match=r"cannot write .*run\.safetensors: No space left on device; what was there before is untouched"
+        OSError, match=r"cannot write .*run\.safetensors: No space left on device; the previous content is untouched"
     ):
         save(file, *run)
     assert file.read_bytes() == before
@@ -206,8 +206,8 @@ def test_parameters_in_any_layout_are_saved(file, change):
         (lambda array: array.astype(np.float64), "layers.0.weights is float64, not float32"),
         (lambda array: array.astype(np.float16), "layers.0.weights is float16, not float32"),
         (lambda array: array.astype(np.int32), "layers.0.weights is int32, not float32"),
-        (lambda array: array[:1], "layers.0.weights has the shape (1, 6), not (1, 1)"),
-        (lambda array: array[None], "layers.0.weights has the shape"),
+        (lambda array: array[:1], "layers.0.weights has shape (1, 6), not (1, 1)"),
+        (lambda array: array[None], "layers.0.weights has shape"),
     ],
 )
 def test_parameters_that_could_not_be_loaded_are_refused(file, change, message):
@@ -234,8 +234,8 @@ def test_numpy_numbers_are_saved_as_pythons(file):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dataset": os.fsencode("x")}, "b'x' is of the type bytes, which a checkpoint cannot hold"),
-        ({"seed": np.arange(3)}, "is of the type ndarray"),
+        ({"dataset": os.fsencode("x")}, "a checkpoint cannot hold b'x', of type bytes"),
+        ({"seed": np.arange(3)}, ", of type ndarray"),
         ({"seed": 2**63}, "its seed is not a whole number"),
         ({"hidden": 7}, "its layer sizes are not those"),
         ({"learning_rate": float("nan")}, "its learning_rate is not a finite number"),
@@ -278,7 +278,7 @@ def test_a_file_that_another_process_writes_is_left_alone(file, holder, monkeypa
     part = file.with_name(f".{file.name}.{holder.pid}.part")
     part.touch()
     monkeypatch.setattr(files, "PATIENCE", 0.1)
-    with pytest.raises(OSError, match=rf"run\.safetensors is in use, process {holder.pid} writes it: wait until"):
+    with pytest.raises(OSError, match=rf"run\.safetensors is in use by process {holder.pid}: wait until"):
         save(file, *run)
     assert part.exists()
     assert file.read_bytes() == before
@@ -383,10 +383,10 @@ def altered(array, value):
         ({"layers__0__bias": MISSING}, "its tensors are not those"),
         ({"layers__2__bias": BIAS}, "its tensors are not those"),
         ({"history": HISTORY[:, :3].copy()}, "its tensors are not those"),
-        ({"history": altered(HISTORY, 1.5)}, "its history is not one of a run"),
-        ({"history": altered(HISTORY, np.nan)}, "its history is not one of a run"),
-        ({"history": -HISTORY}, "its history is not one of a run"),
-        ({"history": HISTORY * np.inf}, "its history is not one of a run"),
+        ({"history": altered(HISTORY, 1.5)}, "its history is implausible"),
+        ({"history": altered(HISTORY, np.nan)}, "its history is implausible"),
+        ({"history": -HISTORY}, "its history is implausible"),
+        ({"history": HISTORY * np.inf}, "its history is implausible"),
         ({"epochs_done": 10**15}, "its tensors are not those"),
         ({"layer_sizes": [25, 6, 10**12]}, "its tensors are not those"),
         ({"layer_sizes": [10**15, 6, 10]}, "its tensors are not those"),
@@ -415,7 +415,7 @@ def altered(array, value):
         ({"run": "[" * 50_000}, "its metadata are damaged"),
         ({"run": "[]"}, "its metadata are incomplete"),
         ({"run": "no JSON"}, "its metadata are damaged"),
-        ({"format": "vectorization-study checkpoint 3"}, "it has another format"),
+        ({"format": "vectorization-study checkpoint 3"}, "its format is not"),
     ],
 )
 def test_a_forged_checkpoint_is_refused(file, changes, message):
@@ -487,7 +487,12 @@ def test_every_flipped_bit_is_noticed(file):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("nowhere", "there is no file"), (".", "there is no file"), ("a\0b", "there is no file"), ("a" * 300, "too long")],
+    [
+        ("nowhere", "no such file"),
+        (".", "no such file"),
+        ("a\0b", "no such file"),
+        ("a" * 300, "too long"),
+    ],
 )
 def test_no_file(tmp_path, name, message):
     assert_refused(tmp_path / name, message)
@@ -550,11 +555,11 @@ def test_two_runs_do_not_share_a_file(main, trained, tmp_path):
     for arguments in (["--checkpoint", other, "--json", history], ["--json", tmp_path / "." / "history.json"]):
         code, shown, error = main(*TRAIN, *arguments)
         assert (code, shown) == (2, "")
-        assert error.startswith(f"error: {history} is in use, process {process.pid} writes it: ")
+        assert error.startswith(f"error: {history} is in use by process {process.pid}: ")
     assert not other.exists()
     code, shown, error = main("train", "--resume", file, "--epochs", 2)
     assert (code, shown) == (2, "")
-    assert error.startswith(f"error: {file} is in use, process {process.pid} writes it: wait until that has ended")
+    assert error.startswith(f"error: {file} is in use by process {process.pid}: wait until it has ended")
     process.kill()
     process.communicate()
     assert main("train", "--resume", file, "--epochs", 10**6 + 1, "--json", history, "--learning-rate", 0)[0] == 2
@@ -595,7 +600,9 @@ def test_only_an_earlier_history_is_replaced(main, tmp_path, monkeypatch, conten
     file.write_bytes(content)
     code, shown, error = main(*TRAIN, "--json", file)
     assert (code, shown) == (2, "")
-    assert error.startswith(f"error: {file} exists and is no earlier report (JSON with 'history'): name another file")
+    assert error.startswith(
+        f"error: {file} exists and is not an earlier report (JSON with 'history'): name another file"
+    )
     assert file.read_bytes() == content
 
 
@@ -623,7 +630,7 @@ def trained(tmp_path_factory):
         (["--resume", "{file}", "--limit", 400, "--batch-size", 51], "limit 300, not 400; batch_size 50, not 51"),
         (["--resume", "{file}", "--learning-rate", 0.1], "learning_rate 0.3, not 0.1"),
         (["--resume", "{file}", "--eval-every", 2], "eval_every 3, not 2"),
-        (["--resume", "/no/such/file"], "there is no file"),
+        (["--resume", "/no/such/file"], "there is no such file"),
         (["--resume", "README.md"], "README.md: it is not a checkpoint, or damaged"),
         (["--checkpoint", "{file}"], "exists: resume it with --resume "),
         (["--checkpoint", "/no/such/folder/x"], "there is no folder /no/such/folder"),
