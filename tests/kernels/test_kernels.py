@@ -99,7 +99,7 @@ def test_products_of_prepared_images(backend, n, pixels, m, density, dtype, layo
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_products_of_the_network(backend, dtype, record_property):
+def test_products_at_the_networks_shapes(backend, dtype, record_property):
     """The shapes of a step, at 30 images for the sake of pure Python; the largest errors are recorded."""
     rng = np.random.default_rng(0)
     x = rng.random((30, 784)).astype(dtype) * (rng.random((30, 784)) < 0.2)
@@ -207,7 +207,7 @@ def test_repeated_rows(backend, dtype):
 
 
 @pytest.mark.parametrize("images", [0, 1])
-def test_batches_of_no_and_of_one_image(backend, images):
+def test_empty_batch_and_single_image(backend, images):
     rng = np.random.default_rng(0)
     mlp = MLP((30, 20, 10), dtype=np.float64)
     pixels, labels = random_images(rng, (images, 30), 0.5), rng.integers(0, 10, images)
@@ -219,7 +219,7 @@ def test_batches_of_no_and_of_one_image(backend, images):
     assert loss > 0 if images else loss == correct == 0
 
 
-def test_arguments_are_left_alone(backend):
+def test_arguments_are_not_modified(backend):
     rng = np.random.default_rng(0)
     z, upstream = random_matrix(rng, (6, 7), np.float32), random_matrix(rng, (6, 7), np.float32)
     labels = np.arange(6)

@@ -121,7 +121,7 @@ def test_softmax_grad_stays_inside_its_arrays(layout, place, dtype):
 
 @every_dtype
 @pytest.mark.parametrize("kind", [np.matrix, np.memmap])
-def test_subclasses_are_read_as_plain_arrays(kind, dtype):
+def test_array_subclasses_are_read_as_plain_arrays(kind, dtype):
     backend, plain = get_backend("numba"), integers((5, 5), dtype)
     array = plain.view(kind)
     np.testing.assert_array_equal(backend.relu(array), np.maximum(plain, 0))
@@ -133,7 +133,7 @@ def test_subclasses_are_read_as_plain_arrays(kind, dtype):
         np.testing.assert_array_equal(mine, other)
 
 
-def test_what_is_no_array_is_refused():
+def test_non_arrays_are_refused():
     with pytest.raises(TypeError):
         get_backend("numba").matmul(get_backend("sparse").prepare(np.ones((2, 3), np.uint8)), np.ones((3, 2), "f4"))
 
@@ -170,7 +170,7 @@ def test_remainders_of_blocks(layout, dtype):
 
 
 @every_dtype
-def test_rounding_errors_are_those_of_fused_sums(dtype):
+def test_rounding_errors_are_those_of_fused_multiply_adds(dtype):
     generator = np.random.default_rng(0)
     a, b = (generator.standard_normal(shape).astype(dtype) for shape in [(70, 1000), (1000, 70)])
     exact = a.astype(np.longdouble) @ b.astype(np.longdouble)
@@ -181,7 +181,7 @@ def test_rounding_errors_are_those_of_fused_sums(dtype):
 
 @every_dtype
 @pytest.mark.parametrize("layout", ["C", "F"])
-def test_a_row_has_the_same_bits_in_any_company(layout, dtype):
+def test_bits_of_a_row_do_not_depend_on_other_rows(layout, dtype):
     generator = np.random.default_rng(0)
     a, b, bias = (generator.standard_normal(shape).astype(dtype) for shape in [(150, 900), (900, 10), 10])
     whole = get_backend("numba").matmul(np.asarray(a, order=layout), b, bias)
@@ -193,7 +193,7 @@ def test_a_row_has_the_same_bits_in_any_company(layout, dtype):
 @every_dtype
 @pytest.mark.parametrize("layout_b", ["C", "F"])
 @pytest.mark.parametrize("layout_a", ["C", "F"])
-def test_bits_do_not_depend_on_how_a_product_is_cut(layout_a, layout_b, dtype):
+def test_bits_do_not_depend_on_blocking(layout_a, layout_b, dtype):
     """Few rows, copied columns and packed squares give what the same rows have in other company, or one by one."""
     generator = np.random.default_rng(0)
     k, n = 2 * KC + 3, 4 * TILE_BYTES // dtype().itemsize + 5
@@ -403,7 +403,7 @@ def test_two_processes_start_on_an_empty_cache(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_cache_that_cannot_be_written_is_done_without(tmp_path):
+def test_an_unwritable_cache_is_no_error(tmp_path):
     (tmp_path / "file").touch()
     seconds, *_, relu, gradient = finish(start_probe(NUMBA_CACHE_DIR=str(tmp_path / "file" / "folder")))
     assert seconds > 0
@@ -434,7 +434,7 @@ def test_settings_that_change_the_code_do_not_share_a_cache(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_damaged_cache_is_compiled_anew(tmp_path):
+def test_a_damaged_cache_file_is_compiled_again(tmp_path):
     def run():
         seconds, *_, relu, gradient = finish(start_probe(NUMBA_CACHE_DIR=str(tmp_path)))
         assert (relu, gradient) == (0, 0.5)
@@ -458,7 +458,7 @@ def test_a_damaged_cache_is_compiled_anew(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("full_at", ["write_bytes", "mkdir"])
-def test_a_full_disk_is_done_without(full_at, tmp_path):
+def test_a_full_disk_gives_one_warning(full_at, tmp_path):
     """As if the disk were full at the first write, or at the first folder."""
     code = textwrap.dedent(f"""
         import errno, os, pathlib

@@ -95,7 +95,7 @@ def test_only_non_zeros_take_memory(sparse):
     assert sparse.prepare(np.zeros_like(images)).nbytes <= 12 * sum(images.shape) + 1000
 
 
-def test_rows_are_visited_from_the_fullest_to_the_emptiest(sparse):
+def test_rows_are_sorted_by_non_zeros(sparse):
     """So the trip count of the innermost loop repeats, and its exit branch predicts well."""
     nonzeros = sparse.prepare(random_images((130, 3 * BLOCK), 0.3)).nonzeros
     for masks in np.split(nonzeros.masks, np.cumsum(nonzeros.groups)[:-1] * GROUP):
@@ -142,7 +142,7 @@ def test_strided_arguments(sparse, dtype):
     assert_product(sparse.matmul(x.T, weights[::-1][:11]), exact.T, weights[::-1][:11])
 
 
-def test_more_pixels_than_two_bytes_can_count(sparse):
+def test_more_pixels_than_16_bits_can_count(sparse):
     images = random_images((3, 70_000), 0.01)
     x, exact = sparse.prepare(images), np.divide(images, 255, dtype=np.float32)
     weights, upstream = (np.random.default_rng(0).standard_normal((n, 5)).astype(np.float32) for n in (70_000, 3))
@@ -151,7 +151,7 @@ def test_more_pixels_than_two_bytes_can_count(sparse):
 
 
 @pytest.mark.parametrize(("n", "pixels", "hidden"), [(0, 5, 3), (3, 5, 0), (3, 0, 4), (0, 0, 0)])
-def test_nothing_to_multiply(sparse, n, pixels, hidden):
+def test_empty_products(sparse, n, pixels, hidden):
     x = sparse.prepare(np.ones((n, pixels), np.uint8))
     bias = np.arange(hidden, dtype=np.float32)
     result = sparse.matmul(x, np.ones((pixels, hidden), np.float32), bias)
@@ -173,7 +173,7 @@ def test_results_stay_with_their_images(sparse):
 
 
 @every_dtype
-def test_a_row_depends_on_itself_alone(sparse, dtype):
+def test_bits_of_a_row_do_not_depend_on_other_rows(sparse, dtype):
     """Bit for bit: neither on the rows it is visited with nor on its place among them, down to the sign of a zero."""
     rng = np.random.default_rng(0)
     images = np.concatenate([random_images((40, 150), density, seed) for seed, density in enumerate([0, 0.1, 0.3, 1])])
@@ -192,7 +192,7 @@ def test_a_row_depends_on_itself_alone(sparse, dtype):
 
 @every_dtype
 @pytest.mark.parametrize("nasty", [np.nan, np.inf, -np.inf])
-def test_weights_that_are_not_finite_reach_only_images_with_ink_there(sparse, dtype, nasty):
+def test_non_finite_weights_reach_only_images_with_ink_there(sparse, dtype, nasty):
     images = random_images((65, 200), 0.3)
     images[::7] = 0
     images[3] = 0
@@ -296,14 +296,14 @@ def test_images_are_kept_exactly_on_other_cpus(other, digits28):
 def test_products_on_other_cpus(other, dtype):
     for hidden in HIDDEN:
         test_products_of_every_size(other, hidden, dtype)
-    test_a_row_depends_on_itself_alone(other, dtype)
-    test_weights_that_are_not_finite_reach_only_images_with_ink_there(other, dtype, np.nan)
+    test_bits_of_a_row_do_not_depend_on_other_rows(other, dtype)
+    test_non_finite_weights_reach_only_images_with_ink_there(other, dtype, np.nan)
 
 
 # Dense images ------------------------------------------------------------------------------------------------------
 
 
-def test_dense_images_are_worth_one_warning():
+def test_dense_images_give_one_warning():
     """In a new process, as it is given once; sparse images, and few dense ones, are not worth any."""
     program = textwrap.dedent("""
         import warnings

@@ -48,7 +48,7 @@ def file(tmp_path):
 
 
 @pytest.mark.parametrize("batch_size", [None, 600])
-def test_a_resumed_run_ends_bitwise_where_the_uninterrupted_one_does(backend, tiny, tmp_path, batch_size):
+def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(backend, tiny, tmp_path, batch_size):
     """From before the first step, after each, and after each epoch; and on another number of threads."""
     mlp, files, dataset = MLP(SIZES), [], limited(tiny, 2600)
     options = {"epochs": 2, "batch_size": batch_size, "eval_every": 2}
@@ -68,7 +68,7 @@ def test_a_resumed_run_ends_bitwise_where_the_uninterrupted_one_does(backend, ti
 
 
 @pytest.mark.parametrize(("meant", "done", "epochs"), [(3, 3, 5), (3, 3, 6), (5, 3, 3), (5, 4, 5), (5, 5, 5)])
-def test_going_on_to_another_number_of_epochs_ends_as_if_it_had_been_meant_so(tiny, meant, done, epochs):
+def test_resuming_with_more_epochs_equals_one_longer_run(tiny, meant, done, epochs):
     """The test accuracy after the last epoch included, which is measured though it is not every second one."""
     run, expected = (Checkpoint(MLP(SIZES), State.start(0), CONFIG) for _ in range(2))
     options = {"batch_size": 1200, "eval_every": 2}
@@ -84,7 +84,7 @@ def test_going_on_to_another_number_of_epochs_ends_as_if_it_had_been_meant_so(ti
     assert_same(run, expected)
 
 
-def test_what_is_saved_is_loaded(file):
+def test_save_and_load_round_trip(file):
     first = load(file)
     again = file.with_name("again")
     save(again, *first)
@@ -98,7 +98,7 @@ def test_what_is_saved_is_loaded(file):
         assert ours.flags.writeable
 
 
-def test_a_state_of_another_run_is_an_error(tiny):
+def test_a_state_from_another_run_is_an_error(tiny):
     state = State.start(0)
     state.steps = 6
     with pytest.raises(ValueError, match="after step 6 of an epoch that has only 5"):
@@ -135,7 +135,7 @@ def test_a_full_disk_leaves_the_old_file(file, monkeypatch, function):
 
 
 @needs_posix
-def test_a_file_that_may_not_grow_leaves_the_old_one(file):
+def test_a_file_size_limit_leaves_the_old_file(file):
     import resource
 
     before, run = file.read_bytes(), load(file)
@@ -152,7 +152,7 @@ def test_a_file_that_may_not_grow_leaves_the_old_one(file):
 
 @needs_posix
 @pytest.mark.parametrize(("function", "steps"), [("os.fsync", 3), ("pathlib.Path.replace", 3), ("os.open", 4)])
-def test_killed_inside_a_write(file, function, steps):
+def test_killed_during_a_write(file, function, steps):
     """Before the new file is safe on the disk, before it gets its name, and right after."""
     kill = "lambda *_: os.kill(os.getpid(), signal.SIGKILL)"
     code = f"run.state.steps += 1; {function} = {kill}; save(file, *run)"
@@ -166,7 +166,7 @@ def test_killed_inside_a_write(file, function, steps):
     assert list(file.parent.iterdir()) == [file]
 
 
-def test_saving_what_could_not_be_loaded_is_an_error(file):
+def test_saving_a_non_finite_parameter_is_an_error(file):
     before, run = file.read_bytes(), load(file)
     run.mlp.layers[1][0][2, 3] = np.nan
     with pytest.raises(CheckpointError, match=r"cannot save .*: layers\.1\.weights is not finite"):
@@ -219,7 +219,7 @@ def test_parameters_that_could_not_be_loaded_are_refused(file, change, message):
     assert file.read_bytes() == before
 
 
-def test_numpy_numbers_are_saved_as_pythons(file):
+def test_numpy_scalars_are_saved_as_python_numbers(file):
     expected = load(file)
     numbers = {"hidden": np.int64(6), "learning_rate": np.float32(0.5), "batch_size": np.uint16(1200)}
     numbers |= {"seed": np.int32(0), "epochs": np.int8(2), "eval_every": np.int64(2)}
@@ -273,7 +273,7 @@ def holder(file):
         process.kill()
 
 
-def test_a_file_that_another_process_writes_is_left_alone(file, holder, monkeypatch):
+def test_a_file_locked_by_another_process_is_not_written(file, holder, monkeypatch):
     before, run = file.read_bytes(), load(file)
     part = file.with_name(f".{file.name}.{holder.pid}.part")
     part.touch()
@@ -284,7 +284,7 @@ def test_a_file_that_another_process_writes_is_left_alone(file, holder, monkeypa
     assert file.read_bytes() == before
 
 
-def test_a_killed_process_leaves_nothing_locked(file, holder):
+def test_a_killed_process_leaves_no_lock(file, holder):
     run = load(file)
     holder.kill()
     holder.wait()
@@ -292,7 +292,7 @@ def test_a_killed_process_leaves_nothing_locked(file, holder):
     assert list(file.parent.iterdir()) == [file]
 
 
-def test_a_writer_waits_for_another(file, holder):
+def test_a_writer_waits_for_the_lock(file, holder):
     run = load(file)
     threading.Timer(0.3, holder.kill).start()
     save(file, *run)
@@ -308,7 +308,7 @@ def test_threads_that_save_to_one_file_take_turns(file):
     assert list(file.parent.iterdir()) == [file]
 
 
-def test_whoever_has_the_lock_may_write(file):
+def test_the_lock_is_reentrant(file):
     run = load(file)
     with locked(file), locked(file.parent / "x" / ".." / file.name):
         save(file, *run)
@@ -316,7 +316,7 @@ def test_whoever_has_the_lock_may_write(file):
     assert list(file.parent.iterdir()) == [file]
 
 
-def test_where_there_are_no_locks_files_are_written_all_the_same(file, monkeypatch):
+def test_files_are_written_without_lock_support(file, monkeypatch):
     """Some network file systems have none; a part there may be of a living process."""
 
     def flock(*_):
@@ -329,7 +329,7 @@ def test_where_there_are_no_locks_files_are_written_all_the_same(file, monkeypat
     assert sorted(file.parent.iterdir()) == [part, file]
 
 
-def test_a_link_is_followed(file):
+def test_a_symbolic_link_is_followed(file):
     link = file.with_name("latest")
     link.symlink_to(file)
     run = load(link)
@@ -423,7 +423,7 @@ def test_a_forged_checkpoint_is_refused(file, changes, message):
     assert_refused(file, message)
 
 
-def test_a_forgery_without_a_change_is_not_refused(file):
+def test_an_unchanged_forgery_is_accepted(file):
     before = load(file)
     forged(file)
     assert_same(load(file), before)
@@ -465,7 +465,7 @@ def test_a_foreign_file_is_refused(tmp_path, content, message):
     assert_refused(tmp_path / "file", message)
 
 
-def test_a_truncated_or_longer_file_is_refused(file):
+def test_a_truncated_or_extended_file_is_refused(file):
     content = file.read_bytes()
     for length in [*range(0, len(content), 97), len(content) - 1]:
         file.write_bytes(content[:length])
@@ -474,7 +474,7 @@ def test_a_truncated_or_longer_file_is_refused(file):
     assert_refused(file, "not a checkpoint, or damaged")
 
 
-def test_every_flipped_bit_is_noticed(file):
+def test_every_flipped_bit_is_detected(file):
     """In the parameters, too, where any value would do: without the checksum, the run would go on elsewhere."""
     content = bytearray(file.read_bytes())
     for position in [*range(0, 8), *range(8, len(content), 13)]:
@@ -494,7 +494,7 @@ def test_every_flipped_bit_is_noticed(file):
         ("a" * 300, "too long"),
     ],
 )
-def test_no_file(tmp_path, name, message):
+def test_a_missing_file_is_refused(tmp_path, name, message):
     assert_refused(tmp_path / name, message)
 
 
@@ -659,7 +659,7 @@ def test_a_read_only_folder_is_an_error_before_training(main, tmp_path, monkeypa
     assert not list(tmp_path.iterdir())
 
 
-def test_other_images_are_another_run(main, trained, monkeypatch):
+def test_changed_images_are_another_run(main, trained, monkeypatch):
     dataset = command_line.load_dataset("digits28")
     images = dataset.test_images.copy()
     images[-1, -1] ^= 1
@@ -679,13 +679,13 @@ def test_a_checkpoint_does_not_choose_what_is_imported(main, trained, tmp_path):
     assert "this" not in sys.modules
 
 
-def test_a_backend_of_ones_own_can_be_resumed(main, tmp_path):
+def test_a_custom_backend_can_be_resumed(main, tmp_path):
     own = ["--backend", "kernels.numpy_backend:NumpyBackend"]
     assert main(*TRAIN, *own, "--epochs", 1, "--checkpoint", tmp_path / "run")[0] == 0
     assert main("train", *own, "--resume", tmp_path / "run", "--epochs", 2)[0] == 0
 
 
-def test_when_it_is_saved(main, monkeypatch, tmp_path):
+def test_save_schedule(main, monkeypatch, tmp_path):
     saved = []
     monkeypatch.setattr(command_line, "save", lambda _, __, state, ___: saved.append(stand(state)))
     main(*TRAIN, "--epochs", 5, "--checkpoint", tmp_path / "x")
@@ -726,7 +726,7 @@ def wait_for(file, process):
         pytest.param("SIGHUP", 129, marks=pytest.mark.slow),
     ],
 )
-def test_a_signal_saves_after_the_running_step(main, tmp_path, name, exit_code):
+def test_a_signal_is_deferred_to_the_end_of_the_step_and_saves(main, tmp_path, name, exit_code):
     """Sent twice at once, as some process managers do, it still counts as one."""
     file = tmp_path / "run"
     process = start(*TRAIN, "--epochs", 10**6, "--checkpoint", file)
@@ -768,7 +768,7 @@ def test_a_second_signal_stops_at_once(tmp_path, number, exit_code):
 
 
 @needs_posix
-def test_signals_are_ignored_once_the_program_ends_and_where_they_were():
+def test_signals_are_ignored_during_exit_and_if_they_were_before():
     """The user's impatience must not break what is unwound, nor a Ctrl-C for others a background job."""
     program = """if True:
         import os, signal
@@ -806,7 +806,7 @@ def test_a_closed_terminal_saves(tmp_path):
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_parameters_that_have_overflowed_are_not_called_a_damaged_checkpoint(main, tmp_path):
+def test_overflowed_parameters_are_not_reported_as_a_damaged_checkpoint(main, tmp_path):
     file = tmp_path / "run"
     options = ["--checkpoint", file, "--checkpoint-every", 1, "--epochs", 3, "--learning-rate", 3e40]
     code, _, error = main(*TRAIN[:-4], "--eval-every", 3, *options)

@@ -138,7 +138,7 @@ def test_ctrl_c_during_the_imports(tmp_path):
 
 @needs_posix
 @pytest.mark.parametrize("name", ["run[bold].json", "run:100:.json", "x[/run].json", "run[red]\u2588.json", "\udce9"])
-def test_file_names_are_printed_as_they_are(tmp_path, name):
+def test_file_names_are_printed_verbatim(tmp_path, name):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     result = subprocess.run(
         [sys.executable, "-m", "model", *TRAIN, "--checkpoint", name, "--json", f"{name}.json"],
@@ -165,7 +165,7 @@ def test_a_loop_of_links(tmp_path):
 
 
 @pytest.mark.parametrize("columns", ["0", "10", "40"])
-def test_narrow_terminals_cut_nothing(columns):
+def test_narrow_terminals_truncate_nothing(columns):
     command = [sys.executable, "-m", "model", *TRAIN]
     environment = {**os.environ, "COLUMNS": columns}
     result = subprocess.run(command, capture_output=True, text=True, env=environment)

@@ -176,7 +176,7 @@ def test_same_bits_on_any_number_of_workers(processes, backend, tiny, workers):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [2, 3])
-def test_same_bits_on_whole_data(processes, full_batch_backend, digits28, workers):
+def test_same_bits_on_the_full_data_set(processes, full_batch_backend, digits28, workers):
     processes.have(workers)
     batches = Cluster(processes.client).batch
     seen = []
@@ -185,7 +185,7 @@ def test_same_bits_on_whole_data(processes, full_batch_backend, digits28, worker
     assert sum(seen) == 2 * 60_000
 
 
-def test_workers_with_more_threads_get_more(processes, tiny):
+def test_workers_with_more_threads_get_more_shards(processes, tiny):
     processes.have(1)
     processes.start_worker(threads=3)
     while len(processes.client.nthreads()) < 2:
@@ -292,7 +292,7 @@ def test_all_workers_gone(mortal, tiny):
 
 @pytest.mark.slow
 @needs_posix
-def test_workers_gone_in_the_middle_of_a_step(mortal, tiny):
+def test_all_workers_gone_during_a_step(mortal, tiny):
     """The kernel kills its worker, and the next that tries; Dask gives up before it has killed all there are."""
     batches = Cluster(mortal.client, patience=1).batch
     with pytest.raises(ClusterError, match="no worker for 1 seconds"):
@@ -302,7 +302,7 @@ def test_workers_gone_in_the_middle_of_a_step(mortal, tiny):
 @needs_posix
 @pytest.mark.slow
 @pytest.mark.parametrize("nannies", [1, 2])
-def test_work_that_kills_again_and_again(mortal, tiny, nannies):
+def test_a_task_that_kills_every_worker(mortal, tiny, nannies):
     """A nanny starts its worker again, which would go on for ever: the only one's, or each of two."""
     for _ in range(nannies):
         mortal.start_worker(nanny="--nanny")
@@ -360,7 +360,7 @@ def test_an_error_in_a_worker_reaches_the_caller(processes, tiny):
 
 
 @pytest.mark.slow
-def test_scheduler_gone_and_the_checkpoint_stands(mortal, tmp_path):
+def test_the_checkpoint_survives_the_scheduler(mortal, tmp_path):
     """Then a single process goes on, to the bits of one that never saw a cluster."""
     file, whole = tmp_path / "run", tmp_path / "whole"
     options = ("--epochs", 400, "--eval-every", 400, "--checkpoint-every", 1, "--checkpoint")
@@ -386,7 +386,7 @@ def test_scheduler_gone_and_the_checkpoint_stands(mortal, tmp_path):
     ("name", "value", "message"),
     [("numpy", "1.0", r"numpy 1\.0, not 2\.\S+"), ("processor", "6502", r"processor (6502, not .*|.*, not 6502)")],
 )
-def test_a_worker_that_would_compute_other_bits(mortal, tiny, name, value, message):
+def test_a_worker_that_would_compute_different_bits(mortal, tiny, name, value, message):
     program = (
         "from distributed.cli.dask_worker import main; from model.extras import dask_workers;"
         f"found = dask_workers.surroundings() | {{'{name}': '{value}'}};"
@@ -407,7 +407,7 @@ def test_a_scheduler_of_another_version(processes, monkeypatch):
         Cluster(processes.client)
 
 
-def test_a_file_that_workers_do_not_have(processes, tmp_path, digits28, monkeypatch):
+def test_a_file_that_workers_lack_or_that_differs(processes, tmp_path, digits28, monkeypatch):
     processes.have(1)
     write_idx(tmp_path, limited(digits28, 600))
     mapped, cluster = load_idx(tmp_path), Cluster(processes.client)
@@ -426,7 +426,7 @@ def test_a_file_that_workers_do_not_have(processes, tmp_path, digits28, monkeypa
 
 @pytest.mark.slow
 @needs_posix
-def test_a_file_cut_short_ends_in_one_line(processes, tmp_path, digits28):
+def test_a_truncated_file_is_a_one_line_error(processes, tmp_path, digits28):
     """Of a worker's own process only that, of this one as well; limit 0 has the pages read again."""
     write_idx(tmp_path, limited(digits28, 20_000))
     file = tmp_path / "train-images-idx3-ubyte"
@@ -482,7 +482,7 @@ def test_mini_batches_are_refused(processes, tiny):
 # The command line
 
 
-def test_workers_of_its_own(tmp_path):
+def test_local_workers(tmp_path):
     files = tmp_path / "alone", tmp_path / "workers"
     for file, options in zip(files, ((), ("--workers", 2, "--memory-limit", "1 MB"))):
         result = run_model("train", *DIGITS, "--epochs", 3, "--checkpoint", file, *options)
@@ -531,7 +531,7 @@ def test_errors_are_one_line_and_exit_code_2(arguments, message, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "size"), [("7", 7), ("500 MB", 5 * 10**8), ("1.5kB", 1500), ("2 GiB", 2**31), ("0", 0)]
 )
-def test_numbers_of_bytes(text, size):
+def test_parse_bytes(text, size):
     assert parse_bytes(text) == size
 
 
@@ -545,7 +545,7 @@ def test_without_dask():
 
 @needs_proc
 @pytest.mark.slow
-def test_beyond_memory(tmp_path, digits28):
+def test_data_larger_than_the_memory_limit(tmp_path, digits28):
     """480,000 images in less than 1 GB of memory: all of it, the pages of the mapped files included."""
     from bench.studies.scaling import shifted
 

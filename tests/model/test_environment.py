@@ -30,7 +30,7 @@ def project(tmp_path, monkeypatch):
     return folder
 
 
-def test_the_commit_of_a_repository_around_the_project_is_not_its_own(project):
+def test_the_commit_of_an_enclosing_repository_is_not_reported(project):
     assert environment.environment()["commit"] is None
 
 

@@ -112,7 +112,7 @@ def test_one_layer_is_logistic_regression(backend):
     assert [part.shape for part in mlp.gradients(backend, x, np.arange(3))[2]] == [(20, 5), (5,)]
 
 
-def test_it_shows_itself_in_a_line():
+def test_repr():
     assert repr(MLP()) == "<MLP 784-128-10: 101,770 parameters, float32>"
     assert repr(MLP((3, 2), dtype=np.float64)) == "<MLP 3-2: 8 parameters, float64>"
 

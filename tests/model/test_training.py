@@ -46,7 +46,7 @@ def test_same_bits_on_any_number_of_threads(backend, tiny, batch_size):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [None, 2000])
-def test_same_bits_on_whole_data(full_batch_backend, digits28, batch_size):
+def test_same_bits_on_the_full_data_set(full_batch_backend, digits28, batch_size):
     options = {"epochs": 2 if batch_size is None else 1, "batch_size": batch_size}
     runs = [
         trained(full_batch_backend, digits28, (784, 128, 10), threads=threads, **options)[0]
@@ -103,7 +103,7 @@ def test_training_learns(backend, tiny):
     assert all(epoch.seconds > 0 for epoch in history.epochs)
 
 
-def test_full_batch_is_one_mini_batch_of_everything(tiny):
+def test_full_batch_equals_one_mini_batch_of_all_images(tiny):
     """In another order of addition: float32 roundings of sums over 5,200 images."""
     whole, _ = trained(NumpyBackend(), tiny)
     shuffled, _ = trained(NumpyBackend(), tiny, batch_size=5200)
@@ -156,7 +156,7 @@ def test_shards_cover_everything_once_and_evenly(count, expected):
 
 
 @pytest.mark.parametrize(("count", "sizes"), [(7, [7]), (8, [8]), (9, [4, 5]), (25, [6, 6, 6, 7])])
-def test_chunks_of_a_shard_are_even_and_none_too_large(tiny, count, sizes):
+def test_chunks_of_a_shard_are_even_and_small_enough(tiny, count, sizes):
     class Frugal(NumpyBackend):
         chunk = 8
 
@@ -187,7 +187,7 @@ def test_threads_share_the_work_and_results_come_in_order(threads, items):
 
 
 @pytest.mark.parametrize("in_caller", [True, False], ids=["in the calling thread", "in another"])
-def test_an_error_in_a_thread_drops_what_is_not_begun(in_caller):
+def test_an_error_in_a_thread_drops_pending_work(in_caller):
     meeting, begun = threading.Barrier(2), []
 
     def work(item):
@@ -224,7 +224,7 @@ def test_same_bits_when_images_are_prepared_again(backend, tiny, limit, batch_si
     assert results(history) == results(other_history)
 
 
-def test_no_more_is_kept_than_the_limit(tiny):
+def test_kept_images_stay_within_the_memory_limit(tiny):
     """Chunks of 650 images of 25 pixels, two in each shard, take 100 bytes for each image in float32: four fit."""
     prepared = []
 
@@ -246,7 +246,7 @@ def test_no_more_is_kept_than_the_limit(tiny):
     assert memory.used == 0
 
 
-def test_a_limit_needs_the_size_of_prepared_images(tiny):
+def test_a_memory_limit_needs_nbytes(tiny):
     class Sizeless(NumpyBackend):
         def _prepare(self, images, dtype):
             return csr_array(super()._prepare(images, dtype))
@@ -295,7 +295,7 @@ def test_wrong_options(tiny, options, message):
     ],
 )
 @pytest.mark.parametrize("batch_size", [None, 64])
-def test_images_and_labels_that_do_not_belong_together(tiny, changed, message, batch_size):
+def test_images_and_labels_that_do_not_match(tiny, changed, message, batch_size):
     """Before any work: nothing is prepared, and the network stays as it was."""
 
     class Untouched(NumpyBackend):
@@ -310,7 +310,7 @@ def blas_threads():
     return [library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"]
 
 
-def test_overlapping_trainings_share_the_limit_of_blas(digits28):
+def test_overlapping_runs_share_the_blas_thread_limit(digits28):
     """The first to end leaves the other its limit, and the last restores what was there before: two threads here."""
     few, alone = limited(digits28, 3000), {}
     with threadpool_limits(2, user_api="blas"):
@@ -341,7 +341,7 @@ def test_overlapping_trainings_share_the_limit_of_blas(digits28):
         assert blas_threads() == before
 
 
-def test_a_small_batch_wakes_no_other_thread(tiny):
+def test_a_small_batch_runs_on_one_thread(tiny):
     few = tiny._replace(train_images=tiny.train_images[:64], train_labels=tiny.train_labels[:64])
     seen = set()
 
@@ -363,7 +363,7 @@ def test_an_error_in_a_worker_reaches_the_caller(tiny):
         trained(Broken(), tiny, threads=2)
 
 
-def test_a_history_shows_itself_in_a_small_table():
+def test_history_repr():
     epochs = [Epoch(number, 2.5, 0.5, 0.25, 0.125) for number in range(1, 251)]
     lines = repr(History(0.0, epochs)).splitlines()
     assert lines[0] == "<History of 250 epochs>"
