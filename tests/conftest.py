@@ -1,4 +1,4 @@
-"""Data for the tests: MNIST where ``MNIST_DIR`` names it, and digits28 always."""
+"""Data for the tests: MNIST if ``MNIST_DIR`` is set, and always digits28."""
 
 import os
 
@@ -9,13 +9,13 @@ from model.data import Dataset, load_digits28, load_mnist
 
 
 def pytest_configure(config):
-    """In our tests, and not in users' benchmarks, a warning is an error."""
+    """Warnings are errors in our tests, but not in users' benchmarks."""
     config.addinivalue_line("filterwarnings", "error")
 
 
 @pytest.fixture(scope="session")
 def mnist():
-    """MNIST; skips where MNIST_DIR is not set, fails if REQUIRE_MNIST is."""
+    """MNIST; without MNIST_DIR, skips the test, or fails if REQUIRE_MNIST is set."""
     if not os.environ.get("MNIST_DIR"):
         if os.environ.get("REQUIRE_MNIST"):
             pytest.fail("REQUIRE_MNIST is set, but MNIST_DIR does not name the folder with the four MNIST files")
@@ -31,7 +31,7 @@ def digits28():
 
 @pytest.fixture(scope="session")
 def tiny():
-    """Images of 5 × 5 pixels that can be told apart, 5,200 to train on: four shards of two chunks."""
+    """Separable images of 5 × 5 pixels, 5,200 to train on: four shards of two chunks."""
     rng = np.random.default_rng(0)
     patterns = rng.integers(0, 256, (10, 25)) * (rng.random((10, 25)) < 0.5)
     labels = rng.integers(0, 10, 5300).astype(np.uint8)
@@ -40,7 +40,7 @@ def tiny():
 
 
 def pytest_collection_modifyitems(items):
-    """Pure Python trains in a separate process meanwhile: tests that wait for it run last."""
+    """Run the tests last that wait for pure Python, which trains in a separate process meanwhile."""
     items.sort(key=lambda item: "test_mini_batch_accuracy[naive" in item.name)
 
 

@@ -1,4 +1,4 @@
-"""The compiled kernels stay inside their arrays, are right at every edge, and never run stale code."""
+"""The compiled kernels stay inside their arrays, are correct at every edge, and never run stale code."""
 
 import importlib.util
 import itertools
@@ -37,7 +37,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def shapes(dtype):
-    """(m, k, n) with nothing, one, and one more or less than what fits, in each dimension."""
+    """(m, k, n) with 0, 1, and one more or less than a multiple of the block, in each dimension."""
     width, edge = TILE_BYTES // dtype().itemsize, EDGE_BYTES // dtype().itemsize
     columns = [0, 1, edge + 1, width, 2 * width - 1]
     yield from itertools.product([0, 1, MR - 1, 2 * MR + 1], [0, 1, 5], columns)
@@ -194,7 +194,7 @@ def test_bits_of_a_row_do_not_depend_on_other_rows(layout, dtype):
 @pytest.mark.parametrize("layout_b", ["C", "F"])
 @pytest.mark.parametrize("layout_a", ["C", "F"])
 def test_bits_do_not_depend_on_blocking(layout_a, layout_b, dtype):
-    """Few rows, copied columns and packed squares give what the same rows have in other company, or one by one."""
+    """Few rows, copied columns and packed blocks give the same bits as the rows in a larger product, or one by one."""
     generator = np.random.default_rng(0)
     k, n = 2 * KC + 3, 4 * TILE_BYTES // dtype().itemsize + 5
     a, b, bias = (generator.standard_normal(shape).astype(dtype) for shape in [(PACK_ROWS + 9, k), (k, n), n])
@@ -315,7 +315,7 @@ OTHERS = {
 
 @pytest.fixture(scope="module", params=OTHERS.values(), ids=OTHERS)
 def other(request, tmp_path_factory):
-    """The module as it is compiled for other vector registers; LLVM makes what this CPU lacks of what it has."""
+    """The module compiled for other vector registers; LLVM emulates instructions that this CPU lacks."""
     for dtype in np.float32, np.float64:  # compile for this CPU what results are compared with
         one = np.ones((1, 1), dtype)
         get_backend("numba").softmax_grad(get_backend("numba").matmul(one, one), np.zeros(1, int))
@@ -332,7 +332,7 @@ def other(request, tmp_path_factory):
 @pytest.mark.slow
 @every_dtype
 def test_products_for_other_cpus_have_the_same_bits(other, dtype):
-    """An element is the same chain of multiply-adds, however wide a vector and however large a tile."""
+    """An element is the same chain of multiply-adds for any vector width and tile size."""
     generator = np.random.default_rng(0)
     mr, deep = other.MR, max(other.KC_TRANSPOSED, other.KC_FEW)
     width, edge = (size // dtype().itemsize for size in (other.TILE_BYTES, other.EDGE_BYTES))
@@ -355,7 +355,7 @@ def test_products_for_other_cpus_have_the_same_bits(other, dtype):
 @every_dtype
 @pytest.mark.parametrize("classes", [1, 2, 9, 10, 33])
 def test_softmax_for_other_cpus(other, classes, dtype):
-    """Its sums are added in another order, so they may differ by the rounding of as many terms."""
+    """Its sums are added in another order, so they may differ by the rounding of that many terms."""
     logits = np.random.default_rng(0).standard_normal((7, classes)).astype(dtype)
     labels = np.arange(7) % classes
     loss, correct, gradient = other.NumbaBackend().softmax_grad(logits, labels)
@@ -412,7 +412,7 @@ def test_an_unwritable_cache_is_no_error(tmp_path):
 
 @pytest.mark.slow
 def test_settings_that_change_the_code_do_not_share_a_cache(tmp_path):
-    """Each run finds a cache that the runs with other settings have filled, and compiles; the first finds its own."""
+    """Each run sees a cache filled under other settings, and compiles; a repeated setting reuses its own entry."""
     settings = {
         "NUMBA_OPT": "0",
         "NUMBA_BOUNDSCHECK": "1",
@@ -477,7 +477,7 @@ def test_a_full_disk_gives_one_warning(full_at, tmp_path):
 
 
 def test_kernels_need_the_compiler():
-    """One line that names the variable, where a backend is asked for as well as where a kernel first runs."""
+    """A one-line error that names the variable, both on requesting a backend and on the first kernel call."""
     code = textwrap.dedent("""
         import os
         from kernels import get_backend

@@ -1,4 +1,4 @@
-"""The sparse form of images, and the products with it: nothing lost, nothing touched outside, nothing to notice."""
+"""The sparse format of images and its products: lossless, in bounds, equal to dense products."""
 
 import itertools
 import subprocess
@@ -32,7 +32,7 @@ def random_images(shape, density, seed=0):
 
 
 def decode(nonzeros, shape, group=GROUP):
-    """The matrix of bytes, from the description of the form alone."""
+    """The matrix of bytes, decoded by the documented format alone."""
     n, k = shape
     matrix = np.zeros((n + 1, k), np.uint8)
     values = iter(nonzeros.values.tolist())
@@ -86,7 +86,7 @@ def test_transpose(sparse):
 
 
 def test_only_non_zeros_take_memory(sparse):
-    """A byte for a non-zero, and 12 bytes for each row of a block that has any, or of the first block."""
+    """A byte per non-zero, and 12 bytes per row in each block where it has any, and in the first block."""
     images = random_images((512, 784), 0.19)
     x = sparse.prepare(images)
     for form in x.nonzeros, x.transposed:
@@ -174,7 +174,7 @@ def test_results_stay_with_their_images(sparse):
 
 @every_dtype
 def test_bits_of_a_row_do_not_depend_on_other_rows(sparse, dtype):
-    """Bit for bit: neither on the rows it is visited with nor on its place among them, down to the sign of a zero."""
+    """Bit for bit, including the sign of zeros, for any other rows in its group and any position among them."""
     rng = np.random.default_rng(0)
     images = np.concatenate([random_images((40, 150), density, seed) for seed, density in enumerate([0, 0.1, 0.3, 1])])
     staircase = 9 * np.tri(40, 150, -1, dtype=np.uint8)  # no two rows visited together have as many non-zeros
@@ -270,7 +270,7 @@ def test_encode_stays_inside_its_arrays(layout, place, monkeypatch):
     scope="module", params=[(16, 16, False), (16, 32, False), (64, 32, True)], ids=["SSE", "NEON", "AVX-512"]
 )
 def other(request, tmp_path_factory):
-    """The backend as it is compiled for other vector registers; LLVM makes what this CPU lacks of what it has."""
+    """The backend compiled for other vector registers; LLVM emulates instructions that this CPU lacks."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(numba.config, "CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         for name, value in zip(("REGISTER_BYTES", "REGISTERS", "HAS_COMPRESS"), request.param):
@@ -304,7 +304,7 @@ def test_products_on_other_cpus(other, dtype):
 
 
 def test_dense_images_give_one_warning():
-    """In a new process, as it is given once; sparse images, and few dense ones, are not worth any."""
+    """In a new process, as it appears only once; sparse images, or few dense ones, give none."""
     program = textwrap.dedent("""
         import warnings
         from concurrent.futures import ThreadPoolExecutor

@@ -1,4 +1,4 @@
-"""Checkpoints: a resumed run ends with the bits of an uninterrupted one, and no accident or forgery does any harm."""
+"""Checkpoints: a resumed run ends with the bits of an uninterrupted one, and no crash or forgery does any harm."""
 
 import errno
 import json
@@ -36,7 +36,7 @@ CONFIG = Config("numpy", "tiny", "0" * 64, None, 6, 0.3, 1200, 0, 2, 2)
 
 @pytest.fixture
 def file(tmp_path):
-    """A checkpoint in the middle of the second epoch, beside nothing else."""
+    """A checkpoint in the middle of the second epoch, alone in its folder."""
     mlp, state = MLP(SIZES), State.start(0)
     state.history.epochs = [checkpoint.Epoch(1, 2.3, 0.1, None, 0.5), checkpoint.Epoch(2, 2.2, 0.2, 0.25, 0.5)]
     state.steps, state.loss, state.correct, state.seconds = 3, 1.1, 7, 0.1
@@ -44,12 +44,12 @@ def file(tmp_path):
     return tmp_path / "run.safetensors"
 
 
-# Going on
+# Resuming
 
 
 @pytest.mark.parametrize("batch_size", [None, 600])
 def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(backend, tiny, tmp_path, batch_size):
-    """From before the first step, after each, and after each epoch; and on another number of threads."""
+    """Resumed before the first step, after each step and each epoch, on a different number of threads."""
     mlp, files, dataset = MLP(SIZES), [], limited(tiny, 2600)
     options = {"epochs": 2, "batch_size": batch_size, "eval_every": 2}
 
@@ -69,7 +69,7 @@ def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(backend, tiny,
 
 @pytest.mark.parametrize(("meant", "done", "epochs"), [(3, 3, 5), (3, 3, 6), (5, 3, 3), (5, 4, 5), (5, 5, 5)])
 def test_resuming_with_more_epochs_equals_one_longer_run(tiny, meant, done, epochs):
-    """The test accuracy after the last epoch included, which is measured though it is not every second one."""
+    """Includes the test accuracy after the last epoch, which is measured even if `eval_every` skips that epoch."""
     run, expected = (Checkpoint(MLP(SIZES), State.start(0), CONFIG) for _ in range(2))
     options = {"batch_size": 1200, "eval_every": 2}
 
@@ -153,7 +153,7 @@ def test_a_file_size_limit_leaves_the_old_file(file):
 @needs_posix
 @pytest.mark.parametrize(("function", "steps"), [("os.fsync", 3), ("pathlib.Path.replace", 3), ("os.open", 4)])
 def test_killed_during_a_write(file, function, steps):
-    """Before the new file is safe on the disk, before it gets its name, and right after."""
+    """Before the new file is synced to disk, before it is renamed, and right after."""
     kill = "lambda *_: os.kill(os.getpid(), signal.SIGKILL)"
     code = f"run.state.steps += 1; {function} = {kill}; save(file, *run)"
     imports = "import os, pathlib, signal; from model.extras.checkpoint import load, save"
@@ -251,7 +251,7 @@ def test_settings_that_could_not_be_loaded_are_refused(file, changes, message):
     assert file.read_bytes() == before
 
 
-# Two who write one file
+# Concurrent writers
 
 
 HOLD = """if True:
@@ -265,7 +265,7 @@ HOLD = """if True:
 
 @pytest.fixture
 def holder(file):
-    """A process that has the file locked."""
+    """A process that holds the lock."""
     command = [sys.executable, "-c", HOLD, str(file)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "locked\n"
@@ -317,7 +317,7 @@ def test_the_lock_is_reentrant(file):
 
 
 def test_files_are_written_without_lock_support(file, monkeypatch):
-    """Some network file systems have none; a part there may be of a living process."""
+    """Some network file systems have no locks, so a temporary file there may be of a live process."""
 
     def flock(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
@@ -475,7 +475,7 @@ def test_a_truncated_or_extended_file_is_refused(file):
 
 
 def test_every_flipped_bit_is_detected(file):
-    """In the parameters, too, where any value would do: without the checksum, the run would go on elsewhere."""
+    """In the parameters, too, where any value is valid: without the checksum, the run would silently diverge."""
     content = bytearray(file.read_bytes())
     for position in [*range(0, 8), *range(8, len(content), 13)]:
         content[position] ^= 1 << position % 8
@@ -547,7 +547,7 @@ def test_resume_into_another_file(main, tmp_path):
 
 
 def test_two_runs_do_not_share_a_file(main, trained, tmp_path):
-    """Neither a checkpoint that both go on with, nor a new one, nor a history."""
+    """Neither a resumed checkpoint, nor a new one, nor a history."""
     file, history, other = tmp_path / "run", tmp_path / "history.json", tmp_path / "other"
     file.write_bytes(trained.read_bytes())
     process = start("train", "--resume", file, "--epochs", 10**6, "--json", history)
@@ -727,7 +727,7 @@ def wait_for(file, process):
     ],
 )
 def test_a_signal_is_deferred_to_the_end_of_the_step_and_saves(main, tmp_path, name, exit_code):
-    """Sent twice at once, as some process managers do, it still counts as one."""
+    """Sent twice in quick succession, as some process managers do, it counts once."""
     file = tmp_path / "run"
     process = start(*TRAIN, "--epochs", 10**6, "--checkpoint", file)
     wait_for(file, process)
@@ -769,7 +769,7 @@ def test_a_second_signal_stops_at_once(tmp_path, number, exit_code):
 
 @needs_posix
 def test_signals_are_ignored_during_exit_and_if_they_were_before():
-    """The user's impatience must not break what is unwound, nor a Ctrl-C for others a background job."""
+    """An impatient second Ctrl-C must not interrupt the cleanup, and Ctrl-C must not stop a background job."""
     program = """if True:
         import os, signal
         from model.cli.signals import Stopped, stoppable
@@ -789,7 +789,7 @@ def test_signals_are_ignored_during_exit_and_if_they_were_before():
 @needs_posix
 @pytest.mark.filterwarnings("ignore:.*JAX is multithreaded:RuntimeWarning")  # where other tests have imported it
 def test_a_closed_terminal_saves(tmp_path):
-    """Its system sends SIGHUP, and nothing can be written to it any more."""
+    """The system sends SIGHUP, and writing to the terminal fails."""
     import pty
 
     file = tmp_path / "run"

@@ -124,7 +124,7 @@ def test_interrupt_ends_cleanly(arguments, number, exit_code):
 
 @needs_posix
 def test_ctrl_c_during_the_imports(tmp_path):
-    """A module that waits takes Typer's place: the signal arrives while it is imported."""
+    """A module that blocks replaces Typer, so the signal arrives during its import."""
     (tmp_path / "typer.py").write_text("print(flush=True); import time; time.sleep(60)")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     command = [sys.executable, "-m", "model", "train"]

@@ -1,4 +1,4 @@
-"""Training on Dask: a scheduler and workers in separate processes, which die at the worst moments."""
+"""Training on Dask: a scheduler and workers in separate processes that die at the worst moments."""
 
 import contextlib
 import itertools
@@ -53,7 +53,7 @@ class Processes:
         self.workers.append(self._start("dask_worker", *options, program=program))
 
     def have(self, count):
-        """Start or kill workers until there are `count`, and the scheduler knows it."""
+        """Start or kill workers until the scheduler has `count` of them."""
         while len(self.workers) < count:
             self.start_worker()
         while len(self.workers) > count:
@@ -76,7 +76,7 @@ class Processes:
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory):
-    """A cluster for all that leave its scheduler alive."""
+    """A cluster shared by all tests that leave its scheduler alive."""
     started = Processes(tmp_path_factory.mktemp("cluster"))
     yield started
     started.end()
@@ -84,7 +84,7 @@ def processes(tmp_path_factory):
 
 @pytest.fixture
 def mortal(tmp_path):
-    """A cluster for one test, with a worker that has imported the project: on a busy machine, that takes seconds."""
+    """A cluster for one test, with a worker that has imported the project, which takes seconds on a busy machine."""
     started = Processes(tmp_path)
     started.have(1)
     Cluster(started.client)
@@ -108,7 +108,7 @@ def assert_equal(ours, theirs):
 
 @pytest.mark.parametrize("count", [1, 2, 4, 8, 16, 32])
 def test_subtrees_give_the_bits_of_the_whole_tree(count):
-    """Floats of all sizes, whose sum depends on the order of the additions, dealt in every way to up to 3 workers."""
+    """Floats of all magnitudes, whose sum depends on the order of additions, split in all ways over up to 3 workers."""
     rng = np.random.default_rng(count)
     values = rng.normal(size=(count, 50)) * 10.0 ** rng.integers(-8, 8, (count, 50))
 
@@ -136,7 +136,7 @@ def test_powers_of_two_send_one_sum_each(workers):
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 7, 16])
 def test_merged_parts_give_the_bits_of_the_whole_tree(workers):
-    """In a tree of three each, and twice: a worker that dies has others do a task again with the same arguments."""
+    """With a fan-in of three, and twice: when a worker dies, others repeat a task with the same arguments."""
     rng = np.random.default_rng(workers)
     values = rng.normal(size=(32, 50)) * 10.0 ** rng.integers(-8, 8, (32, 50))
 
@@ -219,7 +219,7 @@ def test_workers_map_files_and_keep_no_more_than_the_limit(processes, tmp_path, 
 
 
 def kept(limit, dask_worker):
-    """Bytes of prepared images in a worker's parts; those of a run before, with another limit, may not be gone yet."""
+    """Bytes of prepared images in a worker's parts; those of an earlier run, with another limit, may still be there."""
     parts = (value for value in dask_worker.data.values() if isinstance(value, dask_workers.Part))
     return sum(part.__sizeof__() for part in parts if part.memory_limit == limit)
 
@@ -229,7 +229,7 @@ def kept(limit, dask_worker):
 
 @pytest.mark.slow
 def test_killed_workers_change_no_bit(processes, digits28):
-    """Ten times at a random moment kill -9 and another worker in its place; up to two are missing at a time."""
+    """Ten times, kill -9 a worker at a random moment and start a new one; up to two are missing at a time."""
     processes.have(3)
     dataset, rng = limited(digits28, 20_000), random.Random(0)
     spent = threading.Event()
@@ -266,7 +266,7 @@ def test_killed_workers_change_no_bit(processes, digits28):
 
 @pytest.mark.slow
 def test_the_last_worker_is_replaced(mortal, tiny):
-    """Dask would leave waiting what was meant for it."""
+    """Dask alone would leave its tasks waiting."""
 
     def on_images(count):
         if len(mortal.workers) == 1:
@@ -293,7 +293,7 @@ def test_all_workers_gone(mortal, tiny):
 @pytest.mark.slow
 @needs_posix
 def test_all_workers_gone_during_a_step(mortal, tiny):
-    """The kernel kills its worker, and the next that tries; Dask gives up before it has killed all there are."""
+    """The kernel kills its worker, and every worker that retries it; Dask gives up before all are dead."""
     batches = Cluster(mortal.client, patience=1).batch
     with pytest.raises(ClusterError, match="no worker for 1 seconds"):
         trained(Deadly(), tiny, (25, 6, 10), batches=batches)
@@ -303,7 +303,7 @@ def test_all_workers_gone_during_a_step(mortal, tiny):
 @pytest.mark.slow
 @pytest.mark.parametrize("nannies", [1, 2])
 def test_a_task_that_kills_every_worker(mortal, tiny, nannies):
-    """A nanny starts its worker again, which would go on for ever: the only one's, or each of two."""
+    """A nanny restarts its worker, which would repeat for ever: with one worker, or with two."""
     for _ in range(nannies):
         mortal.start_worker(nanny="--nanny")
     mortal.kill_worker(0)
@@ -340,7 +340,7 @@ def test_a_worker_without_the_project(mortal):
 
 
 class Deadly(NumpyBackend):
-    """Its worker does not survive it."""
+    """Kills its worker."""
 
     def _relu(self, z):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -361,7 +361,7 @@ def test_an_error_in_a_worker_reaches_the_caller(processes, tiny):
 
 @pytest.mark.slow
 def test_the_checkpoint_survives_the_scheduler(mortal, tmp_path):
-    """Then a single process goes on, to the bits of one that never saw a cluster."""
+    """A single process resumes it, and ends with the bits of a run that never used a cluster."""
     file, whole = tmp_path / "run", tmp_path / "whole"
     options = ("--epochs", 400, "--eval-every", 400, "--checkpoint-every", 1, "--checkpoint")
     command = [sys.executable, "-m", "model", "train", *DIGITS, *options, file, "--scheduler", mortal.address]
@@ -427,7 +427,7 @@ def test_a_file_that_workers_lack_or_that_differs(processes, tmp_path, digits28,
 @pytest.mark.slow
 @needs_posix
 def test_a_truncated_file_is_a_one_line_error(processes, tmp_path, digits28):
-    """Of a worker's own process only that, of this one as well; limit 0 has the pages read again."""
+    """It ends the worker's process, or this one if it reads the file itself; limit 0 makes it read the pages again."""
     write_idx(tmp_path, limited(digits28, 20_000))
     file = tmp_path / "train-images-idx3-ubyte"
     whole = file.read_bytes()
@@ -494,7 +494,7 @@ def test_local_workers(tmp_path):
 @pytest.mark.slow
 @needs_posix
 def test_interrupt_leaves_the_step_to_the_workers(tmp_path):
-    """Ctrl-C reaches them too."""
+    """Ctrl-C reaches them, too."""
     file = tmp_path / "run"
     options = ("--epochs", 100_000, "--checkpoint-every", 1, "--checkpoint", file, "--workers", 2)
     command = [sys.executable, "-m", "model", "train", *DIGITS, *options]
@@ -546,7 +546,7 @@ def test_without_dask():
 @needs_proc
 @pytest.mark.slow
 def test_data_larger_than_the_memory_limit(tmp_path, digits28):
-    """480,000 images in less than 1 GB of memory: all of it, the pages of the mapped files included."""
+    """480,000 images in less than 1 GB of memory, including the pages of the mapped files."""
     from bench.studies.scaling import shifted
 
     large = shifted(digits28, 480_000)

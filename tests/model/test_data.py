@@ -39,7 +39,7 @@ from tests.support.idx import (
 
 @pytest.fixture(autouse=True)
 def sandbox(monkeypatch, tmp_path):
-    """Let the tiny files be MNIST, the cache an empty directory, and no mirror reachable."""
+    """Make the tiny files count as MNIST, the cache an empty directory, and no mirror reachable."""
     monkeypatch.setattr(data, "FILES", TINY_FILES)
     monkeypatch.setattr(data, "MIRRORS", ["http://127.0.0.1:1/"])
     monkeypatch.setattr(data, "TIMEOUT", (1, 0.2))
@@ -197,7 +197,7 @@ def test_parser_accepts_exactly_what_it_can_represent(ndim, header, body, right_
 
 
 class Mirrors(http.server.BaseHTTPRequestHandler):
-    """One server, whose mirrors differ in how they fail, by the first part of the path."""
+    """One server with several mirrors: the first part of the path says how each fails."""
 
     def do_GET(self):
         self.server.requests.append(self.path)

@@ -1,4 +1,4 @@
-"""What a report says about the machine and the project it was made with."""
+"""The description of machine and project in a report."""
 
 import shutil
 import subprocess

@@ -23,7 +23,7 @@ def problem():
 
 
 def network_loss(xp, parameters, x, labels, log_sum_exp):
-    """The same network written once more from its definition, for the array library `xp`."""
+    """The same network, written again from its definition for the array library `xp`."""
     for weights, bias in zip(parameters[:-2:2], parameters[1:-2:2]):
         x = xp.maximum(x @ weights + bias, xp.zeros_like(bias))
     logits = x @ parameters[-2] + parameters[-1]

@@ -50,7 +50,7 @@ def test_full_batch_accuracy(full_batch_backend, dataset_name, record_property):
 
 
 def test_published_curve(full_batch_backend, mnist):
-    """Every published accuracy: but epoch 1 is noise of the random start, and at epoch 50 the curve is steep."""
+    """Every published accuracy, except epoch 1, which is noise; at epoch 50 the curve is steep."""
     history = full_batch_history(full_batch_backend, "mnist")
     for epoch, published in PUBLISHED.items():
         if epoch > 1:
@@ -61,7 +61,7 @@ def test_published_curve(full_batch_backend, mnist):
 
 @pytest.mark.parametrize("dataset_name", DATASETS)
 def test_mini_batch_accuracy(backend, dataset_name, naive_runs, record_property):
-    """Pure Python included. Two runs that differ in roundings alone disagree on few images."""
+    """Including pure Python. Runs that differ only in rounding disagree on few images."""
     if backend.name == "naive":
         accuracy, predictions = naive_runs[dataset_name].result()
     else:
@@ -82,6 +82,6 @@ def test_nine_of_ten_starts_pass_the_mini_batch_protocol(mnist, record_property)
 
 
 def test_an_untrained_network_guesses(digits28):
-    """What the thresholds above would look like without learning."""
+    """A network that has not learned is far below the thresholds above."""
     predictions = MLP().predict(NumpyBackend(), digits28.test_images)
     assert np.mean(predictions == digits28.test_labels) < 0.5

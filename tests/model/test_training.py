@@ -89,7 +89,7 @@ def test_trajectories_agree(backend, digits28, batch_size):
 
 @pytest.mark.slow
 def test_a_long_run_keeps_memory_flat_and_backends_together():
-    """In a fresh process, whose memory no other test has grown; the whole program takes minutes."""
+    """In a fresh process, whose memory no other test has grown; the full program takes minutes."""
     command = [sys.executable, "-m", "tests.soak.long_run", "--images", "500", "--hidden", "16"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -104,7 +104,7 @@ def test_training_learns(backend, tiny):
 
 
 def test_full_batch_equals_one_mini_batch_of_all_images(tiny):
-    """In another order of addition: float32 roundings of sums over 5,200 images."""
+    """The order of additions differs: float32 rounding of sums over 5,200 images."""
     whole, _ = trained(NumpyBackend(), tiny)
     shuffled, _ = trained(NumpyBackend(), tiny, batch_size=5200)
     for ours, theirs in zip(whole, shuffled):
@@ -296,7 +296,7 @@ def test_wrong_options(tiny, options, message):
 )
 @pytest.mark.parametrize("batch_size", [None, 64])
 def test_images_and_labels_that_do_not_match(tiny, changed, message, batch_size):
-    """Before any work: nothing is prepared, and the network stays as it was."""
+    """Before any work: nothing is prepared, and the network is unchanged."""
 
     class Untouched(NumpyBackend):
         def prepare(self, images, dtype=np.float32):
@@ -311,7 +311,7 @@ def blas_threads():
 
 
 def test_overlapping_runs_share_the_blas_thread_limit(digits28):
-    """The first to end leaves the other its limit, and the last restores what was there before: two threads here."""
+    """The first to end keeps the limit for the other; the last restores the previous number, two threads here."""
     few, alone = limited(digits28, 3000), {}
     with threadpool_limits(2, user_api="blas"):
         before = blas_threads()
