@@ -142,7 +142,7 @@ class _FloatFormat(NamedTuple):
     fraction_bits: int
     exponent_bias: int
     lowest: float  # e^x rounds to 0 for this x and below
-    terms: int  # degree of the series for e^r whose remainder is less than half a unit in the last place
+    terms: int  # degree of the polynomial for e^r: the error is below half a unit in the last place
 
 
 _FORMATS = {32: _FloatFormat(23, 127, -104.0, 7), 64: _FloatFormat(52, 1023, -746.0, 13)}

@@ -596,7 +596,7 @@ def test_files_larger_than_mnist_suggest_idx(folder):
         load_mnist(folder)
 
 
-# What often stands in a file's place, and in a folder's
+# Wrong files and folders
 
 PAGE = b"\n<!DOCTYPE html><title>404</title>"
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"

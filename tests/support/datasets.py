@@ -1,4 +1,4 @@
-"""The data sets that tests of accuracy run on: MNIST only where it is."""
+"""The data sets for tests of accuracy: MNIST only if it is available."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Arrays beside forbidden pages: whoever reads or writes past their ends dies."""
+"""Arrays next to guard pages: reading or writing past their ends crashes the process."""
 
 import ctypes
 import mmap
@@ -17,7 +17,7 @@ needs_mprotect = pytest.mark.skipif(os.name != "posix", reason="guard pages are 
 
 
 class Guarded:
-    """An array at the start or end of memory whose neighbouring pages kill whoever touches them.
+    """An array at the start or end of memory between guard pages; touching these crashes the process.
 
     Bytes of that memory that belong to no element are canaries, which read as NaN.
     """
