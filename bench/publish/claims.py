@@ -200,7 +200,7 @@ def where(claim: Claim, folders: Iterable[Folder]) -> str:
     if len(found) == 1:
         return f"on {next(iter(found))}" if holding else f"not on {next(iter(found))}"
     if len(holding) == len(found):
-        return f"on all {len(found)} machines"
+        return "on both machines" if len(found) == 2 else f"on all {len(found)} machines"
     return f"on {len(holding)} of {len(found)} machines" + (f" ({', '.join(holding)})" if holding else "")
 
 
@@ -215,7 +215,7 @@ def sentence(claim: Claim, folders: Iterable[Folder]) -> str:
         return f"How `{claim.competitor}` compares with `{claim.base}` has not been measured yet."
     return (
         f"`{claim.competitor}` is faster than {claim.base if claim.base == FASTEST else f'`{claim.base}`'} "
-        f"{where(claim, folders)} (× its time: {'; '.join(spans)})."
+        f"{where(claim, folders)}. Relative time: {'; '.join(spans)}."
     )
 
 
