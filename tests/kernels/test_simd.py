@@ -70,30 +70,23 @@ def test_matmul_stays_inside_its_arrays(layout_a, layout_b, place, dtype):
 @every_dtype
 @every_place
 @pytest.mark.parametrize("layout", ["row-major", "misaligned"])
-def test_relu_stays_inside_its_arrays(layout, place, dtype):
+@pytest.mark.parametrize(
+    ("kernel", "inputs", "expected"),
+    [
+        (numba_backend.relu, 1, lambda z: np.maximum(z, 0)),
+        (numba_backend.relu_grad, 2, lambda upstream, activations: np.where(activations > 0, upstream, 0)),
+    ],
+    ids=["relu", "relu_grad"],
+)
+def test_relu_and_its_gradient_stay_inside_their_arrays(kernel, inputs, expected, layout, place, dtype):
     for size in range(70):
-        z = Guarded(integers((1, size), dtype), layout, place)
+        arguments = [Guarded(integers((1, size), dtype, seed), layout, place) for seed in range(inputs)]
         out = Guarded(np.full((1, size), np.nan, dtype), place=place)
-        numba_backend.relu(z.read_only(), out.array)
-        z.assert_unchanged()
+        kernel(*(argument.read_only() for argument in arguments), out.array)
+        for argument in arguments:
+            argument.assert_unchanged()
         out.assert_canaries_live()
-        np.testing.assert_array_equal(out.array, np.maximum(z.array, 0))
-
-
-@needs_mprotect
-@every_dtype
-@every_place
-@pytest.mark.parametrize("layout", ["row-major", "misaligned"])
-def test_relu_grad_stays_inside_its_arrays(layout, place, dtype):
-    for size in range(70):
-        upstream = Guarded(integers((1, size), dtype, 1), layout, place)
-        activations = Guarded(integers((1, size), dtype, 2), layout, place)
-        out = Guarded(np.full((1, size), np.nan, dtype), place=place)
-        numba_backend.relu_grad(upstream.read_only(), activations.read_only(), out.array)
-        upstream.assert_unchanged()
-        activations.assert_unchanged()
-        out.assert_canaries_live()
-        np.testing.assert_array_equal(out.array, np.where(activations.array > 0, upstream.array, 0))
+        np.testing.assert_array_equal(out.array, expected(*(argument.array for argument in arguments)))
 
 
 @needs_mprotect

@@ -1,6 +1,7 @@
 """Training on Dask: a scheduler and workers in separate processes, which die at the worst moments."""
 
 import contextlib
+import functools
 import itertools
 import os
 import random
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 from distributed import Client
 
-from kernels import get_backend
+from kernels import backend_names, get_backend
 from kernels.numpy_backend import NumpyBackend
 from model.cli.options import parse_bytes
 from model.data import limited, load_idx, sha256
@@ -161,17 +162,27 @@ def test_merged_parts_give_the_bits_of_the_whole_tree(workers):
 # Equal bits
 
 
-@pytest.mark.parametrize(
-    "workers", [1, 3, pytest.param(7, marks=pytest.mark.slow), pytest.param(16, marks=pytest.mark.slow)]
-)
-def test_same_bits_on_any_number_of_workers(processes, backend, tiny, workers):
+@pytest.fixture(scope="module")
+def alone(tiny):
+    """Runs of this process, by backend and dtype."""
+
+    @functools.cache
+    def run(name, dtype):
+        return trained(get_backend(name), tiny, (25, 6, 10), dtype, threads=2)
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 3, 7])
+def test_any_number_of_workers_gives_the_bits_of_one_process(processes, alone, tiny, workers, monkeypatch, request):
+    """There are four shards: some workers get more than one, or none. Two sums at a time make a tree of two levels."""
+    monkeypatch.setattr(dask_workers, "FAN_IN", 2)
     processes.have(workers)
-    cluster = Cluster(processes.client)
-    for dtype in (np.float32, np.float64):
-        options = {"layer_sizes": (25, 6, 10), "dtype": dtype}
-        assert_equal(
-            trained(backend, tiny, **options, batches=cluster.batch), trained(backend, tiny, **options, threads=2)
-        )
+    batches = Cluster(processes.client).batch
+    for name in request.config.getoption("--backend") or backend_names():  # all of them, as workers start slowly
+        for dtype in (np.float32, np.float64):
+            assert_equal(trained(get_backend(name), tiny, (25, 6, 10), dtype, batches=batches), alone(name, dtype))
 
 
 @pytest.mark.slow
