@@ -1,11 +1,14 @@
 """Data for the tests: MNIST where ``MNIST_DIR`` names it, and digits28 always."""
 
+import multiprocessing
 import os
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pytest
 
 from model.data import Dataset, load_digits28, load_mnist
+from tests.support.datasets import DATASET
 
 
 def pytest_configure(config):
@@ -39,9 +42,24 @@ def tiny():
     return Dataset("tiny", images[:5200], labels[:5200], images[5200:], labels[5200:])
 
 
+NAIVE_RUN = "test_mini_batches_reach_92_percent[naive]"
+
+
 def pytest_collection_modifyitems(items):
-    """Pure Python trains in a separate process meanwhile: tests that wait for it run last."""
-    items.sort(key=lambda item: "test_mini_batch_accuracy[naive" in item.name)
+    """The test that waits for `naive_run` comes last."""
+    items.sort(key=lambda item: item.name == NAIVE_RUN)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def naive_run(request):
+    """Pure Python trains for minutes, so it starts before the first test, in another process: a future."""
+    if all(item.name != NAIVE_RUN for item in request.session.items):
+        yield None
+        return
+    from tests.model.test_published import mini_batch_run
+
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        yield process.submit(mini_batch_run, "naive", DATASET)
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from model.data import limited
+from tests.support.idx import write_idx
 from tests.support.runs import run_model
 from tests.support.systems import needs_posix
 
@@ -194,10 +196,13 @@ def test_help_is_for_newcomers():
 
 
 @pytest.mark.slow
-def test_reproduce(tmp_path):
-    result = run_model("reproduce", "--backend", "sparse", "--starts", 2, "--dataset", "digits28", "--output", tmp_path)
+def test_reproduce_shows_both_tables_and_writes_report_and_figure(tmp_path, digits28):
+    """250 epochs from two starts, over a thousand images."""
+    write_idx(tmp_path, limited(digits28, 1000))
+    data = ("--dataset", "idx", "--data", tmp_path)
+    result = run_model("reproduce", "--backend", "sparse", "--starts", 2, *data, "--output", tmp_path)
     assert result.returncode == 0, result.stderr
-    for text in ("train, published", "test, published", "92.21", "fitted", "digits28"):
+    for text in ("train, published", "test, published", "92.21", "fitted", "This run used idx"):
         assert text in result.stdout
     content = json.loads((tmp_path / "reproduction.json").read_text())
     assert len(content["runs"]["sparse"]["history"]) == 250
