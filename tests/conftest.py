@@ -7,6 +7,7 @@ from concurrent.futures import ProcessPoolExecutor
 import numpy as np
 import pytest
 
+import model.cli
 from model.data import Dataset, load_digits28, load_mnist
 from tests.support.datasets import DATASET
 
@@ -24,6 +25,19 @@ def mnist():
             pytest.fail("REQUIRE_MNIST is set, but MNIST_DIR does not name the folder with the four MNIST files")
         pytest.skip("MNIST_DIR is not set")
     return load_mnist()
+
+
+@pytest.fixture
+def main(monkeypatch, capsys):
+    """The command line in this process: from arguments to exit code, stdout and stderr."""
+
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["model", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            model.cli.main()
+        return stopped.value.code or 0, *capsys.readouterr()
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-import model.cli
 import model.cli.train as command_line
 from kernels.numpy_backend import NumpyBackend
 from model.data import limited
@@ -502,19 +501,6 @@ def test_a_file_of_terabytes_is_refused_unread(file):
 
 
 TRAIN = ("train", "--dataset", "digits28", "--limit", 300, "--hidden", 8, "--batch-size", 50, "--eval-every", 3)
-
-
-def run_main(monkeypatch, capsys, *arguments):
-    """Exit code, stdout and stderr of the command line in this process."""
-    monkeypatch.setattr(sys, "argv", ["model", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stopped:
-        model.cli.main()
-    return stopped.value.code or 0, *capsys.readouterr()
-
-
-@pytest.fixture
-def main(monkeypatch, capsys):
-    return lambda *arguments: run_main(monkeypatch, capsys, *arguments)
 
 
 def test_resume(main, tmp_path):

@@ -90,12 +90,17 @@ def test_progress_bar_on_a_terminal():
         (["--frobnicate"], "No such option: --frobnicate"),
     ],
 )
-def test_errors_are_one_line_and_exit_code_2(arguments, message):
-    result = run_model(*TRAIN, *arguments)
-    assert result.returncode == 2
-    assert result.stdout == ""
-    assert re.fullmatch(r"error: .*\n", result.stderr), result.stderr
-    assert message in result.stderr
+def test_errors_are_one_line_and_exit_code_2(main, arguments, message):
+    code, shown, error = main(*TRAIN, *arguments)
+    assert (code, shown) == (2, "")
+    assert re.fullmatch(r"error: .*\n", error), error
+    assert message in error
+
+
+def test_an_error_is_all_that_a_process_prints():
+    result = run_model(*TRAIN, "--learning-rate", "1e30")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert re.fullmatch(r"error: .* try a smaller learning rate\n", result.stderr)
 
 
 @needs_posix
@@ -156,13 +161,13 @@ def test_file_names_are_printed_as_they_are(tmp_path, name):
 
 
 @needs_posix
-def test_a_loop_of_links(tmp_path):
+def test_a_loop_of_links_is_one_line(main, tmp_path):
     loop = tmp_path / "loop"
     loop.symlink_to("loop")
     for option in ("--checkpoint", "--json", "--resume"):
-        result = run_model(*TRAIN, option, loop)
-        assert (result.returncode, result.stdout) == (2, "")
-        assert re.fullmatch(r"error: .*loop.*\n", result.stderr)
+        code, shown, error = main(*TRAIN, option, loop)
+        assert (code, shown) == (2, "")
+        assert re.fullmatch(r"error: .*loop.*\n", error)
     assert loop.is_symlink()
 
 
@@ -176,8 +181,8 @@ def test_narrow_terminals_cut_nothing(columns):
     assert rows == ["1", "2", "3"]
 
 
-def test_help_shows_defaults_in_brackets():
-    shown = run_model("train", "--help").stdout
+def test_help_shows_defaults_in_brackets(main):
+    _, shown, _ = main("train", "--help")
     assert "[default: $MNIST_DIR" in " ".join(shown.split())
 
 
@@ -188,11 +193,11 @@ def read_terminal(terminal):
         return b""
 
 
-def test_help_is_for_newcomers():
-    for command in ([], ["train"], ["reproduce"]):
-        result = run_model(*command, "--help")
-        assert result.returncode == 0
-        assert "--help" in result.stdout
+def test_every_command_has_help(main):
+    for command in ([], ["train"], ["reproduce"], ["predict"]):
+        code, shown, _ = main(*command, "--help")
+        assert code == 0
+        assert "--help" in shown
 
 
 @pytest.mark.slow

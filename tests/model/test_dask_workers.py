@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 
+import dask
 import numpy as np
 import pytest
 from distributed import Client
@@ -531,12 +532,12 @@ def test_interrupt_leaves_the_step_to_the_workers(tmp_path):
         (["--memory-limit", "-5"], "'-5' is not a number of bytes"),
     ],
 )
-def test_errors_are_one_line_and_exit_code_2(arguments, message, monkeypatch):
-    monkeypatch.setenv("DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT", "1s")
-    result = run_model("train", *DIGITS, *arguments)
-    assert result.returncode == 2
-    assert re.fullmatch(r"error: .*\n", result.stderr), result.stderr
-    assert message in result.stderr
+def test_errors_are_one_line_and_exit_code_2(main, arguments, message):
+    with dask.config.set({"distributed.comm.timeouts.connect": "1s"}):
+        code, _, error = main("train", *DIGITS, *arguments)
+    assert code == 2
+    assert re.fullmatch(r"error: .*\n", error), error
+    assert message in error
 
 
 @pytest.mark.parametrize(
