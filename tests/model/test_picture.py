@@ -4,8 +4,10 @@ import io
 import os
 import re
 import struct
+import threading
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from model.extras import picture
 from model.extras.checkpoint import CheckpointError, Config, save
 from model.extras.picture import MAX_PIXELS, PictureError, decode, prepare, read_picture
 from model.mlp import MLP
+from model.threads import available_cores
 from model.training import State, train
 from tests.support.datasets import DATASET
 from tests.support.idx import write_idx
@@ -76,18 +79,27 @@ def trained():
 def prepared_again(dataset, part):
     """Images and labels of digits28, without the few in a hundred that look like something else."""
     images, labels = getattr(dataset, f"{part}_images"), getattr(dataset, f"{part}_labels")
-    results = [prepared_or_none(encoded(Image.fromarray(image.reshape(28, 28)))) for image in images]
+    results = prepared_or_none(encoded(Image.fromarray(image.reshape(28, 28))) for image in images)
     read = [result is not None for result in results]
     assert np.mean(read) > 0.98
     again = np.array([result.reshape(-1) for result in results if result is not None])
     return {f"{part}_images": again, f"{part}_labels": labels[read]}
 
 
-def prepared_or_none(content):
-    try:
-        return prepared(content)
-    except PictureError:
-        return None
+def prepared_or_none(contents):
+    """Of each file the image, or None if it is refused; on all cores, as the filters release the GIL."""
+    decoding = threading.Lock()  # for it changes the filters of warnings, which threads share
+
+    def attempt(content):
+        try:
+            with decoding:
+                pixels = decode(io.BytesIO(content), "picture")
+            return prepare(pixels, "picture")
+        except PictureError:
+            return None
+
+    with ThreadPoolExecutor(available_cores()) as pool:
+        return list(pool.map(attempt, contents))
 
 
 @pytest.mark.slow
@@ -97,7 +109,7 @@ def test_accuracy_is_kept_within_two_points(trained, variant, record_property):
     mlp, images, labels = trained
     rng = np.random.default_rng(0)
     drawn = [VARIANTS[variant](Image.fromarray(image.reshape(28, 28)), rng) for image in images]
-    results = [prepared_or_none(encoded(image, compress_level=1)) for image in drawn]
+    results = prepared_or_none(encoded(image, compress_level=1) for image in drawn)
     read = np.array([result is not None for result in results])  # what is refused is not recognised
     blank = np.zeros((28, 28), np.uint8)
     again = np.array([blank if result is None else result for result in results]).reshape(len(images), -1)
