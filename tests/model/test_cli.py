@@ -17,7 +17,7 @@ from tests.support.systems import needs_posix
 TRAIN = ("train", "--dataset", "digits28", "--limit", "600", "--epochs", "3", "--backend", "numpy")
 
 
-def test_train(tmp_path):
+def test_train_writes_settings_and_history(tmp_path):
     file = tmp_path / "history.json"
     result = run_model(*TRAIN, "--json", file, "--threads", 2, "--eval-every", 2, "--hidden", 16)
     assert result.returncode == 0, result.stderr
@@ -55,7 +55,7 @@ def test_a_long_history_stays_readable():
 
 
 @needs_posix
-def test_progress_bar_on_a_terminal():
+def test_a_terminal_shows_a_progress_bar():
     import pty
 
     main, terminal = pty.openpty()
@@ -130,7 +130,7 @@ def test_interrupt_ends_cleanly(arguments, number, exit_code):
 
 
 @needs_posix
-def test_ctrl_c_during_the_imports(tmp_path):
+def test_ctrl_c_during_the_imports_ends_quietly(tmp_path):
     """A module that waits takes Typer's place: the signal arrives while it is imported."""
     (tmp_path / "typer.py").write_text("print(flush=True); import time; time.sleep(60)")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}

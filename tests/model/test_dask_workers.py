@@ -315,8 +315,10 @@ def test_workers_gone_in_the_middle_of_a_step(mortal, tiny):
 @needs_posix
 @pytest.mark.slow
 @pytest.mark.parametrize("nannies", [1, 2])
-def test_work_that_kills_again_and_again(mortal, tiny, nannies):
+def test_work_that_kills_again_and_again(mortal, tiny, nannies, monkeypatch):
     """A nanny starts its worker again, which would go on for ever: the only one's, or each of two."""
+    if nannies == 1:
+        monkeypatch.setattr(dask_workers, "ALLOWED_FAILURES", 1)  # of all workers, which takes seconds each time
     for _ in range(nannies):
         mortal.start_worker(nanny="--nanny")
     mortal.kill_worker(0)

@@ -195,7 +195,7 @@ def test_pictures_too_narrow_for_a_digit_are_blank(shape):
 
 
 @pytest.mark.parametrize("shape", [(9, 7), (7, 300), (300, 9), (30, 1000)])
-def test_odd_shapes(shape):
+def test_pictures_of_odd_shapes_are_prepared(shape):
     pixels = np.full((*shape, 3), 255, np.uint8)  # a light rectangle on dark would be a sheet on a table
     rows, columns = shape
     pixels[rows // 3 : rows - rows // 3, columns // 3 : columns - columns // 3] = 0
@@ -209,7 +209,7 @@ def kinds(mnist):
 
 
 @pytest.mark.slow
-def test_kinds_of_pictures(kinds):
+def test_digits_are_recognised_in_every_kind_of_picture(kinds):
     """Within 3 points of clean pictures, and 5 for pencil and lines: on 20 pictures, none more may be wrong."""
     right = kinds.right
     for name, accuracy in right.items():
@@ -271,7 +271,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_refused_in_one_line(tmp_path, name):
+def test_what_shows_no_digit_is_refused_in_one_line(tmp_path, name):
     content, problem = REFUSED[name]
     file = tmp_path / "picture.png"
     file.write_bytes(content)
@@ -284,7 +284,7 @@ def test_refused_in_one_line(tmp_path, name):
 
 
 @pytest.mark.parametrize("content", [PICTURES["grey"], JPEGS["JPEG"], PICTURES["16 bits"]])
-def test_truncated_anywhere(content):
+def test_a_file_cut_short_anywhere_is_refused(content):
     """Refused, unless nothing but checksums and end marks is missing."""
     for end in range(len(content)):
         try:
@@ -296,7 +296,7 @@ def test_truncated_anywhere(content):
 
 
 @needs_posix
-def test_names_that_are_no_files(tmp_path):
+def test_a_name_that_is_no_file_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for name, problem in {
         tmp_path: "is a folder",
@@ -311,7 +311,7 @@ def test_names_that_are_no_files(tmp_path):
         assert "\n" not in str(error.value)
 
 
-def test_file_of_too_many_bytes_is_not_read(tmp_path):
+def test_a_file_of_too_many_bytes_is_not_read(tmp_path):
     file = tmp_path / "huge.png"
     with file.open("wb") as stream:
         stream.write(PICTURES["grey"])
@@ -348,7 +348,7 @@ def test_predict_shows_the_digit_and_a_bar_for_each(tmp_path, trained):
         assert len(bar) == pytest.approx(float(percent) * 40 / 100, abs=1)
 
 
-def test_letters_from_training_to_prediction(tmp_path, digits28):
+def test_letters_are_trained_resumed_and_predicted(tmp_path, digits28):
     """Labels 1 to 26, as EMNIST's letters have: a run, its continuation, and what it says of a picture."""
     few = limited(digits28, 300)
     labels = [(1 + np.arange(len(array)) % 26).astype(np.uint8) for array in (few.train_labels, few.test_labels)]
@@ -364,7 +364,7 @@ def test_letters_from_training_to_prediction(tmp_path, digits28):
     assert re.findall(r"^ *(\d+) ", result.stdout, re.MULTILINE) == [str(label) for label in range(27)]
 
 
-def test_predict_refuses_in_one_line(tmp_path):
+def test_predict_says_in_one_line_what_is_wrong(tmp_path):
     good, text = tmp_path / "good.png", tmp_path / "text.png"
     good.write_bytes(PICTURES["grey"])
     text.write_text("seven")
