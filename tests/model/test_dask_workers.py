@@ -293,6 +293,7 @@ def test_the_last_worker_is_replaced(mortal, tiny):
     assert_equal(ours, trained(NumpyBackend(), tiny, (25, 6, 10)))
 
 
+@pytest.mark.slow
 def test_all_workers_gone(mortal, tiny):
     def on_step(state):
         if len(state.history.epochs) == 2 and mortal.workers:
@@ -497,6 +498,7 @@ def test_mini_batches_are_refused(processes, tiny):
 # The command line
 
 
+@pytest.mark.slow
 def test_workers_of_its_own(tmp_path):
     files = tmp_path / "alone", tmp_path / "workers"
     for file, options in zip(files, ((), ("--workers", 2, "--memory-limit", "1 MB"))):

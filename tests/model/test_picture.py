@@ -167,7 +167,7 @@ def test_damaged_exif_data_are_ignored(kind):
     """Any byte of them; the orientation is obeyed as long as it can be found, whatever is wrong with the rest."""
 
     def with_exif(content):
-        return prepared(encoded(digit(), kind, exif=content)).tobytes()
+        return decode(io.BytesIO(encoded(digit(), kind, exif=content)), "picture").tobytes()
 
     exif = Image.Exif()
     exif[0x0112], exif[0x011A] = 6, 72.0
