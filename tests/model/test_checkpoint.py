@@ -569,20 +569,19 @@ def test_the_history_does_not_replace_the_checkpoint(main, trained, tmp_path, mo
     assert (file.exists() and file.read_bytes()) == before
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"notes", b"[]", b"{}", b'{"runs": {}}', b"[" * 100_000, b"\xff\xfe", b"\0" * 100]
-)
-def test_only_an_earlier_history_is_replaced(main, tmp_path, monkeypatch, content):
+def test_only_an_earlier_history_is_replaced(main, tmp_path, monkeypatch):
     file = tmp_path / "history.json"
     assert main(*TRAIN, "--epochs", 1, "--json", file)[0] == 0
     assert main(*TRAIN, "--epochs", 2, "--json", file)[0] == 0
     assert len(json.loads(file.read_text())["history"]) == 2
     monkeypatch.setattr("model.cli.train.load_dataset", lambda *_: pytest.fail("work began"))
-    file.write_bytes(content)
-    code, shown, error = main(*TRAIN, "--json", file)
-    assert (code, shown) == (2, "")
-    assert error.startswith(f"error: {file} exists and is no earlier report (JSON with 'history'): name another file")
-    assert file.read_bytes() == content
+    for content in (b"", b"notes", b"[]", b"{}", b'{"runs": {}}', b"[" * 100_000, b"\xff\xfe", b"\0" * 100):
+        file.write_bytes(content)
+        code, shown, error = main(*TRAIN, "--json", file)
+        assert (code, shown) == (2, "")
+        message = f"error: {file} exists and is no earlier report (JSON with 'history'): name another file"
+        assert error.startswith(message), content[:20]
+        assert file.read_bytes() == content
 
 
 def test_a_link_to_the_resumed_checkpoint_is_that_checkpoint(main, trained, tmp_path):

@@ -144,7 +144,7 @@ def test_ctrl_c_during_the_imports_ends_quietly(tmp_path):
 
 
 @needs_posix
-@pytest.mark.parametrize("name", ["run[bold].json", "run:100:.json", "x[/run].json", "run[red]\u2588.json", "\udce9"])
+@pytest.mark.parametrize("name", ["run[bold]:100:\u2588.json", "x[/run].json", "\udce9"])
 def test_file_names_are_printed_as_they_are(tmp_path, name):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     result = subprocess.run(
