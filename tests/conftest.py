@@ -1,11 +1,15 @@
 """Data for the tests: MNIST if ``MNIST_DIR`` is set, and always digits28."""
 
+import multiprocessing
 import os
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pytest
 
+import model.cli
 from model.data import Dataset, load_digits28, load_mnist
+from tests.support.datasets import DATASET
 
 
 def pytest_configure(config):
@@ -21,6 +25,19 @@ def mnist():
             pytest.fail("REQUIRE_MNIST is set, but MNIST_DIR does not name the folder with the four MNIST files")
         pytest.skip("MNIST_DIR is not set")
     return load_mnist()
+
+
+@pytest.fixture
+def main(monkeypatch, capsys):
+    """The command line in this process: from arguments to exit code, stdout and stderr."""
+
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["model", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            model.cli.main()
+        return stopped.value.code or 0, *capsys.readouterr()
+
+    return run
 
 
 @pytest.fixture(scope="session")
@@ -39,9 +56,24 @@ def tiny():
     return Dataset("tiny", images[:5200], labels[:5200], images[5200:], labels[5200:])
 
 
+NAIVE_RUN = "test_mini_batches_reach_92_percent[naive]"
+
+
 def pytest_collection_modifyitems(items):
-    """Run the tests last that wait for pure Python, which trains in a separate process meanwhile."""
-    items.sort(key=lambda item: "test_mini_batch_accuracy[naive" in item.name)
+    """The test that waits for `naive_run` comes last."""
+    items.sort(key=lambda item: item.name == NAIVE_RUN)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def naive_run(request):
+    """Pure Python trains for minutes, so it starts before the first test, in another process: a future."""
+    if all(item.name != NAIVE_RUN for item in request.session.items):
+        yield None
+        return
+    from tests.model.test_published import mini_batch_run
+
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        yield process.submit(mini_batch_run, "naive", DATASET)
 
 
 def pytest_terminal_summary(terminalreporter):

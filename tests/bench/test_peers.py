@@ -182,6 +182,7 @@ def without_frameworks(monkeypatch):
     monkeypatch.setattr("bench.peers.task.importlib", SimpleNamespace(import_module=import_module))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_frameworks")
 def test_head_to_head_says_who_is_missing(tmp_path):
     found = head_to_head.measure(noisy_patterns(784, train=600), quick=True)

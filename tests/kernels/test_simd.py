@@ -70,30 +70,23 @@ def test_matmul_stays_inside_its_arrays(layout_a, layout_b, place, dtype):
 @every_dtype
 @every_place
 @pytest.mark.parametrize("layout", ["row-major", "misaligned"])
-def test_relu_stays_inside_its_arrays(layout, place, dtype):
+@pytest.mark.parametrize(
+    ("kernel", "inputs", "expected"),
+    [
+        (numba_backend.relu, 1, lambda z: np.maximum(z, 0)),
+        (numba_backend.relu_grad, 2, lambda upstream, activations: np.where(activations > 0, upstream, 0)),
+    ],
+    ids=["relu", "relu_grad"],
+)
+def test_relu_and_its_gradient_stay_inside_their_arrays(kernel, inputs, expected, layout, place, dtype):
     for size in range(70):
-        z = Guarded(integers((1, size), dtype), layout, place)
+        arguments = [Guarded(integers((1, size), dtype, seed), layout, place) for seed in range(inputs)]
         out = Guarded(np.full((1, size), np.nan, dtype), place=place)
-        numba_backend.relu(z.read_only(), out.array)
-        z.assert_unchanged()
+        kernel(*(argument.read_only() for argument in arguments), out.array)
+        for argument in arguments:
+            argument.assert_unchanged()
         out.assert_canaries_live()
-        np.testing.assert_array_equal(out.array, np.maximum(z.array, 0))
-
-
-@needs_mprotect
-@every_dtype
-@every_place
-@pytest.mark.parametrize("layout", ["row-major", "misaligned"])
-def test_relu_grad_stays_inside_its_arrays(layout, place, dtype):
-    for size in range(70):
-        upstream = Guarded(integers((1, size), dtype, 1), layout, place)
-        activations = Guarded(integers((1, size), dtype, 2), layout, place)
-        out = Guarded(np.full((1, size), np.nan, dtype), place=place)
-        numba_backend.relu_grad(upstream.read_only(), activations.read_only(), out.array)
-        upstream.assert_unchanged()
-        activations.assert_unchanged()
-        out.assert_canaries_live()
-        np.testing.assert_array_equal(out.array, np.where(activations.array > 0, upstream.array, 0))
+        np.testing.assert_array_equal(out.array, expected(*(argument.array for argument in arguments)))
 
 
 @needs_mprotect
@@ -150,7 +143,7 @@ def assert_product(m, k, n, dtype, layout="C"):
 
 
 @every_dtype
-def test_every_remainder_of_a_tile(dtype):
+def test_products_are_right_for_every_remainder_of_a_tile(dtype):
     width = TILE_BYTES // dtype().itemsize
     for m, n in itertools.product(range(1, 2 * MR + 2), range(1, 2 * width + 2)):
         assert_product(m, 3, n, dtype)
@@ -158,7 +151,7 @@ def test_every_remainder_of_a_tile(dtype):
 
 @every_dtype
 @pytest.mark.parametrize("layout", ["C", "F"])
-def test_remainders_of_blocks(layout, dtype):
+def test_products_are_right_around_the_ends_of_blocks(layout, dtype):
     nc, width = NC_BYTES // dtype().itemsize, TILE_BYTES // dtype().itemsize
     for k in [0, 1, KC - 1, KC, KC + 1, 2 * KC + 1]:
         assert_product(MR + 1, k, width + 1, dtype, layout)
@@ -296,13 +289,17 @@ def finish(probe):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("cpu", "features", "register_bytes"), [("generic", "", 16), ("haswell", "+avx,+avx2,+fma", 32)]
+    ("settings", "register_bytes"),
+    [
+        ({"NUMBA_CPU_NAME": "generic"}, 16),
+        ({"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx,+avx2,+fma"}, 32),
+    ],
+    ids=["generic", "haswell"],
 )
-def test_narrower_vectors(cpu, features, register_bytes, tmp_path):
+def test_products_are_right_on_a_cpu_with_narrower_vectors(settings, register_bytes):
     if register_bytes > simd.REGISTER_BYTES:
         pytest.skip("this CPU has no vectors as wide")
-    probe = start_probe("f4", "f8", NUMBA_CPU_NAME=cpu, NUMBA_CPU_FEATURES=features, NUMBA_CACHE_DIR=str(tmp_path))
-    assert finish(probe)[1:] == (register_bytes, True, 0, 0.5)
+    assert finish(start_probe("f4", "f8", **settings))[1:] == (register_bytes, True, 0, 0.5)
 
 
 OTHERS = {
@@ -354,8 +351,8 @@ def test_products_for_other_cpus_have_the_same_bits(other, dtype):
 @pytest.mark.slow
 @every_dtype
 @pytest.mark.parametrize("classes", [1, 2, 9, 10, 33])
-def test_softmax_for_other_cpus(other, classes, dtype):
-    """Its sums are added in another order, so they may differ by the rounding of that many terms."""
+def test_softmax_for_other_cpus_agrees_within_rounding(other, classes, dtype):
+    """Its sums are added in another order, so they may differ by the rounding of as many terms."""
     logits = np.random.default_rng(0).standard_normal((7, classes)).astype(dtype)
     labels = np.arange(7) % classes
     loss, correct, gradient = other.NumbaBackend().softmax_grad(logits, labels)
@@ -368,7 +365,7 @@ def test_softmax_for_other_cpus(other, classes, dtype):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chosen_by_user", [False, True])
-def test_no_stale_code_after_an_edit(chosen_by_user, tmp_path):
+def test_an_edit_of_either_file_compiles_anew(chosen_by_user, tmp_path):
     shutil.copytree(ROOT / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
     environment = {"NUMBA_CACHE_DIR": str(tmp_path / "cache")} if chosen_by_user else {}
 
@@ -392,14 +389,15 @@ def test_no_stale_code_after_an_edit(chosen_by_user, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_start_on_an_empty_cache(tmp_path):
-    both = [start_probe(*dtypes, NUMBA_CACHE_DIR=str(tmp_path)) for dtypes in [("f4", "f8"), ("f8", "f4")]]
-    for seconds, _, right, relu, gradient in map(finish, both):
+def test_two_processes_that_start_on_an_empty_cache_fill_it_together(tmp_path):
+    """They compile the same kernels at the same time; whoever comes later finds them."""
+    both = [start_probe(NUMBA_CACHE_DIR=str(tmp_path)) for _ in range(2)]
+    for seconds, *_, relu, gradient in map(finish, both):
         assert seconds > 0
-        assert (right, relu, gradient) == (True, 0, 0.5)
-    seconds, _, right, *_ = finish(start_probe("f4", "f8", NUMBA_CACHE_DIR=str(tmp_path)))
-    assert right
+        assert (relu, gradient) == (0, 0.5)
+    seconds, *_, relu, gradient = finish(start_probe(NUMBA_CACHE_DIR=str(tmp_path)))
     assert seconds == 0
+    assert (relu, gradient) == (0, 0.5)
 
 
 @pytest.mark.slow
@@ -476,8 +474,8 @@ def test_a_full_disk_gives_one_warning(full_at, tmp_path):
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_kernels_need_the_compiler():
-    """A one-line error that names the variable, both on requesting a backend and on the first kernel call."""
+def test_without_the_compiler_one_line_names_the_variable():
+    """Where a backend is asked for as well as where a kernel first runs."""
     code = textwrap.dedent("""
         import os
         from kernels import get_backend

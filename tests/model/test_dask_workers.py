@@ -1,6 +1,7 @@
 """Training on Dask: a scheduler and workers in separate processes that die at the worst moments."""
 
 import contextlib
+import functools
 import itertools
 import os
 import random
@@ -11,11 +12,12 @@ import sys
 import threading
 import time
 
+import dask
 import numpy as np
 import pytest
 from distributed import Client
 
-from kernels import get_backend
+from kernels import backend_names, get_backend
 from kernels.numpy_backend import NumpyBackend
 from model.cli.options import parse_bytes
 from model.data import limited, load_idx, sha256
@@ -161,23 +163,34 @@ def test_merged_parts_give_the_bits_of_the_whole_tree(workers):
 # Equal bits
 
 
-@pytest.mark.parametrize(
-    "workers", [1, 3, pytest.param(7, marks=pytest.mark.slow), pytest.param(16, marks=pytest.mark.slow)]
-)
-def test_same_bits_on_any_number_of_workers(processes, backend, tiny, workers):
-    processes.have(workers)
-    cluster = Cluster(processes.client)
-    for dtype in (np.float32, np.float64):
-        options = {"layer_sizes": (25, 6, 10), "dtype": dtype}
-        assert_equal(
-            trained(backend, tiny, **options, batches=cluster.batch), trained(backend, tiny, **options, threads=2)
-        )
+@pytest.fixture(scope="module")
+def alone(tiny):
+    """Runs of this process, by backend and dtype."""
+
+    @functools.cache
+    def run(name, dtype):
+        return trained(get_backend(name), limited(tiny, 4100), (25, 6, 10), dtype, threads=2)
+
+    return run
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [2, 3])
-def test_same_bits_on_the_full_data_set(processes, full_batch_backend, digits28, workers):
+@pytest.mark.parametrize("workers", [1, 3, 5])
+def test_any_number_of_workers_gives_the_bits_of_one_process(processes, alone, tiny, workers, monkeypatch, request):
+    """Of the four shards of 4,100 images, a worker gets all, one or two, or none. Pairs of sums make a deeper tree."""
+    monkeypatch.setattr(dask_workers, "FAN_IN", 2)
     processes.have(workers)
+    batches = Cluster(processes.client).batch
+    for name in request.config.getoption("--backend") or backend_names():  # all of them, as workers start slowly
+        for dtype in (np.float32, np.float64):
+            ours = trained(get_backend(name), limited(tiny, 4100), (25, 6, 10), dtype, batches=batches)
+            assert_equal(ours, alone(name, dtype))
+
+
+@pytest.mark.slow
+def test_workers_give_the_bits_of_one_process_on_whole_data(processes, full_batch_backend, digits28):
+    """On three workers, whose ranges of the 32 shards are several subtrees each."""
+    processes.have(3)
     batches = Cluster(processes.client).batch
     seen = []
     ours = trained(full_batch_backend, digits28, (784, 128, 10), batches=batches, on_images=seen.append)
@@ -280,6 +293,7 @@ def test_the_last_worker_is_replaced(mortal, tiny):
     assert_equal(ours, trained(NumpyBackend(), tiny, (25, 6, 10)))
 
 
+@pytest.mark.slow
 def test_all_workers_gone(mortal, tiny):
     def on_step(state):
         if len(state.history.epochs) == 2 and mortal.workers:
@@ -302,8 +316,10 @@ def test_all_workers_gone_during_a_step(mortal, tiny):
 @needs_posix
 @pytest.mark.slow
 @pytest.mark.parametrize("nannies", [1, 2])
-def test_a_task_that_kills_every_worker(mortal, tiny, nannies):
-    """A nanny restarts its worker, which would repeat for ever: with one worker, or with two."""
+def test_work_that_kills_again_and_again(mortal, tiny, nannies, monkeypatch):
+    """A nanny starts its worker again, which would go on for ever: the only one's, or each of two."""
+    if nannies == 1:
+        monkeypatch.setattr(dask_workers, "ALLOWED_FAILURES", 1)  # of all workers, which takes seconds each time
     for _ in range(nannies):
         mortal.start_worker(nanny="--nanny")
     mortal.kill_worker(0)
@@ -482,7 +498,8 @@ def test_mini_batches_are_refused(processes, tiny):
 # The command line
 
 
-def test_local_workers(tmp_path):
+@pytest.mark.slow
+def test_workers_of_its_own(tmp_path):
     files = tmp_path / "alone", tmp_path / "workers"
     for file, options in zip(files, ((), ("--workers", 2, "--memory-limit", "1 MB"))):
         result = run_model("train", *DIGITS, "--epochs", 3, "--checkpoint", file, *options)
@@ -520,12 +537,12 @@ def test_interrupt_leaves_the_step_to_the_workers(tmp_path):
         (["--memory-limit", "-5"], "'-5' is not a number of bytes"),
     ],
 )
-def test_errors_are_one_line_and_exit_code_2(arguments, message, monkeypatch):
-    monkeypatch.setenv("DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT", "1s")
-    result = run_model("train", *DIGITS, *arguments)
-    assert result.returncode == 2
-    assert re.fullmatch(r"error: .*\n", result.stderr), result.stderr
-    assert message in result.stderr
+def test_errors_are_one_line_and_exit_code_2(main, arguments, message):
+    with dask.config.set({"distributed.comm.timeouts.connect": "1s"}):
+        code, _, error = main("train", *DIGITS, *arguments)
+    assert code == 2
+    assert re.fullmatch(r"error: .*\n", error), error
+    assert message in error
 
 
 @pytest.mark.parametrize(

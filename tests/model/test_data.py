@@ -349,6 +349,7 @@ def assert_shapes(dataset):
         assert not array.flags.writeable
 
 
+@pytest.mark.slow
 def test_digits28_resembles_mnist(digits28):
     assert digits28.name == "digits28"
     assert_shapes(digits28)

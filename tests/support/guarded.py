@@ -1,6 +1,7 @@
 """Arrays next to guard pages: reading or writing past their ends crashes the process."""
 
 import ctypes
+import functools
 import mmap
 import os
 
@@ -62,9 +63,14 @@ class Guarded:
         np.testing.assert_array_equal(self.array, self._values)
 
 
+@functools.cache
+def libc():
+    return ctypes.CDLL(None, use_errno=True)
+
+
 def forbid(address):
     page = ctypes.c_void_p(address), ctypes.c_size_t(mmap.PAGESIZE)
-    if ctypes.CDLL(None, use_errno=True).mprotect(*page, 0) != 0:
+    if libc().mprotect(*page, 0) != 0:
         raise OSError(ctypes.get_errno(), "mprotect failed")
 
 
