@@ -47,8 +47,8 @@ def file(tmp_path):
 
 
 @pytest.mark.parametrize("batch_size", [None, 600])
-def test_a_resumed_run_ends_bitwise_where_the_uninterrupted_one_does(backend, tiny, tmp_path, batch_size):
-    """From before the first step, after each, and after each epoch; and on another number of threads."""
+def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(backend, tiny, tmp_path, batch_size):
+    """Resumed before the first step, after each step and each epoch, on a different number of threads."""
     mlp, files, dataset = MLP(SIZES), [], limited(tiny, 2100)  # two shards
     options = {"epochs": 2, "batch_size": batch_size, "eval_every": 2}
 
@@ -584,7 +584,7 @@ def test_only_an_earlier_history_is_replaced(main, tmp_path, monkeypatch):
         file.write_bytes(content)
         code, shown, error = main(*TRAIN, "--json", file)
         assert (code, shown) == (2, "")
-        message = f"error: {file} exists and is no earlier report (JSON with 'history'): name another file"
+        message = f"error: {file} exists and is not an earlier report (JSON with 'history'): name another file"
         assert error.startswith(message), content[:20]
         assert file.read_bytes() == content
 

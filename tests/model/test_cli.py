@@ -131,7 +131,7 @@ def test_interrupt_ends_cleanly(arguments, number, exit_code):
 
 @needs_posix
 def test_ctrl_c_during_the_imports_ends_quietly(tmp_path):
-    """A module that waits takes Typer's place: the signal arrives while it is imported."""
+    """A module that blocks replaces Typer, so the signal arrives during its import."""
     (tmp_path / "typer.py").write_text("print(flush=True); import time; time.sleep(60)")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     command = [sys.executable, "-m", "model", "train"]
@@ -145,7 +145,7 @@ def test_ctrl_c_during_the_imports_ends_quietly(tmp_path):
 
 @needs_posix
 @pytest.mark.parametrize("name", ["run[bold]:100:\u2588.json", "x[/run].json", "\udce9"])
-def test_file_names_are_printed_as_they_are(tmp_path, name):
+def test_file_names_are_printed_verbatim(tmp_path, name):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     result = subprocess.run(
         [sys.executable, "-m", "model", *TRAIN, "--checkpoint", name, "--json", f"{name}.json"],

@@ -316,8 +316,8 @@ def test_all_workers_gone_during_a_step(mortal, tiny):
 @needs_posix
 @pytest.mark.slow
 @pytest.mark.parametrize("nannies", [1, 2])
-def test_work_that_kills_again_and_again(mortal, tiny, nannies, monkeypatch):
-    """A nanny starts its worker again, which would go on for ever: the only one's, or each of two."""
+def test_a_task_that_kills_every_worker(mortal, tiny, nannies, monkeypatch):
+    """A nanny restarts its worker, which would repeat for ever: with one worker, or with two."""
     if nannies == 1:
         monkeypatch.setattr(dask_workers, "ALLOWED_FAILURES", 1)  # of all workers, which takes seconds each time
     for _ in range(nannies):
@@ -499,7 +499,7 @@ def test_mini_batches_are_refused(processes, tiny):
 
 
 @pytest.mark.slow
-def test_workers_of_its_own(tmp_path):
+def test_local_workers(tmp_path):
     files = tmp_path / "alone", tmp_path / "workers"
     for file, options in zip(files, ((), ("--workers", 2, "--memory-limit", "1 MB"))):
         result = run_model("train", *DIGITS, "--epochs", 3, "--checkpoint", file, *options)

@@ -38,7 +38,7 @@ def test_full_batches_reach_the_published_accuracy(full_batch_backend, record_pr
 
 
 def test_full_batches_follow_the_published_curve(full_batch_backend, mnist):
-    """Every published accuracy: but epoch 1 is noise of the random start, and at epoch 50 the curve is steep."""
+    """Every published accuracy, except epoch 1, which is noise; at epoch 50 the curve is steep."""
     history = full_batch_history(full_batch_backend, DATASET)
     for epoch, published in PUBLISHED.items():
         if epoch > 1:
@@ -48,7 +48,7 @@ def test_full_batches_follow_the_published_curve(full_batch_backend, mnist):
 
 
 def test_mini_batches_reach_92_percent(backend, naive_run, record_property):
-    """Pure Python included. Two runs that differ in roundings alone disagree on few images."""
+    """Including pure Python. Runs that differ only in rounding disagree on few images."""
     accuracy, predictions = naive_run.result() if backend.name == "naive" else mini_batch_run(backend.name, DATASET)
     record_property("test accuracy", accuracy)
     assert accuracy >= 0.92

@@ -47,7 +47,7 @@ def test_same_bits_on_any_number_of_threads(backend, tiny, batch_size):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [None, 2000])
-def test_same_bits_on_any_number_of_threads_over_whole_data(full_batch_backend, digits28, batch_size):
+def test_same_bits_on_any_number_of_threads_over_the_full_data_set(full_batch_backend, digits28, batch_size):
     options = {"epochs": 2 if batch_size is None else 1, "batch_size": batch_size}
     runs = [
         trained(full_batch_backend, digits28, (784, 128, 10), threads=threads, **options)[0]
@@ -296,8 +296,8 @@ def test_wrong_options_are_refused(tiny, options, message):
     ],
 )
 @pytest.mark.parametrize("batch_size", [None, 64])
-def test_images_and_labels_that_do_not_belong_together_are_refused(tiny, changed, message, batch_size):
-    """Before any work: nothing is prepared, and the network stays as it was."""
+def test_images_and_labels_that_do_not_match_are_refused(tiny, changed, message, batch_size):
+    """Before any work: nothing is prepared, and the network is unchanged."""
 
     class Untouched(NumpyBackend):
         def prepare(self, images, dtype=np.float32):

@@ -1,4 +1,4 @@
-"""The data set that tests of accuracy run on: MNIST, or where it is not digits28, which stands in for it."""
+"""The data set for tests of accuracy: MNIST if it is available, else digits28."""
 
 import os
 
