@@ -78,11 +78,13 @@ TUNING = {
     (32, 64): Tuning(6, 4, 1, chain=6, transposed_depth=800),
 }[REGISTERS, REGISTER_BYTES]
 
-# AVX-512 on Intel. Only the CPU's name tells it from Zen. The numbers come from a prototype of this tile on an Emerald
-# Rapids; this code itself has yet to run there. x W1 took 0.80 times the time of OpenBLAS, against 0.88 with 6 x 4
-# tiles. x.T dz took 0.82, against 1.2 without prefetching and 1.4 in deep blocks.
+# AVX-512 on Intel. Only the CPU's name tells it from Zen. The numbers come from a prototype of the 14-row tile on an
+# Emerald Rapids; this code itself has yet to run there. x W1 took 0.80 times the time of OpenBLAS, against 0.88 with
+# 6 x 4 tiles. x.T dz took 0.82, against 1.2 without prefetching and 1.4 in deep blocks. On older cores, such as Skylake
+# and Ice Lake, LLVM hoists the loads of A so early that 14 rows spill registers, at half the speed by llvm-mca.
 if REGISTER_BYTES == 64 and not CPU.startswith("znver"):
-    TUNING = Tuning(14, 2, 1, chain=6, transposed_depth=64, prefetches=True)
+    rows, chain = (14, 6) if CPU.endswith("rapids") else (12, 4)
+    TUNING = Tuning(rows, 2, 1, chain, transposed_depth=64, prefetches=True)
 
 MR = TUNING.rows
 TILE_VECTORS, EDGE_VECTORS = TUNING.vectors, TUNING.edge_vectors

@@ -382,6 +382,10 @@ class Kernel:
         """Assembly for a float type. This compiles again, as Numba has no assembly of cached code."""
         return next(iter(self._dispatcher(dtype, cache=None).inspect_asm().values()))
 
+    def ir(self, dtype: np.dtype) -> str:
+        """LLVM IR for a float type, optimized as Numba's settings say."""
+        return next(iter(self._dispatcher(dtype, cache=None).inspect_llvm().values()))
+
     def _compile(self, dtype: np.dtype) -> Callable:
         with _COMPILING, event.install_timer("numba:compile", _SECONDS.append):
             if dtype not in self._compiled:

@@ -46,8 +46,8 @@ def run(
         console.print("\n".join(code) + "\n", soft_wrap=True, markup=False, highlight=False)
 
 
-def main() -> None:
-    """Run the command line; a wrong option is one line on stderr and exit code 2."""
+def main(app: typer.Typer) -> None:
+    """Run a command line; a wrong option is one line on stderr and exit code 2."""
     usage_error: Any = typer.BadParameter.__base__  # base class of all usage errors; its module was renamed
     try:
         sys.exit(app(standalone_mode=False))
@@ -60,4 +60,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(app)
