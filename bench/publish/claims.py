@@ -12,7 +12,7 @@ from bench.publish.style import short
 from model.extras.figure import BOUND_COLOUR, OTHER_COLOURS, figure_file, print_small, title
 
 OPENBLAS, BIG = "OpenBLAS", "big products, OpenBLAS"
-FRAMEWORKS = ("PyTorch", "torch.compile", "JAX", "scikit-learn")
+FRAMEWORKS = ("PyTorch", "PyTorch by hand", "torch.compile", "JAX", "scikit-learn")
 FASTEST = "the fastest framework"
 
 Pick = Callable[[Run], Comparison | None]

@@ -15,6 +15,7 @@ from bench.peers.c_csr import COMMAND
 from bench.peers.ours import compile_seconds
 from bench.peers.pytorch import mkl_code_path
 from bench.peers.task import Competitor, Task, UnavailableError
+from bench.publish.claims import FRAMEWORKS
 from bench.publish.style import bound, in_seconds, label
 from kernels import backend_names, get_backend
 from model.data import Dataset
@@ -24,7 +25,6 @@ from model.threads import available_cores, thread_pool
 
 LEARNING_RATE = 0.3
 BIG_PRODUCTS = "big products, OpenBLAS"
-FRAMEWORKS = ("PyTorch", "PyTorch by hand", "torch.compile", "JAX", "scikit-learn")
 
 
 @dataclass(frozen=True)
