@@ -44,9 +44,20 @@ def test_mini_batches_train_as_the_trainer_does(digits28, size):
     few, mlp, timed = limited(digits28, 50), MLP(), MLP()
     train(mlp, get_backend("numpy"), few, epochs=1, batch_size=size, learning_rate=scaling.LEARNING_RATE)
     with thread_pool(1) as run:
-        scaling.mini_batches(run, "numpy", timed, few, size)()
+        scaling.mini_batches(run, "numpy", timed, few, size, count=-(-50 // size))()
     for ours, theirs in zip(timed.parameters, mlp.parameters):
         np.testing.assert_array_equal(ours, theirs)
+
+
+def test_batches_of_the_scaling_study_change():
+    seen = []
+    take = scaling.take_batches(lambda rows: seen.append(rows.tolist()), images=10, size=4, count=2)
+    for _ in range(3):
+        take()
+    assert [len(rows) for rows in seen] == [4, 4, 2, 4, 4, 2]
+    epochs = [[row for rows in seen[start : start + 3] for row in rows] for start in (0, 3)]
+    assert [sorted(rows) for rows in epochs] == [list(range(10))] * 2
+    assert epochs[0] != epochs[1]
 
 
 def test_a_part_of_an_epoch_is_scaled_up(monkeypatch):
