@@ -86,14 +86,16 @@ def end_labels(axes: Axes, ends: list[tuple[str, float, float, str]], fontsize: 
     lowest = -np.inf
     for text, x, y, shade in sorted(ends, key=lambda end: end[2]):
         height = axes.transData.transform((x, y))[1] * to_points
-        lowest = max(height, lowest + 1.2 * fontsize)
+        lowest = max(height, lowest + 1.35 * fontsize)
         label(axes, text, x, y, fontsize, side, lowest - height, shade)
 
 
-def right_labels(axes: Axes, texts: Sequence[str], fontsize: float = 8.5) -> None:
-    """A text for each row, in a column right of the axes, where no line runs through it."""
+def right_labels(
+    axes: Axes, texts: Sequence[str], fontsize: float = 8.5, places: Sequence[float] | None = None
+) -> None:
+    """A text for each row, or at each place, in a column right of the axes, where no line runs through it."""
     right = axes.secondary_yaxis("right")
-    right.set_yticks(range(len(texts)), texts, fontsize=fontsize)
+    right.set_yticks(range(len(texts)) if places is None else places, texts, fontsize=fontsize)
     right.tick_params(length=0)
     right.spines["right"].set_visible(False)
 

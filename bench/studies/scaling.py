@@ -129,7 +129,7 @@ def measure(dataset: Dataset, quick: bool) -> Found:
 def peers(run: Callable, dataset: Dataset) -> tuple[dict[str, str], dict[str, str]]:
     """Verify the peers: which form of each is the fastest here, and why one is skipped."""
     forms, skipped = {}, {}
-    task = task_of(run, limited(dataset, 15_000))
+    task = task_of(run, limited(dataset, min(15_000, len(dataset.train_images))))
     expected = expected_parameters(task)
     for name in PEERS:
         try:
