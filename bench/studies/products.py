@@ -189,7 +189,7 @@ def draw(found: Found, small_print: str, file: Path) -> None:
             _draw_panel(axes, found, library, shapes)
         panels[0].set_yticks(range(len(shapes)), [_words(found, shape) for shape in shapes], fontsize=7.5)
         title(figure, _title(found))
-        print_small(figure, f"One thread. ms: OpenBLAS's time for AB, with A of m × k and B of k × n. {small_print}")
+        print_small(figure, f"One thread. ms: OpenBLAS's time for AB, with A of m × k and B of k × n.\n{small_print}")
 
 
 def _draw_panel(axes: Axes, found: Found, library: str, shapes: list[tuple[int, int, int]]) -> None:

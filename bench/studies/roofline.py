@@ -237,8 +237,10 @@ def draw(found: Found, small_print: str, file: Path) -> None:
             axes.plot(x, np.minimum(top, bandwidth * x), color=BOUND_COLOUR, linewidth=1.2)
             along: Any = {"rotation": 45, "rotation_mode": "anchor", "transform_rotates_text": True}
             start = max(1.3 * x[0], 1.6 * lowest / bandwidth)
-            below = level == "L2"  # the roof of L1 is close above it
-            note(axes, f"{level}: {short(bandwidth)} GB/s", (start, start * bandwidth), -11 if below else 3, **along)
+            if level == "L2":  # the roof of L1 is close above it
+                note(axes, f"L2: {short(bandwidth)} GB/s", (start, start * bandwidth), -7, va="top", **along)
+            else:
+                note(axes, f"{level}: {short(bandwidth)} GB/s", (start, start * bandwidth), 3, **along)
         beside = 1.2 * top / max(bandwidths.values())  # left of the products
         note(axes, f"peak of the multiply-add units: {short(top)}", (beside, top), 5)
         ends: list[tuple[str, float, float, str]] = []

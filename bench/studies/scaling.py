@@ -342,7 +342,7 @@ def draw(found: Found, small_print: str, file: Path) -> None:
         for axes, (axis, backends) in zip(figure.subplots(2, 2).flat, found.axes.items()):
             draw_axis(axes, found, axis, backends)
         title(figure, _title(found))
-        print_small(figure, f"Hollow: measured on a part of an epoch, and scaled up. {small_print}")
+        print_small(figure, f"Hollow: measured on a part of an epoch, and scaled up.\n{small_print}")
 
 
 def draw_axis(axes: Axes, found: Found, axis: str, backends: Axis) -> None:

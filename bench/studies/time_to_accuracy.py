@@ -276,7 +276,7 @@ def draw(found: Found, small_print: str, file: Path) -> None:
         below.set(xlabel=f"seconds, preparation and evaluations included (log scale); below: to {target:.2f} %")
         below.set_yticklabels(names)
         title(figure, _title(found))
-        print_small(figure, f"Below: median and range over the random starts. {small_print}")
+        print_small(figure, f"Below: median and range over the random starts.\n{small_print}")
 
 
 def _title(found: Found) -> str:
