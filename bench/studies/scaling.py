@@ -17,7 +17,7 @@ from bench.measure.interleave import interleave
 from bench.measure.records import Rounds, rounded
 from bench.peers import REST, best_form, competitor, expected_parameters
 from bench.peers.task import Learner, Task, UnavailableError
-from bench.publish.style import end_labels, note, plain_ticks
+from bench.publish.style import end_labels, label, plain_ticks, points_up
 from bench.studies.roofline import peak
 from kernels import backend_names, get_backend
 from model.data import Dataset, limited
@@ -357,12 +357,9 @@ def draw_axis(axes: Axes, found: Found, axis: str, backends: Axis) -> None:
     longest = max(point.high for point in points) * (width if axis == "images" else 1)
     axes.set(xscale="log", yscale="log", xlabel=axis, ylabel="seconds per epoch")
     axes.set(xlim=(first / width**0.06, last * width**0.3), ylim=(floor.min() / 3, 2 * longest))
-    starts = np.array([floor[0], *(row[0].median for row in backends.values())])
-    for rate in 10.0 ** np.arange(-3, 4):
+    rates = 10.0 ** np.arange(-3, 4)
+    for rate in rates:
         axes.plot(x, dense / rate, color="#CCCCCC", linewidth=0.6, zorder=0)
-        if np.abs(np.log(starts * rate / dense[0])).min() > 1.2:  # there is room for a name
-            place = (x[0], dense[0] / rate)
-            note(axes, f"{rate:g} GFLOP/s", place, 1.5, fontsize=6.5, color="#777777")
     axes.plot(x, floor, color=BOUND_COLOUR, linestyle="--", linewidth=1)
     ends: list[tuple[str, float, float, str]] = [("peak", last, floor[-1], BOUND_COLOUR)]
     for name, row in backends.items():
@@ -377,7 +374,12 @@ def draw_axis(axes: Axes, found: Found, axis: str, backends: Axis) -> None:
             axes.plot(point.at, point.median, "o", color=colour(name), markerfacecolor=fill, markersize=4)
         alone = len(row) == 1
         ends.append((name, last if alone else at[-1], seconds[-1] * (width if alone else 1), colour(name)))
-    end_labels(axes, ends)
+    names = end_labels(axes, ends)
+    for rate in rates:
+        y = dense[1] / rate
+        height = points_up(axes, last, y)
+        if floor.min() / 2 < y < 1.5 * longest and all(abs(height - name) > 9 for name in names):
+            label(axes, f"{rate:,g} GFLOP/s", last, y, 6.5, shade="#777777")
     plain_ticks(axes.xaxis, axes.yaxis)
     axes.set_title(f"dotted: {law}", fontsize=8, fontweight="normal")
 
@@ -389,10 +391,8 @@ def _title(found: Found) -> str:
     times = [row[-1].median / row[whole].median for row in rows.values()]
     more = base[-1].at / base[whole].at
     gains = [row[-1].median / row[0].median for row in found.axes["threads"].values()]
-    return (
-        f"{more:g} × the images take {_range(times)} × the time; "
-        f"{found.threads} threads, {_range(gains)} × the time of one"
-    )
+    on_threads = f"{found.threads} threads, {_range(gains)} × the time of one"
+    return f"{more:g} × the images take {_range(times)} × the time; {on_threads}" if more > 1 else on_threads
 
 
 def _range(values: list[float]) -> str:
