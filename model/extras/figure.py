@@ -31,7 +31,7 @@ COLOURS = {
     "PyTorch": "#D55E00",
     "torch.compile": "#56B4E9",
     "PyTorch by hand": "#882255",
-    "JAX": "#F0E442",
+    "JAX": "#7A7A1F",
     "scikit-learn": "#999999",
     "SciPy CSR": "#999999",
     "PyTorch CSR": "#D55E00",
