@@ -14,13 +14,15 @@ from bench.measure.records import Machine, RecordError, Section, read, write
 from bench.publish.folder import MACHINE, RUN, existing_run, read_folder, save
 from bench.publish.report import write_report
 from bench.studies import STUDIES, study
+from model.cli.options import parse_path
 from model.cli.signals import Stopped
 from model.data import DataError, limited, load_dataset
 from model.extras.environment import environment
+from model.extras.files import make_folder
 
 app = typer.Typer(help="Studies that take more than a benchmark.", add_completion=False, pretty_exceptions_enable=False)
 out = Console(markup=False, highlight=False, soft_wrap=True)
-Output = Annotated[Path, typer.Option(help="Folder for the results and plots.")]
+Output = Annotated[Path, typer.Option(parser=parse_path, metavar="FOLDER", help="Folder for the results and plots.")]
 DEFAULT = Path("bench/output")
 
 EVERY_RUN = ("epochs", "ladder", "head_to_head", "mini_batches", "products")
@@ -88,7 +90,10 @@ def with_rates(here: Machine, sections: dict[str, Section]) -> Machine:
 def results(
     runs: Annotated[int, typer.Option(min=1, help="How many runs; claims need all to agree.")] = 3,
     dataset: Annotated[str, typer.Option(help="mnist, digits28 or auto.")] = "mnist",
-    output: Annotated[Path | None, typer.Option(help="Folder [default: bench/results/MACHINE].")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(parser=parse_path, metavar="FOLDER", help="Folder [default: bench/results/MACHINE]."),
+    ] = None,
     quick: Annotated[bool, typer.Option(help="Only to try it.")] = False,
 ) -> None:
     """Measure everything on this machine and write a folder of results that can be published."""
@@ -127,11 +132,14 @@ def results(
 
 @app.command()
 def draw(
-    folder: Annotated[Path, typer.Argument(help="A folder of results, from this machine or another.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(parser=parse_path, metavar="FOLDER", help="A folder of results, from this machine or another."),
+    ],
     output: Output = DEFAULT,
 ) -> None:
     """Draw every figure that the results have data for, and write the report."""
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     show(folder, output, {})
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from kernels import backend_names
+from model.cli.options import parse_path
 from model.data import DataError, limited, load_dataset
 from model.extras.environment import environment
 from model.threads import available_cores, thread_pool
@@ -18,7 +19,7 @@ def pytest_addoption(parser):
     parser.addoption("--quick", action="store_true", help="fewer images and rounds: a minute in all, only to try it")
     parser.addoption("--dataset", default="auto", help="mnist, digits28 or auto, as in python -m model train")
     parser.addoption(
-        "--output", type=Path, default=Path(__file__).parent / "output", help="folder for results and plots"
+        "--output", type=parse_path, default=Path(__file__).parent / "output", help="folder for results and plots"
     )
 
 

@@ -348,11 +348,11 @@ def _check_pair(images_path: Path, images: Bytes, labels_path: Path, labels: Byt
     """Raise a DataError unless these are images of 28 x 28 pixels with one digit each."""
     if images.shape[1:] != (28, 28):
         size = " x ".join(map(str, images.shape[1:]))
-        raise DataError(f"{images_path}: images of {size} pixels, not 28 x 28. {advice}")
+        raise DataError(f"{images_path}: images of {size} pixels, not 28 x 28. {advice}, {IDX_INSTEAD}")
     _check_counts(images, labels_path, labels, advice)
     if labels.max() > 9:
-        problem = f"label {labels.max()} is outside 0-9"
-        raise DataError(f"{labels_path}: {problem}. {advice}")
+        problem = f"label {labels.max()} is outside 0-9, MNIST's classes"
+        raise DataError(f"{labels_path}: {problem}. {advice}, {IDX_INSTEAD}")
 
 
 def _check_counts(images: Bytes, labels_path: Path, labels: Bytes, advice: str) -> None:

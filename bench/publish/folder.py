@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.measure.records import Machine, RecordError, Run, Section, read, write
+from model.extras.files import make_folder
 
 MACHINE, RUN = "machine.json", "run.json"
 
@@ -73,13 +74,7 @@ def existing_run(folder: Path) -> Run:
     OSError
         If the folder cannot be written.
     """
-    for place in (folder, *folder.parents):
-        if place.is_file():
-            raise OSError(f"{place} is a file: name a folder for the results")
-    folder.mkdir(parents=True, exist_ok=True)
-    probe = folder / ".writable"
-    probe.touch()
-    probe.unlink()
+    make_folder(folder)
     return read(Run, folder / RUN) if (folder / RUN).exists() else Run()
 
 

@@ -84,7 +84,12 @@ Resume = Annotated[
 Trained = Annotated[
     Path, typer.Option(parser=parse_path, metavar="FILE", help="The trained network, saved by train --checkpoint.")
 ]
-Picture = Annotated[Path, typer.Argument(help="PNG or JPEG of one digit, any size, on a plain background.")]
+Picture = Annotated[
+    Path,
+    typer.Argument(
+        parser=parse_path, metavar="PICTURE", help="PNG or JPEG of one digit, any size, on a plain background."
+    ),
+]
 OutputFolder = Annotated[
     Path, typer.Option(parser=parse_path, metavar="FOLDER", help="Folder for the plot and the JSON file.")
 ]

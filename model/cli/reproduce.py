@@ -13,7 +13,7 @@ from model.cli.progress import training
 from model.cli.signals import stop
 from model.data import load_dataset
 from model.extras.environment import environment
-from model.extras.files import check_replaceable, check_writable, locked, write_json
+from model.extras.files import check_replaceable, check_writable, locked, make_folder, write_json
 from model.published import FITTED, comparison_table, full_batch_histories, mini_batch_line, reproduce
 from model.training import State
 
@@ -31,7 +31,7 @@ def reproduce_command(
     from model.extras.figure import draw_curves  # matplotlib takes a second to import
 
     backends = {name: get_backend(name) for name in backend or backend_names()}
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     json_file, figure = output / "reproduction.json", output / "reproduction.png"
     check_writable(json_file)
     check_replaceable(json_file, "runs")

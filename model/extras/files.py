@@ -22,6 +22,20 @@ MAX_REPORT_BYTES = 2**28
 _held = threading.local()  # the locks that each thread holds, which makes them reentrant
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder for results; raise an OSError, before any work is done, if they could not be written there."""
+    for place in (folder, *folder.parents):
+        if os.path.lexists(place) and not os.path.isdir(place):
+            raise OSError(f"{place} is not a folder: name a folder for the results")
+    probe = folder / f".{os.getpid()}.writable"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"cannot write in {folder}: {error.strerror}; name another folder for the results") from error
+
+
 def check_writable(file: Path) -> None:
     """Raise an OSError, before any work is lost, if `file` cannot be written."""
     folder = resolved(file).parent

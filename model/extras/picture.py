@@ -26,17 +26,17 @@ WORKING_SIZE = 320  # longer sides are reduced to this: a digit needs no more, a
 
 CONTRAST = 16 / 255  # of the paper's brightness: a picture in which nothing stands out more is blank
 NOISE = 5  # standard deviations of the paper: likewise
-DIMMEST = 48  # of 255: paper counts as at least so bright, as noise alone is a large part of less
-SPECK = 0.0015  # of the picture's area: smaller parts are dust
+DIMMEST = 48  # of 255: darker paper counts as this bright, or its noise would look like ink
+SPECK = 0.0015  # of the picture's area: smaller parts are specks of dust
 SMALL = 0.05  # of the largest part's area: smaller ones belong to no digit
-EDGE = 0.015  # of a side: what comes so close to the picture's edge touches it
-DARK = 0.5  # of the paper's brightness: no shadow takes so much
-RECTANGLE = 0.85  # of the smallest rectangle around it: what fills more is a sheet, and no digit
+EDGE = 0.015  # of a side: a part this close to the edge of the picture touches it
+DARK = 0.5  # of the paper's brightness: no shadow is this deep
+RECTANGLE = 0.85  # of the smallest rectangle around it: a part that fills more is a sheet, not a digit
 FAINT = 0.25  # of full ink: the rims of strokes end here
-ONE_COLOUR = 8  # levels of 255: rounding makes colours differ, and drawing programs
+ONE_COLOUR = 8  # of 255: colours that differ by less are one, but for rounding
 FULL = 95  # percentile of a digit's pixels that counts as full ink
 
-PNG, TEXTS, END_OF_JPEG = b"\x89PNG\r\n\x1a\n", (b"tEXt", b"zTXt", b"iTXt", b"iCCP"), b"\xff\xd9"
+PNG, METADATA, END_OF_JPEG = b"\x89PNG\r\n\x1a\n", (b"tEXt", b"zTXt", b"iTXt", b"iCCP"), b"\xff\xd9"
 ADVICE = "Draw the digit with more contrast, and with room around it"
 
 SIDE, BOX, CENTRE = 28, 20, 14  # pixels of an image, of the box that holds the digit, and where its mass is centred
@@ -91,9 +91,8 @@ def decode(stream: BinaryIO, source: str) -> NDArray[np.uint8]:
 
     Returns
     -------
-    uint8 array of shape (height, width, 4)
-        Red, green and blue, multiplied by alpha, and alpha. The longer side of large pictures is reduced to at most
-        2,000 pixels.
+    uint8 array of shape (height, width, 3)
+        Red, green and blue, see `opaque`. Large pictures are reduced until no side is longer than `WORKING_SIZE`.
 
     Raises
     ------
@@ -104,7 +103,7 @@ def decode(stream: BinaryIO, source: str) -> NDArray[np.uint8]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd metadata, and of sizes that are refused below
-            content = without_texts(stream.read(MAX_BYTES + 1))
+            content = without_metadata(stream.read(MAX_BYTES + 1))
             image: Image.Image = Image.open(io.BytesIO(content), formats=("PNG", "JPEG"))
             if image.width * image.height > MAX_PIXELS:
                 raise PictureError(too_large)
@@ -116,13 +115,13 @@ def decode(stream: BinaryIO, source: str) -> NDArray[np.uint8]:
             except OSError:
                 if image.format != "JPEG":
                     raise
-                image = ended(content)
+                image = without_end(content)
             turn_upright(image)
             if image.mode.startswith("I"):  # grey of 16 bits, which Pillow's conversion would clip
-                image = Image.fromarray(stretched(np.asarray(image)))
+                image = Image.fromarray(full_range(np.asarray(image)))
             # With colours multiplied by alpha, pixels that nobody sees have no colour that could bleed into others.
             image = image.convert("RGBA").convert("RGBa")
-            return on_white(np.asarray(image.reduce(-(-max(image.size) // WORKING_SIZE))))
+            return opaque(np.asarray(image.reduce(-(-max(image.size) // WORKING_SIZE))))
     except (PictureError, MemoryError):
         raise
     except Image.DecompressionBombError as error:
@@ -133,50 +132,59 @@ def decode(stream: BinaryIO, source: str) -> NDArray[np.uint8]:
         raise PictureError(f"{source}: is damaged or truncated. Save or export it again") from error
 
 
-def ended(content: bytes) -> Image.Image:
-    """Decode a JPEG that lacks its end mark, but none of its pixels: missing ones come out grey, the last first."""
+def without_end(content: bytes) -> Image.Image:
+    """Decode a JPEG that lacks its end mark, but no pixels: those would come out grey, the last one among them."""
     image = Image.open(io.BytesIO(content + END_OF_JPEG), formats=("JPEG",))
     if image.convert("L").getpixel((image.width - 1, image.height - 1)) == 128:
         raise OSError("truncated")
     return image
 
 
-def without_texts(content: bytes) -> bytes:
-    """Leave the texts and the colour profile out of a PNG file: Pillow refuses the whole file if they are large."""
+def without_metadata(content: bytes) -> bytes:
+    """Drop texts and the colour profile from a PNG file: if they are large, Pillow refuses the whole file."""
     if not content.startswith(PNG):
         return content
     kept, at = [PNG], len(PNG)
     while at < len(content):
         end = at + 12 + int.from_bytes(content[at : at + 4], "big")
-        if content[at + 4 : at + 8] not in TEXTS:
+        if content[at + 4 : at + 8] not in METADATA:
             kept.append(content[at:end])
         at = end
     return b"".join(kept)
 
 
-def stretched(levels: NDArray[Any]) -> NDArray[np.uint8]:
-    """Scale grey levels to 0 to 255 by the range that they use."""
-    low, high = levels.min(), levels.max()
-    return np.rint(255 / max(high - low, 1) * (levels - low)).astype(np.uint8)
+def full_range(levels: NDArray[Any]) -> NDArray[np.uint8]:
+    """Scale grey levels to 0 to 255, by the range that they use, a few stray pixels aside."""
+    low, high = np.percentile(levels, (0.1, 99.9))
+    return np.rint(255 / max(high - low, 1) * (levels.clip(low, high) - low)).astype(np.uint8)
 
 
-def on_white(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Colours, (height, width, 3), of premultiplied ones with alpha: ink where all that is opaque has one colour."""
+def opaque(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Colours, (height, width, 3), of premultiplied ones with alpha.
+
+    If all that is opaque has one colour, it is ink on white paper. If it is a sheet, it is cut out, and what is missing
+    at its corners has its median colour. Anything else lies on white.
+    """
     alpha = pixels[..., 3:]
-    opaque = pixels[alpha[..., 0] > 127]
-    colours = 255.0 * opaque[:, :3] / opaque[:, 3:]
-    if alpha.min() < 128 and len(opaque) and np.ptp(colours, axis=0).max() <= ONE_COLOUR:
-        return np.repeat(255 - alpha, 3, axis=2)
-    return pixels[..., :3] + (255 - alpha)
+    visible = alpha[..., 0] > 127
+    colours = 255.0 * pixels[visible, :3] / alpha[visible]
+    behind = np.full(3, 255.0)
+    if visible.any() and not visible.all():
+        if np.ptp(colours, axis=0).max() <= ONE_COLOUR:
+            return np.repeat(255 - alpha, 3, axis=2)
+        if is_sheet(visible):
+            (box,) = ndimage.find_objects(visible.astype(int))
+            pixels, alpha, behind = pixels[box], alpha[box], np.median(colours, axis=0)
+    return np.rint(pixels[..., :3] + behind * ((255 - alpha) / 255)).astype(np.uint8)
 
 
 def turn_upright(image: Image.Image) -> None:
-    """Turn a picture in place as its EXIF data say; if they are damaged, they say nothing."""
+    """Turn a picture in place as its EXIF data say; damaged data are ignored."""
     try:
         ImageOps.exif_transpose(image, in_place=True)
     except MemoryError:
         raise
-    except Exception:  # from reading them, or from writing them again once it is turned
+    except Exception:  # while the data are read, or written back after turning
         return
 
 
@@ -185,8 +193,8 @@ def prepare(pixels: NDArray[np.uint8], source: str) -> NDArray[np.uint8]:
 
     MNIST's digits were scaled to fit 20 x 20 pixels, keeping their aspect ratio, with grey levels from antialiasing,
     and placed with their centre of mass in the middle of 28 x 28 (LeCun, Bottou, Bengio and Haffner 1998,
-    Gradient-based learning applied to document recognition). Here the ink is first told from the paper, see `inked`,
-    and the digit from whatever else is on it, see `strokes`.
+    Gradient-based learning applied to document recognition). Before that, the ink is separated from the paper, see
+    `separate_ink`, and the digit from whatever else is on the paper, see `strokes`.
 
     Parameters
     ----------
@@ -206,13 +214,13 @@ def prepare(pixels: NDArray[np.uint8], source: str) -> NDArray[np.uint8]:
         If nothing stands out from the paper, or several digits do.
     """
     grey = grey_levels(pixels)
-    page = sheet(grey)
-    ink, noise = inked(grey[page])
+    page = find_sheet(grey)
+    ink, noise = separate_ink(grey[page])
     mask = strokes(ink, whole=grey[page].shape == grey.shape)
     full = np.percentile(ink[mask], FULL) if mask.any() else 0
     if full <= max(CONTRAST, NOISE * noise):
         raise PictureError(f"{source}: is blank, with no digit that stands out. {ADVICE}")
-    if several(mask):
+    if shows_several(mask):
         raise PictureError(f"{source}: shows several digits. Cut out one of them")
     rims = ndimage.binary_dilation(mask, iterations=3) & (ink > FAINT * full)
     (box,) = ndimage.find_objects(rims.astype(int))
@@ -231,34 +239,39 @@ def grey_levels(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
     return (colours @ axis - 255 * np.minimum(axis, 0).sum()).reshape(pixels.shape[:2]).astype(np.float32)
 
 
-def sheet(grey: NDArray[np.floating]) -> tuple[slice, ...]:
-    """Where the paper is: everywhere, or on a light rectangle that the edges of the picture do not cut off."""
+def find_sheet(grey: NDArray[np.floating]) -> tuple[slice, ...]:
+    """Where the paper is: the whole picture, or a light rectangle that the picture's edges do not cut off."""
     labels, count = ndimage.label(grey > threshold_otsu(grey))
     if count:
         largest = labels == np.argmax(np.bincount(labels.ravel())[1:]) + 1
         (box,) = ndimage.find_objects(largest.astype(int))
         cut_off = sum((at.start == 0) + (at.stop == length) for at, length in zip(box, grey.shape))
-        filled = ndimage.binary_fill_holes(largest)
-        sides = smallest_rectangle(filled)
-        if cut_off <= 1 and filled.sum() > RECTANGLE * np.prod(sides) and min(sides) > min(grey.shape) / 2:
+        if cut_off <= 1 and is_sheet(largest):
             return box
     return tuple(map(slice, grey.shape))
 
 
+def is_sheet(mask: NDArray[np.bool_]) -> bool:
+    """Whether what is true is a large rectangle, at any angle; holes do not count."""
+    filled = ndimage.binary_fill_holes(mask)
+    sides = smallest_rectangle(filled)
+    return bool(filled.sum() > RECTANGLE * np.prod(sides) and min(sides) > min(mask.shape) / 2)
+
+
 def smallest_rectangle(mask: NDArray[np.bool_]) -> tuple[float, float]:
-    """Sides of the smallest rectangle, at any angle, around all that is true."""
+    """Sides of the smallest rectangle, at any angle, around everything that is true."""
     points = np.argwhere(mask ^ ndimage.binary_erosion(mask))
     angles = np.radians(np.arange(0, 90, 2))
     turned = (points @ np.array([[np.cos(a), -np.sin(a)], [np.sin(a), np.cos(a)]]) for a in angles)
     return min((tuple(np.ptp(way, axis=0) + 1) for way in turned), key=np.prod)
 
 
-def inked(grey: NDArray[np.floating]) -> tuple[NDArray[np.floating], float]:
+def separate_ink(grey: NDArray[np.floating]) -> tuple[NDArray[np.floating], float]:
     """Separate ink from paper, dark on light or light on dark.
 
-    The paper is the local median, which follows gradients and the edges of shadows; the second time without what looks
-    like ink, as bold digits fill half a window. Ink is what it lacks of the paper's
-    brightness, as light and shadow multiply.
+    The paper is the local median, which follows gradients and the edges of shadows. It is taken twice, the second time
+    without what looks like ink, as a bold digit fills half a window. Ink is what is missing of the paper's brightness,
+    as a fraction of it, because light and shadow multiply.
 
     Returns
     -------
@@ -267,29 +280,33 @@ def inked(grey: NDArray[np.floating]) -> tuple[NDArray[np.floating], float]:
     float
         The standard deviation of the paper.
     """
-    levels = np.rint(grey).clip(1).astype(np.uint8)
-    window = np.ones((max(grey.shape) // 2 | 1,) * 2, np.uint8)
+    step = 2 if max(grey.shape) > 100 else 1  # a quarter of the pixels tell as much of the paper, in far less time
+    some = grey[::step, ::step]
+    levels = np.rint(some).clip(1).astype(np.uint8)
+    window = np.ones((max(some.shape) // 2 | 1,) * 2, np.uint8)
     paper = rank.median(levels, window)
-    off = np.abs(paper - grey)
+    off = np.abs(paper - some)
     bare = off <= threshold_otsu(off)
     without_ink = rank.median(levels, window, mask=bare)  # 0 where nothing is left
     paper = np.where(without_ink, without_ink, paper).astype(np.float32)
+    paper = np.asarray(Image.fromarray(paper).resize(grey.shape[::-1], Image.Resampling.BILINEAR))
     blur = max(grey.shape) / 400 if max(grey.shape) > 100 else 0
     lacking = ndimage.gaussian_filter(paper - grey, blur)
     if np.square(lacking.clip(max=0)).sum() > np.square(lacking.clip(min=0)).sum():
-        lacking, paper = -lacking, np.maximum(255 - paper, 128)  # on bright paper a little light is no white ink
+        lacking, paper = -lacking, np.maximum(255 - paper, 128)  # on bright paper, a little more light is not white ink
     ink = lacking / np.maximum(paper, DIMMEST)
-    noise = 1.4826 * np.median(np.abs(ink[bare] - np.median(ink[bare])))
+    bare_ink = ink[::step, ::step][bare]
+    noise = 1.4826 * np.median(np.abs(bare_ink - np.median(bare_ink)))
     return np.clip(ink, 0, 1), noise
 
 
 def strokes(ink: NDArray[np.floating], whole: bool) -> NDArray[np.bool_]:
-    """Separate the strokes of digits from specks, lines and bars along the edge, table tops, and lines on the paper.
+    """The strokes of digits, without specks, lines on the paper, table tops, and lines and bars along the edge.
 
-    A part that touches the edge is a digit only if there is nothing else on the `whole` picture, and it looks like one.
+    A part that touches the edge is a digit only if it looks like one, and is all there is on the `whole` picture.
     """
     levels = np.rint(255 * ink).astype(np.uint8)
-    opened = area_opening(np.pad(levels, 2), int(SPECK * levels.size) + 1)[2:-2, 2:-2]  # it fails on a few pixels
+    opened = area_opening(np.pad(levels, 2), int(SPECK * levels.size) + 1)[2:-2, 2:-2]  # fails on a few pixels
     levels = opened if opened.max() > 255 * CONTRAST else levels
     labels, _ = ndimage.label(levels > threshold_otsu(levels), np.ones((3, 3)))
     areas = np.bincount(labels.ravel())
@@ -297,7 +314,7 @@ def strokes(ink: NDArray[np.floating], whole: bool) -> NDArray[np.bool_]:
     inside[tuple(slice(int(EDGE * length) + 1, -int(EDGE * length) - 1) for length in ink.shape)] = True
     at_edge = np.isin(np.arange(len(areas)), labels[~inside])
     areas[0] = 0
-    if at_edge[1:].any():  # a shadow's edge leaves crumbs
+    if at_edge[1:].any():  # the edge of a shadow leaves crumbs
         areas[~at_edge & (areas < 4 * SPECK * ink.size)] = 0
     if not areas[~at_edge].any():
         largest = labels == areas.argmax()
@@ -308,14 +325,14 @@ def strokes(ink: NDArray[np.floating], whole: bool) -> NDArray[np.bool_]:
 
 
 def like_a_digit(part: NDArray[np.bool_], inside: NDArray[np.bool_]) -> bool:
-    """Whether a part that touches the edge may be a digit: no thin line, mostly away from the edge, with few holes."""
+    """Whether a part at the edge may be a digit: not a thin line, mostly away from the edge, with few holes."""
     (box,) = ndimage.find_objects(part.astype(int))
     wide = min(at.stop - at.start for at in box) > min(part.shape) / 8
     return wide and 4 * (part & ~inside).sum() < (~inside).sum() and euler_number(part) >= -1
 
 
-def several(mask: NDArray[np.bool_]) -> bool:
-    """Whether there are two parts, apart from each other, of which one is at least half as high as the other."""
+def shows_several(mask: NDArray[np.bool_]) -> bool:
+    """Whether two parts stand apart, and the lower one is at least half as high as the higher one."""
     heights = [box[0].stop - box[0].start for box in ndimage.find_objects(ndimage.label(mask, np.ones((3, 3)))[0])]
     gap = max(heights) // 10
     apart, _ = ndimage.label(ndimage.binary_dilation(mask, np.ones((3, 3)), iterations=gap) if gap else mask)
@@ -328,7 +345,7 @@ def placed(digit: NDArray[np.floating]) -> NDArray[np.uint8]:
     crop = Image.fromarray(digit.astype(np.float32))
     scale = BOX / max(crop.size)
     width, height = (max(1, round(scale * length)) for length in crop.size)
-    small = np.asarray(crop.resize((width, height), Image.Resampling.BILINEAR))  # a mean of what each pixel covers
+    small = np.asarray(crop.resize((width, height), Image.Resampling.BILINEAR))  # averages what each pixel covers
     starts = (round(CENTRE - centre) for centre in ndimage.center_of_mass(small))
     top, left = (min(max(start, 0), SIDE - length) for start, length in zip(starts, small.shape))
     image = np.zeros((SIDE, SIDE), np.uint8)

@@ -1,8 +1,10 @@
 """Records, folders of results, claims, figures and the report."""
 
 import dataclasses
+import errno
 import os
 import re
+import signal
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -19,6 +21,7 @@ from bench.publish.report import CAPTIONS, write_report
 from bench.publish.tables import PUBLISHED_RESULTS, ROOT, folders, main_folder
 from bench.studies import STUDIES, epochs, roofline, study
 from tests.support.claims import CLAIMED
+from tests.support.systems import needs_posix
 
 ENVIRONMENT = {"cpu": "a CPU", "cores": 2, "python": "3", "packages": {}, "variables": {}, "blas": []}
 CONDITIONS = Conditions("2026-01-01T00:00:00", "MNIST", False, "abc", 0.1, 0.0, 1.0, None, ENVIRONMENT)
@@ -188,21 +191,15 @@ def test_every_published_folder_holds_whole_runs():
         assert all(commit and not commit.endswith("-dirty") for commit in commits)
 
 
-def bench(*arguments, folder, **variables):
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "bench/",
-        "--benchmark-only",
-        "--quick",
-        "--dataset",
-        "digits28",
-        *arguments,
-    ]
-    command += ["--output", str(folder), "-p", "no:cacheprovider"]
-    environment = {**os.environ, **variables}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+def bench_command(folder, *arguments):
+    """The benchmarks of NumPy, on few images."""
+    options = ["--benchmark-only", "--quick", "--dataset", "digits28", "--backend", "numpy", "--output", folder]
+    return [sys.executable, *map(str, ("-m", "pytest", "bench/", *options, "-p", "no:cacheprovider", *arguments))]
+
+
+def bench(folder, *arguments, limit=None, **variables):
+    options = {"cwd": ROOT, "env": {**os.environ, **variables}, "capture_output": True, "text": True, "timeout": 300}
+    return subprocess.run(bench_command(folder, *arguments), preexec_fn=limit, **options)
 
 
 @pytest.mark.slow
@@ -212,7 +209,7 @@ def test_a_partial_run_never_replaces_a_complete_one(tmp_path):
     save(tmp_path, machine(), run_of(numpy=[1.0]))
     before = (tmp_path / "run.json").read_bytes()
     backend = "module://matplotlib_inline.backend_inline"
-    result = bench("-k", "relu", "--backend", "numpy", folder=tmp_path, MPLBACKEND=backend, MATPLOTLIBRC=str(tmp_path))
+    result = bench(tmp_path, "-k", "relu", MPLBACKEND=backend, MATPLOTLIBRC=str(tmp_path))
     assert result.returncode == 0, result.stdout + result.stderr
     assert (tmp_path / "run.json").read_bytes() == before
     assert set(read(Run, tmp_path / "partial" / "run.json").sections) == {"kernels"}
@@ -223,7 +220,88 @@ def test_a_partial_run_never_replaces_a_complete_one(tmp_path):
 def test_what_cannot_work_is_a_usage_error(tmp_path, option):
     file = tmp_path / "file"
     file.touch()
-    result = bench(*option, folder=file)
+    result = bench(file, *option)
     assert result.returncode == 4
     assert "INTERNALERROR" not in result.stdout + result.stderr
     assert len(result.stderr.strip().splitlines()) <= 6
+
+
+@pytest.fixture
+def complete(tmp_path):
+    """A folder with a complete run, and a quick one; yields it, and finds both unchanged."""
+    for folder in (tmp_path, tmp_path / "quick"):
+        folder.mkdir(exist_ok=True)
+        save(folder, machine(), run_of(numpy=[1.0]))
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    before = [file.read_bytes() for file in files]
+    yield tmp_path
+    assert [file.read_bytes() for file in files] == before
+
+
+@pytest.mark.slow
+@needs_posix
+def test_ctrl_c_leaves_the_complete_runs(complete):
+    """After the first benchmark; what it found is kept apart."""
+    command = bench_command(complete, "-v", "-k", "test_epoch or relu")
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        for line in process.stdout:
+            if "PASSED" in line:
+                break
+        process.send_signal(signal.SIGINT)
+        shown = process.stdout.read()
+    assert process.returncode == pytest.ExitCode.INTERRUPTED
+    assert "A partial run: kept apart, the last complete one stands." in shown
+    assert set(read(Run, complete / "partial" / "run.json").sections) == {"epochs"}
+
+
+@pytest.mark.slow
+@needs_posix
+def test_a_full_disk_costs_no_table_and_no_complete_run(complete):
+    """Where no file may have more than 300 bytes."""
+
+    def limit():
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))
+
+    result = bench(complete, "-k", "relu", limit=limit)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "Name (time in" in result.stdout
+    assert re.search(r"^The results were not kept: OSError: cannot write .*: File too large", result.stdout, re.M)
+    assert list((complete / "partial").iterdir()) == []
+
+
+@pytest.mark.parametrize("function", ["os.fsync", "pathlib.Path.replace"])
+def test_a_full_disk_leaves_the_whole_run(tmp_path, monkeypatch, function):
+    """Halfway, when the file has been written but not synced or renamed."""
+    save(tmp_path, machine(), run_of(numpy=[1.0]))
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+    def fail(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(function, fail)
+        with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+            save(tmp_path, machine(), run_of(numpy=[2.0] * 99))
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_a_folder_that_cannot_be_used_is_one_line(tmp_path, monkeypatch):
+    """A file, a folder in a file, a loop of links, and a read-only file system, which root can write on otherwise."""
+    (tmp_path / "file").touch()
+    for name in ("file", "file/folder", *(["loop"] if os.name == "posix" else [])):
+        if name == "loop":
+            (tmp_path / name).symlink_to(name)
+        with pytest.raises(OSError, match=rf"{name.split('/')[0]} is not a folder: name a folder for the results$"):
+            existing_run(tmp_path / name)
+
+    def fail(*arguments, **options):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    for function in ("mkdir", "touch"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"pathlib.Path.{function}", fail)
+            message = f"^cannot write in {re.escape(str(tmp_path / 'new'))}: {os.strerror(errno.EROFS)}; name another"
+            with pytest.raises(OSError, match=message):
+                existing_run(tmp_path / "new")

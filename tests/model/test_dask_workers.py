@@ -175,6 +175,17 @@ def alone(tiny):
 
 
 @pytest.mark.slow
+def test_same_bits_on_many_workers(processes, tiny):
+    """More than meet in one task, and numbers that the 32 shards are not divisible by."""
+    many = tiny._replace(train_images=np.tile(tiny.train_images, (8, 1)), train_labels=np.tile(tiny.train_labels, 8))
+    expected = trained(NumpyBackend(), many, (25, 6, 10))
+    for workers in (7, 16, 9):
+        processes.have(workers)
+        batches = Cluster(processes.client).batch
+        assert_equal(trained(NumpyBackend(), many, (25, 6, 10), batches=batches), expected)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 3, 5])
 def test_any_number_of_workers_gives_the_bits_of_one_process(processes, alone, tiny, workers, monkeypatch, request):
     """Of the four shards of 4,100 images, a worker gets all, one or two, or none. Pairs of sums make a deeper tree."""
@@ -275,6 +286,29 @@ def test_killed_workers_change_no_bit(processes, digits28):
     expected, _ = trained(NumpyBackend(), dataset, (784, 64, 10), epochs=reached[0])
     assert reached[0] > 10
     assert [ours.tobytes() for ours in mlp.parameters] == [theirs.tobytes() for theirs in expected]
+
+
+@pytest.mark.slow
+@needs_posix
+def test_workers_killed_in_the_middle_of_a_reduction(mortal, tiny, tmp_path, monkeypatch):
+    """Four workers, whose sums meet in pairs: each task that adds sums kills its worker when it is first tried."""
+    monkeypatch.setattr(dask_workers, "FAN_IN", 2)
+    monkeypatch.setattr(dask_workers, "merge", functools.partial(merge_or_die, tmp_path))
+    mortal.have(4)
+    ours = trained(NumpyBackend(), tiny, (25, 6, 10), epochs=1, batches=Cluster(mortal.client).batch)
+    assert sorted(file.name for file in tmp_path.glob("*-*")) == ["0-2", "0-4", "2-4"]
+    assert len(mortal.client.nthreads()) == 1
+    assert_equal(ours, trained(NumpyBackend(), tiny, (25, 6, 10), epochs=1))
+
+
+def merge_or_die(folder, shards, *parts):
+    """What `merge` returns; but kill -9 the worker if these shards have not been tried before."""
+    numbers = {number for part in parts for node in part for number in node}
+    try:
+        (folder / f"{min(numbers)}-{max(numbers)}").touch(exist_ok=False)
+    except FileExistsError:
+        return merge(shards, *parts)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from bench.studies import pictures
 from kernels import get_backend
+from model.cli import app
 from model.cli.predict import predict_command
 from model.data import limited, load_dataset
 from model.extras import picture
@@ -362,6 +363,76 @@ def test_letters_are_trained_resumed_and_predicted(tmp_path, digits28):
     result = run_model("predict", picture, "--checkpoint", file)
     assert re.search(r"shows the label \d+, or perhaps \d+: the network is unsure\n", result.stderr + result.stdout)
     assert re.findall(r"^ *(\d+) ", result.stdout, re.MULTILINE) == [str(label) for label in range(27)]
+
+
+def test_bars_without_blocks(tmp_path, monkeypatch):
+    """In ASCII, which has no block characters."""
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    file = tmp_path / "good.png"
+    file.write_bytes(PICTURES["grey"])
+    result = run_model("predict", file, "--checkpoint", saved(tmp_path / "network", certain()))
+    assert (result.returncode, result.stderr) == (0, "")
+    first, *bars = result.stdout.splitlines()
+    assert first == f"{file} shows the digit 3"
+    assert [bar.split() for bar in bars] == [
+        [str(label), "100.0%", "#" * 40] if label == 3 else [str(label), "0.0%"] for label in range(10)
+    ]
+
+
+def certain():
+    """A network that takes everything for a 3."""
+    mlp = MLP((784, 3, 10))
+    mlp.layers[1][1][3] = 100
+    return mlp
+
+
+def predicted(capsys, picture, checkpoint):
+    """What the command prints on stdout and stderr."""
+    app(["predict", str(picture), "--checkpoint", str(checkpoint)], standalone_mode=False)
+    return capsys.readouterr()
+
+
+def test_an_unsure_network_says_so(tmp_path, capsys):
+    file = tmp_path / "good.png"
+    file.write_bytes(PICTURES["grey"])
+    shown, noted = predicted(capsys, file, saved(tmp_path / "network", MLP((784, 3, 10))))
+    first = shown.splitlines()[0]
+    assert re.fullmatch(rf"{re.escape(str(file))} shows the digit \d, or perhaps \d: the network is unsure", first)
+    assert noted == ""
+
+
+def test_what_digits28_does_not_teach_is_said(tmp_path, capsys):
+    file, network = tmp_path / "good.png", tmp_path / "network"
+    file.write_bytes(PICTURES["grey"])
+    config = Config("numpy", "digits28", "0" * 64, None, 3, 0.1, 32, 0, 1, 1)
+    save(network, certain(), State.start(0), config)
+    shown, noted = predicted(capsys, file, network)
+    assert shown.startswith(f"{file} shows the digit 3\n")
+    message = "was trained on digits28 and recognises only half of MNIST's digits: train on mnist instead"
+    assert noted == f"{network} {message}\n"
+
+
+def test_a_picture_in_the_home_folder(tmp_path, capsys, monkeypatch):
+    """Quoted, so that the shell leaves the tilde as it is."""
+    for variable in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(variable, str(tmp_path))
+    (tmp_path / "good.png").write_bytes(PICTURES["grey"])
+    saved(tmp_path / "network", certain())
+    shown, _ = predicted(capsys, "~/good.png", "~/network")
+    assert shown.startswith(f"{tmp_path / 'good.png'} shows the digit 3\n")
+
+
+def test_several_digits_are_refused(tmp_path):
+    """Side by side, or one above the other."""
+    network = saved(tmp_path / "network", certain())
+    file = tmp_path / "pair.png"
+    for turned in (False, True):
+        pair = Image.new("L", (2 * SIZE[0], SIZE[1] + 20), "white")
+        for left in (0, SIZE[0]):
+            pair.paste(digit("L"), (left, 10))
+        (pair.rotate(90, expand=True) if turned else pair).save(file)
+        with pytest.raises(PictureError, match=rf"^{re.escape(str(file))}: shows several digits\. Cut out one of"):
+            predict_command(file, network)
 
 
 def test_predict_says_in_one_line_what_is_wrong(tmp_path):

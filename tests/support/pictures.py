@@ -5,7 +5,7 @@ import struct
 import zlib
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from model.extras.picture import decode, prepare
 
@@ -47,8 +47,10 @@ def digit(mode="RGB", ink="black", paper="white"):
 
 
 def with_levels(ink, paper):
-    """Grey of 16 bits."""
-    return Image.fromarray(np.where(np.asarray(digit("L")) == 0, ink, paper).astype(np.uint16))
+    """Grey of 16 bits, with one pixel that is stuck at full brightness."""
+    levels = np.where(np.asarray(digit("L")) == 0, ink, paper).astype(np.uint16)
+    levels[3, 3] = 65535
+    return Image.fromarray(levels)
 
 
 def on_invisible_noise():
@@ -63,6 +65,11 @@ def on_invisible_noise():
 def on_transparent_palette():
     image = digit("L").convert("P")
     return encoded(image, transparency=int(np.asarray(image)[0, 0]))
+
+
+def with_transparent_margin(paper):
+    """A page that is one layer of a larger picture, which shows nothing else."""
+    return encoded(ImageOps.expand(digit("RGBA", "black", paper), (30, 12, 25, 20), (0, 0, 0, 0)))
 
 
 def by_orientation(orientation, kind):
@@ -90,7 +97,10 @@ PICTURES = {
     "white on transparent": encoded(digit("RGBA", (255, 255, 255, 255), (255, 255, 255, 0))),
     "white on transparent of any colour": on_invisible_noise(),
     "transparent on white": encoded(digit("RGBA", (255, 255, 255, 0), (255, 255, 255, 255))),
+    "transparent margin": with_transparent_margin("white"),
+    "transparent margin around grey": with_transparent_margin((150, 150, 150)),
     "16 bits": encoded(with_levels(0, 65535)),
+    "16 bits, hardly used": encoded(with_levels(50, 900)),
     "16 bits, bright": encoded(with_levels(65535, 40000)),
     "16 bits, dark": encoded(with_levels(0, 20000)),
     "interlaced": encoded(digit(), interlace=1),
