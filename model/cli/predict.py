@@ -20,7 +20,7 @@ def predict_command(picture: opt.Picture, checkpoint: opt.Trained) -> None:
         raise ValueError(f"{checkpoint}: its network is not for images of 28 x 28 pixels. Use one that is")
     (probabilities,) = mlp.probabilities(get_backend("numpy"), read_picture(picture)[None])
     if np.isnan(probabilities).any():
-        raise ValueError(f"{checkpoint}: its parameters are so large that the logits overflow. Use another checkpoint")
+        raise ValueError(f"{checkpoint}: its parameters are too large: the logits overflow. Use another checkpoint")
     *_, second, first = [0, *np.argsort(probabilities)]  # a single class has no second
     unsure = f", or perhaps {second}: the network is unsure" if probabilities[first] < SURE else ""
     tell(f"{picture} shows the {'label' if config.dataset == 'idx' else 'digit'} {first}{unsure}")
