@@ -1,4 +1,4 @@
-# Everything runs in .venv, made on first use from constraints.txt. Another interpreter: make PYTHON=python3.12 test
+# Everything runs in .venv, created from constraints.txt on first use. For another Python: make PYTHON=python3.12 test
 PYTHON ?= python3
 BIN := .venv/bin
 RESULTS ?= bench/output
@@ -9,30 +9,30 @@ READY := .venv/ready
 help:  ## Show this help
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
-bench: $(READY)  ## Measure every backend; figures and report.html go to bench/output/ (under five minutes)
+bench: $(READY)  ## Measure every backend; write figures and report.html to bench/output/ (under five minutes)
 	$(BIN)/python -m pytest bench/ --benchmark-only $(ARGS)
 
-bench-peers: .venv/peers  ## Install PyTorch, JAX and scikit-learn (CPU builds) and measure them beside the backends
+bench-peers: .venv/peers  ## Install PyTorch and JAX (CPU builds) and compare all packages with the backends
 	$(BIN)/python -m bench run head_to_head $(ARGS)
 
 test: $(READY)  ## Run all tests (set MNIST_DIR to include those on MNIST)
 	$(BIN)/python -m pytest tests/ $(ARGS)
 
-plots: $(READY)  ## Draw the figures and report of a folder of results into bench/output/ (make plots RESULTS=FOLDER)
+plots: $(READY)  ## Redraw figures and report from a folder of results into bench/output/ (make plots RESULTS=FOLDER)
 	$(BIN)/python -m bench draw $(RESULTS)
 
-test-oldest: RESOLUTION := lowest-direct  ## Run the quick tests on the oldest dependencies that pyproject.toml allows
-test-newest: RESOLUTION := highest  ## Run the quick tests on the newest dependencies
+test-oldest: RESOLUTION := lowest-direct  ## Run the quick tests with the oldest dependencies that pyproject.toml allows
+test-newest: RESOLUTION := highest  ## Run the quick tests with the newest dependencies
 test-oldest test-newest:
 	$(PYTHON) -m venv --clear .venv-$@
 	.venv-$@/bin/python -m pip install --quiet --disable-pip-version-check uv
 	.venv-$@/bin/uv pip install --quiet --python .venv-$@ --resolution $(RESOLUTION) --editable '.[test]'
 	.venv-$@/bin/python -m pytest tests/ -m "not slow" $(ARGS)
 
-results: .venv/peers  ## Run all studies, in three runs, into bench/results/MACHINE/, to be sent in (needs MNIST; half an hour)
+results: .venv/peers  ## Run all studies, three runs, into bench/results/MACHINE/, to send in (needs MNIST; half an hour)
 	$(BIN)/python -m bench results $(ARGS)
 
-publish: $(READY)  ## Renew the READMEs' tables and figures from all folders in bench/results/
+publish: $(READY)  ## Update the READMEs' tables and figures from all of bench/results/
 	$(BIN)/python -m bench.publish.tables
 
 lint: $(READY)  ## Check style and types
@@ -40,25 +40,25 @@ lint: $(READY)  ## Check style and types
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-constraints: $(READY)  ## Pin all dependencies to their newest versions in constraints.txt
+constraints: $(READY)  ## Pin the newest versions of all dependencies in constraints.txt
 	$(BIN)/pip install --quiet uv
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --extra test --no-annotate --no-header \
 	    --upgrade --output-file constraints.txt pyproject.toml
 
-clean:  ## Remove the environment, caches and bench/output/
+clean:  ## Remove .venv, caches and bench/output/
 	rm -rf .venv .venv-* .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks *.egg-info bench/output
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
-	    { echo "Python 3.10 or newer is needed: install it, or name one, as in 'make PYTHON=python3.12 $(MAKECMDGOALS)'"; exit 1; }
+	    { echo "Python 3.10 or newer is needed: install it, or pass its name, as in 'make PYTHON=python3.12 $(MAKECMDGOALS)'"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 	    { echo "Python's venv module is missing: install it (on Debian and Ubuntu: apt install python3-venv)"; exit 1; }
 	$(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
 	@touch $@
 
-# PyTorch's CPU builds are on a separate index; where that cannot be reached, the default index serves.
+# PyTorch's CPU builds are on its own index; if that is unreachable, the default index is used.
 .venv/peers: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
 	    --extra-index-url https://download.pytorch.org/whl/cpu torch==2.13.0

@@ -1,4 +1,4 @@
-"""``--backend``, for tests and benchmarks alike."""
+"""The option ``--backend``, for tests and benchmarks."""
 
 import pytest
 
@@ -11,7 +11,7 @@ def pytest_addoption(parser):
         "--backend",
         action="append",
         metavar="NAME",
-        help="test or measure only this backend; may be repeated (default: every one)",
+        help="test or measure only this backend; may be repeated (default: all)",
     )
 
 
@@ -34,11 +34,11 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture(scope="session")
 def backend(request):
-    """Each backend, one after the other."""
+    """Each selected backend."""
     return get_backend(request.param)
 
 
 @pytest.fixture(scope="session")
 def full_batch_backend(request):
-    """Each backend that finishes an epoch over all images: pure Python needs a quarter of an hour."""
+    """Each selected backend that is fast enough for full batches."""
     return get_backend(request.param)

@@ -1,8 +1,8 @@
 """Interchangeable backends for the four kernels of a small neural network.
 
-A backend is imported only when it is asked for, so that using ``numpy`` needs neither Numba nor a compiler. To add one,
-put a file ``<name>_backend.py`` beside this one whose one subclass of :class:`~kernels.backend.Backend` implements the
-kernels, or name a class of your own anywhere on the import path: ``get_backend("package.module:Class")``.
+A backend is imported only on request, so the ``numpy`` backend needs neither Numba nor a compiler. To add one, put a
+file ``<name>_backend.py`` beside this one, with one subclass of :class:`~kernels.backend.Backend` that implements the
+kernels. Or keep your class anywhere on the import path: ``get_backend("package.module:Class")``.
 """
 
 import importlib
@@ -13,15 +13,15 @@ from kernels.backend import Backend
 
 __all__ = ["Backend", "backend_names", "get_backend"]
 
-# From the plainest to the most specialised: the order of tables, plots and parametrized tests.
+# From the simplest to the most specialised: the order in tables, plots and parametrized tests.
 _ORDER = ["naive", "numpy", "numba", "sparse"]
 
 
 def backend_names() -> list[str]:
-    """Names of the backends in this folder, from the plainest to the most specialised."""
+    """Names of the backends in this folder, from the simplest to the most specialised."""
     files = [file for folder in __path__ for file in Path(folder).glob("*_backend.py")]
-    found = sorted(file.stem.removesuffix("_backend") for file in files)
-    return sorted(found, key=lambda name: _ORDER.index(name) if name in _ORDER else len(_ORDER))
+    names = sorted(file.stem.removesuffix("_backend") for file in files)
+    return sorted(names, key=lambda name: _ORDER.index(name) if name in _ORDER else len(_ORDER))
 
 
 def get_backend(name: str) -> Backend:
@@ -35,7 +35,8 @@ def get_backend(name: str) -> Backend:
     Raises
     ------
     ValueError
-        If there is no such backend, with the names that exist.
+        If there is no such backend (the message lists those that exist), or the class cannot be loaded or is not a
+        subclass of `Backend`.
     """
     if ":" in name:
         return _load_class(name)()

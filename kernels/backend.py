@@ -1,8 +1,8 @@
 """The contract: what every backend computes, and the one place where arguments are checked.
 
-The public methods check shapes, dtypes and labels once. Then they call the backend's own ``_matmul``, ``_relu`` and so
-on, which may trust their arguments. Kernels keep the dtype of their arguments (float32, or float64 for gradient
-checks), never write to them, and return new row-major arrays. They are thread-safe.
+The public methods check shapes, dtypes and labels once. Then they call the backend's ``_matmul``, ``_relu`` and so on,
+which may trust their arguments. Kernels keep the dtype of their arguments (float32, or float64 for gradient checks),
+never write to them, and return new row-major arrays. They are thread-safe.
 """
 
 from abc import ABC, abstractmethod
@@ -31,15 +31,15 @@ class Matrix(Protocol):
 
 
 class Backend(ABC):
-    """The four kernels of the network, and the preparation of its images.
+    """The four kernels of the network, and the conversion of its images.
 
     Attributes
     ----------
     chunk : int
-        The most images that are prepared and sent through the network together. Their activations should stay in a
-        core's cache.
+        Maximum number of images that are prepared and sent through the network together. Their activations should stay
+        in a core's cache.
     too_slow_for_full_batches : bool
-        Whether an epoch over all images would take a quarter of an hour, as in pure Python.
+        Whether an epoch over all images takes many minutes, as in pure Python.
     """
 
     chunk = CHUNK
@@ -50,7 +50,7 @@ class Backend(ABC):
 
     @property
     def name(self) -> str:
-        """Name under which :func:`kernels.get_backend` finds it."""
+        """The name that :func:`kernels.get_backend` takes."""
         module, _, file = type(self).__module__.rpartition(".")
         if module == "kernels":
             return file.removesuffix("_backend")
@@ -62,24 +62,25 @@ class Backend(ABC):
         return 0.0
 
     def prepare(self, images: NDArray[np.uint8], dtype: DTypeLike = np.float32) -> Any:
-        """Convert pixels to the left operand that suits `matmul` best.
+        """Convert images to the backend's preferred left operand of `matmul`.
 
         Parameters
         ----------
         images
-            uint8 (n, p), one image a row, 0 to 255.
+            (n, pixels) uint8, one image per row, 0 to 255.
         dtype
-            float32 or float64: the type of the pixels once they are divided by 255.
+            float32 or float64: the type of the pixels after the division by 255.
 
         Returns
         -------
         Matrix
-            (n, p): the images / 255, with ``len``, ``shape``, ``dtype``, ``.T``, and ``nbytes`` for the memory limit.
+            (n, pixels): the images / 255, with ``len``, ``shape``, ``dtype``, ``.T``, and ``nbytes`` for the memory
+            limit.
 
         Raises
         ------
         ValueError
-            If `images` is not a two-dimensional uint8 array or `dtype` is not a float.
+            If `images` is not a two-dimensional uint8 array, or `dtype` is neither float32 nor float64.
         """
         if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 2:
             raise ValueError(f"images must be a uint8 array of shape (n, pixels), not {_describe(images)}")
@@ -107,7 +108,7 @@ class Backend(ABC):
         Raises
         ------
         ValueError
-            If shapes or dtypes do not fit, or a dtype is not a native float32 or float64.
+            If shapes or dtypes do not match, or a dtype is not native float32 or float64.
         """
         if not _is_product(a, b, bias):
             _check_product(a, b, bias)
@@ -119,12 +120,17 @@ class Backend(ABC):
         Parameters
         ----------
         z
-            (n, m) float array.
+            (n, m), float32 or float64.
+
+        Returns
+        -------
+        ndarray
+            (n, m), row-major, in the dtype of `z`; NaN where `z` is NaN.
 
         Raises
         ------
         ValueError
-            If `z` is not a two-dimensional native float array.
+            If `z` is not a two-dimensional array of native float32 or float64.
         """
         _check_matrix(z, "z")
         return self._relu(z)
@@ -137,14 +143,19 @@ class Backend(ABC):
         Parameters
         ----------
         upstream
-            (n, m): gradient of the loss with respect to the activations.
+            (n, m), float32 or float64: gradient of the loss with respect to the activations.
         activations
-            (n, m): what `relu` returned.
+            (n, m), same dtype: the output of `relu`.
+
+        Returns
+        -------
+        ndarray
+            (n, m), row-major: gradient of the loss with respect to the input of `relu`.
 
         Raises
         ------
         ValueError
-            If shapes or dtypes differ.
+            If shapes or dtypes differ, or an argument is not a two-dimensional array of native float32 or float64.
         """
         if not (_is_matrix(upstream) and _is_like(activations, upstream)):
             _check_pair(upstream, activations)
@@ -160,20 +171,20 @@ class Backend(ABC):
         Parameters
         ----------
         logits
-            (n, classes) float array.
+            (n, classes), float32 or float64.
         labels
-            (n,) integers from 0 to classes - 1.
+            (n,), any native integer dtype, from 0 to classes - 1.
 
         Returns
         -------
         tuple[float, int, ndarray]
-            The loss, summed over the rows; how many rows have their largest logit at the label (the first one wins a
-            tie); softmax(logits) - onehot(labels), (n, classes), not divided by n.
+            The loss in nats, summed over the rows; how many rows have their largest logit at the label (the first one
+            wins a tie); softmax(logits) - onehot(labels), (n, classes), not divided by n.
 
         Raises
         ------
         ValueError
-            If shapes or dtypes do not fit or a label is not one of the classes.
+            If shapes or dtypes do not match, or a label is out of range.
         """
         if not _is_labelled(logits, labels):
             _check_labelled(logits, labels)
@@ -197,8 +208,8 @@ class Backend(ABC):
 
 # The fast path ----------------------------------------------------------------------------------------------
 #
-# Nearly all arguments are right. The full checks below would take 15 to 20 µs of each training step, a tenth of it in
-# small batches; these take a third of that. False means only that the full checks have to decide.
+# Nearly all arguments are valid. The full checks below would take 15 to 20 µs of each training step, a tenth of a step
+# on a small batch; these take a third of that. False means only that the full checks must decide.
 
 
 def _is_matrix(value: Any) -> bool:
@@ -227,7 +238,7 @@ def _is_labelled(logits: Any, labels: Any) -> bool:
     if not (_is_matrix(logits) and type(labels) is np.ndarray and labels.dtype.kind in "iu" and labels.dtype.isnative):
         return False
     rows, classes = logits.shape
-    # argmax is a third as expensive to call as max.
+    # Calling argmax takes a third as long as calling max.
     return labels.shape == (rows,) and rows > 0 and labels[labels.argmin()] >= 0 and labels[labels.argmax()] < classes
 
 
@@ -236,7 +247,7 @@ def _is_labelled(logits: Any, labels: Any) -> bool:
 
 def _check_product(a: Any, b: Any, bias: Any) -> None:
     _check_matrix(b, "b")
-    if isinstance(a, np.ndarray) or not getattr(a, "shape", ()):  # NumPy scalars have a shape, too
+    if isinstance(a, np.ndarray) or not getattr(a, "shape", ()):  # NumPy scalars also have a shape
         _check_matrix(a, "a")
     if a.shape[1] != b.shape[0]:
         raise ValueError(f"cannot multiply a {a.shape} by b {b.shape}: {a.shape[1]} columns, {b.shape[0]} rows")
@@ -252,7 +263,7 @@ def _check_pair(upstream: Any, activations: Any) -> None:
     _check_matrix(upstream, "upstream")
     _check_matrix(activations, "activations")
     if upstream.shape != activations.shape:
-        raise ValueError(f"upstream {upstream.shape} and activations {activations.shape} must have one shape")
+        raise ValueError(f"upstream {upstream.shape} and activations {activations.shape} must have the same shape")
     _check_same_dtype(upstream=upstream, activations=activations)
 
 

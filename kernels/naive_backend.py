@@ -1,8 +1,8 @@
 """Plain Python loops: the specification that every other backend is tested against.
 
-Each kernel reads and writes ``a[i][k]``. So the same source works on lists, which plain Python indexes fastest, and on
-arrays, when `numba.njit` compiles it. Nothing is vectorized and nothing is clever: read this file to learn what is
-computed, and the others to learn how to compute it fast.
+The kernels index ``a[i][k]``. So the same source works on lists, which plain Python indexes fastest, and on arrays,
+when `numba.njit` compiles it. Nothing is vectorized and nothing is clever. Read this file to learn what is computed,
+and the others to learn how to compute it fast.
 """
 
 import math
@@ -60,7 +60,7 @@ def softmax_grad(logits, labels, out):
 
 
 class NaiveBackend(Backend):
-    """The loops above, on lists of Python floats. These have 64 bits; results are rounded to the dtype at the end."""
+    """The loops above, on lists of Python floats. They compute in float64, and round to the dtype at the end."""
 
     too_slow_for_full_batches = True
 

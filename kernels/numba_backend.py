@@ -1,18 +1,17 @@
-"""Compiled by Numba: a micro-kernel with its accumulators in vector registers, and the cache blocking around it.
+"""Compiled with Numba: a micro-kernel that keeps its accumulators in vector registers, and cache blocking around it.
 
-The product follows Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (2008), in the
-terms of BLIS (Van Zee and van de Geijn, 2015). The *micro-kernel* keeps a *tile* of the result, `MR` rows by
-`TILE_VECTORS` vectors, in registers for the whole loop over k. At each step it loads one row of B, broadcasts
-one element of A for each row of the tile, and multiplies and adds: 24 multiply-adds for 10 loads on Zen with
-AVX-512. Around it, B is cut into blocks that stay in the L2 cache. *Packing* copies a block into contiguous *panels*,
-each as wide as a tile.
+The product follows Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (2008), in the terms of
+BLIS (Van Zee and van de Geijn, 2015). The *micro-kernel* keeps a *tile* of the result, `MR` rows by `TILE_VECTORS`
+vectors, in registers for the whole loop over k. Each step loads one row of the panel, broadcasts one element of A for
+each row of the tile, and multiplies and adds: 24 multiply-adds for 10 loads on Zen with AVX-512. Around it, B is cut
+into blocks that stay in the L2 cache. *Packing* copies a block into contiguous *panels*, each as wide as a tile.
 
 Goto packs A as well. Here A is read in place: its elements are only ever broadcast, so any strides will do. The hard
-case is the transpose of a row-major A, where each step of k is on another page and needs another TLB entry. `TUNING`
-says what each kind of CPU does about that.
+case is the transpose of a row-major A, where each step of k is on a different page and needs its own TLB entry.
+`TUNING` says what each kind of CPU does about that.
 
 However the product is blocked, each element of the result is one chain of multiply-adds, which starts from the bias and
-runs along k. So its bits depend on its row of A and its column of B alone.
+runs along k. So its bits depend only on its row of A and its column of B.
 """
 
 import functools
@@ -48,66 +47,69 @@ class Tuning(NamedTuple):
     """How the product is cut for a kind of CPU."""
 
     rows: int
-    """Rows of a tile. With the row of B and an element of A, a tile has to fit the registers. Not 8: the rows of A are
-    read side by side, and if their distance is a power of two they compete for the lines of one set of L1."""
+    """Rows of a tile. The tile, a row of the panel and an element of A must fit in the registers. Not 8: the rows of A
+    are read in parallel, and if their distance is a power of two they compete for one set of L1 (conflict misses)."""
     vectors: int
     """Vectors in a row of a tile."""
     edge_vectors: int
-    """The same, of the narrower tile for the last columns."""
+    """Vectors in a row of the narrower tile for the last columns."""
     chain: int
-    """Rows of A whose addresses LLVM may find one from the other. A long chain of additions takes longer than the
-    multiply-adds."""
+    """Rows of A whose addresses LLVM may compute one from the other. A long dependency chain of additions takes longer
+    than the multiply-adds."""
     transposed_depth: int
     """Steps of k in a block, where k runs down the columns of a row-major array, as in x.T dz."""
     copies: bool = False
-    """Whether the elements of such an A that a row of tiles needs are copied side by side first. In place, each is
-    in another page, and with rows of 4 KB all in the same set of the L1 cache."""
+    """Whether the elements of such an A that a row of tiles needs are first copied to contiguous memory. In place, each
+    step of k is on a different page, and with rows of 4 KB all of them map to the same L1 set."""
     prefetches: bool = False
-    """Whether such an A is prefetched, one line at each step of k, evenly over the block after this one."""
+    """Whether the next block of such an A is prefetched, one line at each step of k, spread evenly over the tiles."""
 
 
-# By registers and their bytes. No measuring at run time: what is best differs by less than the noise.
+# Keyed by the number of registers and their bytes. Not tuned at run time: good choices differ by less than the noise.
 TUNING = {
-    # SSE and AVX2: 12 sums, two vectors of B and two elements of A. On Zen 3, copying takes x.T dz from 1.2 times the
-    # time of OpenBLAS to 1.0; prefetching instead did nothing there.
+    # SSE and AVX2: 12 accumulators, two vectors of B and two elements of A. On Zen 3, copying takes x.T dz from 1.2
+    # times the time of OpenBLAS to 1.0; prefetching instead did nothing there.
     (16, 16): Tuning(6, 2, 2, chain=6, transposed_depth=256, copies=True),
     (16, 32): Tuning(6, 2, 2, chain=6, transposed_depth=256, copies=True),
-    # NEON: 24 sums. Longer chains make LLVM update an address with each load (LD1R), which takes a multiply-add unit.
-    # Judged by llvm-mca alone, as no ARM was at hand.
+    # NEON: 24 accumulators. Longer chains make LLVM use post-indexed loads (LD1R), which take a multiply-add unit.
+    # Judged by llvm-mca only; never timed on ARM.
     (32, 16): Tuning(6, 4, 2, chain=2, transposed_depth=256, copies=True),
-    # AVX-512 on Zen 4 and 5, which read x.T in place without loss.
+    # AVX-512 on Zen 4 and 5, which read x.T in place at no cost.
     (32, 64): Tuning(6, 4, 1, chain=6, transposed_depth=800),
 }[REGISTERS, REGISTER_BYTES]
 
-# AVX-512 on Intel. Only the name of the CPU tells it from Zen. The numbers are those of a prototype of this tile on an
-# Emerald Rapids; this code itself has yet to run there. x W1 took 0.80 times the time of OpenBLAS, and 0.88 in tiles of
-# 6 x 4; x.T dz 0.82, and 1.2 without prefetching, 1.4 in deep blocks.
+# AVX-512 on Intel. Only the CPU's name tells it from Zen. The numbers come from a prototype of the 14-row tile on an
+# Emerald Rapids; this code itself has yet to run there. x W1 took 0.80 times the time of OpenBLAS, against 0.88 with
+# 6 x 4 tiles. x.T dz took 0.82, against 1.2 without prefetching and 1.4 in deep blocks. On older cores, such as Skylake
+# and Ice Lake, LLVM hoists the loads of A so early that 14 rows spill registers, at half the speed by llvm-mca.
 if REGISTER_BYTES == 64 and not CPU.startswith("znver"):
-    TUNING = Tuning(14, 2, 1, chain=6, transposed_depth=64, prefetches=True)
+    rows, chain = (14, 6) if CPU.endswith("rapids") else (12, 4)
+    TUNING = Tuning(rows, 2, 1, chain, transposed_depth=64, prefetches=True)
 
 MR = TUNING.rows
 TILE_VECTORS, EDGE_VECTORS = TUNING.vectors, TUNING.edge_vectors
 TILE_BYTES = TILE_VECTORS * REGISTER_BYTES
 EDGE_BYTES = EDGE_VECTORS * REGISTER_BYTES
 
-# Rows of the narrower tile: as many sums at least as multiply-adds can be under way.
+# Rows of the narrower tile: at least as many accumulators as multiply-adds can be in flight.
 EDGE_MR = 12 // EDGE_VECTORS
 
-# Largest block of B: KC rows of NC_BYTES are 400 KB and stay in an L2 cache of 512 KB. Blocks that are less deep are
-# wider, so that a copy of A serves more panels.
+# Largest block of B: KC rows of NC_BYTES are 400 KB and stay in an L2 cache of 512 KB. Shallower blocks are wider, so
+# that a copy of A serves more panels.
 KC = 800
 NC_BYTES = 512
 KC_TRANSPOSED = TUNING.transposed_depth
 NC_BYTES_TRANSPOSED = 2048 if TUNING.copies else NC_BYTES
 COPIES = TUNING.copies
 
-# B is packed if at least this many rows of A share the work.
+# B is packed if at least this many rows of A amortize it.
 PACK_ROWS = 16 * MR
 
-# Up to so many rows of A, the product takes as long as it takes to read B, if B is larger than a block. So B is read
-# once, from left to right and KC_FEW rows at a time, as many as the CPU can foresee, in tiles of as many sums as other
-# tiles have, but wider and lower. On Zen 3, 8 rows beat 32, and prefetching the next panels only did harm. Of a narrow
-# B, as of 128 columns, so many bytes are read at a time: with 8 rows, to begin a block takes longer than its sums.
+# With at most this many rows of A, and B larger than a block, the product is bound by reading B. So B is read once,
+# from left to right and KC_FEW rows at a time, as many streams as the hardware prefetcher can track. Tiles have as many
+# accumulators as elsewhere, but are wider and lower. On Zen 3, 8 rows beat 32, and software prefetch of the next panels
+# only hurt. A narrow B, of 128 columns say, is read FEW_BLOCK_BYTES at a time: with only 8 rows, starting a block would
+# take longer than its arithmetic.
 FEW_ROWS = 8
 FEW_MR = 3
 FEW_VECTORS = 4
@@ -126,16 +128,16 @@ def tile(typing_context, a, i, rows, copy, copied, panels, p, bias, out, j, firs
     Parameters
     ----------
     a
-        (m, k) array, of which `rows` rows from `i` on count, 1 to MR of them (EDGE_MR in `edge_tile`, FEW_MR in
+        (m, k) array, of which the tile uses `rows` rows from `i` on: 1 to MR (EDGE_MR in `edge_tile`, FEW_MR in
         `few_tile`).
     copy, copied
-        (k, MR) array, and whether it has the elements of these rows.
+        (k, MR) array, and whether it holds a copy of these rows.
     panels
-        (panels, k, columns) array, each row of a panel contiguous and TILE_VECTORS vectors long.
+        (panels, k, columns) array; rows of a panel are contiguous and TILE_VECTORS vectors long.
     bias
-        (n,) array: what the tile starts from if `first`. Otherwise it starts from what is in `out`.
+        (n,) array: the tile's initial value if `first`. Otherwise the tile starts from the content of `out`.
     out
-        (m, n) row-major array, whose element (i, j) is the tile's upper left.
+        (m, n) row-major array; element (i, j) is the tile's upper left corner.
     """
     signature = types.void(a, i, rows, copy, copied, panels, p, bias, out, j, first)
 
@@ -150,27 +152,27 @@ def tile(typing_context, a, i, rows, copy, copied, panels, p, bias, out, j, firs
 
 @intrinsic
 def edge_tile(typing_context, a, i, rows, panels, p, bias, out, j, first):
-    """Do what `tile` does, for panels of EDGE_VECTORS vectors whose last columns may lie outside of `out`."""
+    """Like `tile`, for panels of EDGE_VECTORS vectors whose last columns may be outside `out`."""
     signature = types.void(a, i, rows, panels, p, bias, out, j, first)
     return signature, functools.partial(_emit_tile, most=EDGE_MR, width=EDGE_VECTORS, ragged=True)
 
 
 @intrinsic
 def few_tile(typing_context, a, i, rows, panels, p, bias, out, j, first):
-    """Do what `tile` does, for panels of FEW_VECTORS vectors and at most FEW_MR rows."""
+    """Like `tile`, for panels of FEW_VECTORS vectors and at most FEW_MR rows."""
     signature = types.void(a, i, rows, panels, p, bias, out, j, first)
     return signature, functools.partial(_emit_tile, most=FEW_MR, width=FEW_VECTORS)
 
 
 def _emit_tile(context, builder, signature, arguments, most, width, ragged=False, copy=None):
-    """Write a micro-kernel for each number of rows from 1 to `most`, and the choice between them."""
+    """Emit a micro-kernel for each number of rows from 1 to `most`, and the branch that selects one."""
     _, i, rows, _, p, _, _, j, first = arguments
     a, panels, bias, out = (View.of(context, builder, signature.args[n], arguments[n]) for n in (0, 3, 5, 6))
     vectors = Vectors(context, builder, signature.args[0].dtype)
     columns = builder.sub(out.shape[1], j)
     starts = [j.type(c * vectors.lanes) for c in range(width)]
     masks = [vectors.first(builder.sub(columns, start)) if ragged else None for start in starts]
-    # The bias is a matrix whose rows are 0 bytes apart, so one load serves it and the result so far.
+    # The bias is a matrix with a row stride of 0, so the same load serves the bias and the result so far.
     start = View(
         builder,
         builder.select(first, bias.at(j), out.at(i, j)),
@@ -189,9 +191,9 @@ def _emit_tile(context, builder, signature, arguments, most, width, ragged=False
 
 
 def _next_block(builder, a, i, panels, p):
-    """Find this tile's share of the next block of A, to be prefetched: a pointer for each step of k.
+    """The tile's share of the next block of A, for prefetching: one address for each step of k.
 
-    If A is row-major, the hardware prefetcher does the work, and all pointers are the same.
+    If A is row-major, the hardware prefetcher does the job, and all addresses are the same.
     """
     count, k = panels.shape[:2]
     rows = i.type(MR)
@@ -203,7 +205,7 @@ def _next_block(builder, a, i, panels, p):
 
 
 def _emit_micro_kernel(builder, vectors, a, panel, start, out, rows, masks, ahead):
-    """Write the loop over k for a tile of `rows` rows, with one vector for each of `masks`."""
+    """Emit the loop over k for a tile of `rows` rows, with one vector for each of `masks`."""
     grid = [(r, c) for r in range(rows) for c in range(len(masks))]
     totals = {(r, c): vectors.variable(vectors.load(start.at(r), masks[c], column=c)) for r, c in grid}
     parts = [a if r == 0 else opaque(builder, a.part(r)) for r in range(0, rows, TUNING.chain)]
@@ -220,24 +222,24 @@ def _emit_micro_kernel(builder, vectors, a, panel, start, out, rows, masks, ahea
 
 @intrinsic
 def pack(typing_context, b, j, panel):
-    """Pack a panel from column `j` of `b` on, whose rows are contiguous, with zeros for missing columns."""
+    """Pack a panel from column `j` of `b` on, whose rows are contiguous; missing columns become zeros."""
     return types.void(b, j, panel), functools.partial(emit_packing, width=TILE_VECTORS)
 
 
 @intrinsic
 def pack_edge(typing_context, b, j, panel):
-    """Do what `pack` does, for a panel of EDGE_VECTORS vectors."""
+    """Like `pack`, for a panel of EDGE_VECTORS vectors."""
     return types.void(b, j, panel), functools.partial(emit_packing, width=EDGE_VECTORS)
 
 
 def emit_packing(context, builder, signature, arguments, width):
-    """Write the loop over the rows of B, each `width` vectors in the panel."""
+    """Emit the loop over the rows of B, each `width` vectors in the panel."""
     b, panel = (View.of(context, builder, signature.args[n], arguments[n]) for n in (0, 2))
     j = arguments[1]
     vectors = Vectors(context, builder, signature.args[0].dtype)
     columns = builder.sub(b.shape[1], j)
     masks = [vectors.first(builder.sub(columns, j.type(c * vectors.lanes))) for c in range(width)]
-    # A masked load is a branch for each lane on NEON.
+    # On NEON, a masked load compiles to a branch per lane.
     with builder.if_else(builder.icmp_signed(">=", columns, j.type(width * vectors.lanes))) as (whole, ragged):
         for branch, chosen in (whole, [None] * width), (ragged, masks):
             with branch, cgutils.for_range(builder, b.shape[0]) as loop:
@@ -247,7 +249,7 @@ def emit_packing(context, builder, signature, arguments, width):
 
 @intrinsic
 def pack_transposed(typing_context, b, row, j, panel, column):
-    """Pack a square as wide as a vector, from (row, j) of `b` on, whose columns are contiguous."""
+    """Pack a square block, one vector wide, from (row, j) of `b` on, whose columns are contiguous."""
 
     def emit(context, builder, signature, arguments):
         b, panel = (View.of(context, builder, signature.args[n], arguments[n]) for n in (0, 3))
@@ -265,7 +267,7 @@ def pack_transposed(typing_context, b, row, j, panel, column):
 def copy_columns(typing_context, a, i, copy):
     """Set row k of `copy`, (k, MR), to elements i to i + MR of column k of `a`, whose columns are contiguous.
 
-    Whole vectors are written, so `copy` needs room for one more vector at its end.
+    It stores whole vectors, so `copy` needs room for one more vector at its end.
     """
 
     def emit(context, builder, signature, arguments):
@@ -296,7 +298,7 @@ def matmul(a, b, bias, out):
     The order in which the terms of a sum are added depends on their number alone.
     """
     m, n = out.shape
-    # A narrow result has no full panel. Its transpose has, and can read the rows of A.T in place.
+    # A narrow result has no full panel. Its transpose does, and can read the rows of A.T in place.
     swap = n * b.itemsize < TILE_BYTES <= m * a.itemsize and a.strides[0] == a.itemsize
     if swap:
         left, right, result = b.T, a.T, np.empty((n, m), out.dtype)
@@ -316,7 +318,7 @@ def matmul(a, b, bias, out):
         most, nc = KC, NC_BYTES // b.itemsize
     kc = max(1, -(-k // -(-max(k, 1) // most)))  # blocks of equal size, give or take a row
     for j in range(0, columns, nc):
-        for p in range(0, max(k, 1), kc):  # once even for k = 0, which leaves the bias
+        for p in range(0, max(k, 1), kc):  # at least once: with k = 0 the result is the bias
             block, part = right[p : p + kc, j : j + nc], result[:, j : j + nc]
             if is_few:
                 add_few(left[:, p : p + kc], block, bias[j:], part, p == 0 and not swap)
@@ -330,7 +332,7 @@ def matmul(a, b, bias, out):
 
 @njit
 def add_block(a, b, bias, out, first):
-    """Add A B, B being a block that fits the cache, to the bias if it is the `first` in k, else to `out`."""
+    """Add A B, where B is a block that fits in cache, to the bias if it is the `first` block in k, else to `out`."""
     m, n = out.shape
     width = TILE_BYTES // b.itemsize
     edge = n - n % width
@@ -348,7 +350,7 @@ def add_block(a, b, bias, out, first):
 
 @njit
 def add_few(a, b, bias, out, first):
-    """Do what `add_block` does, for at most FEW_ROWS rows of A, which share each panel of B while it is in L1."""
+    """Like `add_block`, for at most FEW_ROWS rows of A, which share each panel of B while it is in L1."""
     m, n = out.shape
     width = FEW_BYTES // b.itemsize
     edge = n - n % width
@@ -362,7 +364,7 @@ def add_few(a, b, bias, out, first):
 
 @njit
 def add_edge(a, b, bias, out, edge, first):
-    """Do what `add_block` does, for the columns from `edge` on."""
+    """Like `add_block`, for the columns from `edge` on."""
     m = len(out)
     width = EDGE_BYTES // b.itemsize
     panels = panels_of(b[:, edge:], width, m)
@@ -392,7 +394,7 @@ def panels_of(b, width, m):
 
 @njit
 def pack_columns(b, j, panel):
-    """Do what `pack` does, for rows that are not contiguous: in squares if the columns are, else element by element."""
+    """Like `pack`, for rows that are not contiguous: in square blocks if the columns are, else element by element."""
     k, n = b.shape
     lanes = REGISTER_BYTES // b.itemsize
     for column in range(0, panel.shape[1], lanes):
@@ -406,7 +408,7 @@ def pack_columns(b, j, panel):
                 panel[row, c] = b[row, j + c] if j + c < n else 0
 
 
-# Element by element -----------------------------------------------------------------------------------------
+# Element-wise kernels ----------------------------------------------------------------------------------------
 
 
 @kernel(row_major_in, matrix_out)
@@ -435,7 +437,7 @@ def softmax_grad(logits, labels, out):
         below_top, is_first, total = softmax_grad_row(logits, i, labels[i], out)
         loss += below_top
         correct += is_first
-        # One logarithm for many rows: theirs is the sum of the logarithms.
+        # One logarithm for many rows: the log of a product is the sum of the logs.
         product *= total
         if not product < 1e200:
             loss += math.log(product)
@@ -445,13 +447,13 @@ def softmax_grad(logits, labels, out):
 
 @intrinsic
 def softmax_grad_row(typing_context, logits, i, label, out):
-    """Set row `i` of `out` as above, vector by vector; lanes past the end are padded with neutral values.
+    """Set row `i` of `out` to softmax - onehot, vector by vector; lanes past the end hold neutral values.
 
     Returns
     -------
     tuple[float, bool, float]
-        How far the label's logit is below the largest; whether it is the first largest (NaN counts as the largest); the
-        sum of the exponentials.
+        How far the label's logit is below the largest; whether the label is the first largest (NaN counts as the
+        largest); the sum of the exponentials.
     """
     dtype = logits.dtype
 
@@ -470,9 +472,9 @@ def softmax_grad_row(typing_context, logits, i, label, out):
                 yield j, vectors.first(builder.sub(classes, j))
 
         def either(j, whole, masked):
-            """Whole vectors may reach into the rows that follow, which are set later; only the last have no such rows.
+            """Use whole vectors, which may reach into the next rows (written later), except at the end of the array.
 
-            On Zen 3, rows of 10 take two thirds of the time that they take by masked stores.
+            On Zen 3, rows of 10 classes take two thirds of the time of masked stores.
             """
             results = []
             is_whole = builder.icmp_signed("<=", builder.add(j, j.type(vectors.lanes)), rest)
@@ -507,9 +509,9 @@ def softmax_grad_row(typing_context, logits, i, label, out):
             builder.store(builder.fadd(builder.load(total), exponentials), total)
             is_nan, is_largest = builder.fcmp_unordered("uno", x, x), builder.fcmp_ordered("==", x, largest)
             for is_such, first in (is_nan, first_nan), (is_largest, first_largest):
-                found = builder.add(j, vectors.first_on(builder.and_(is_such, mask), classes))
+                index = builder.add(j, vectors.first_on(builder.and_(is_such, mask), classes))
                 before = builder.load(first)
-                builder.store(builder.select(builder.icmp_signed("<", found, before), found, before), first)
+                builder.store(builder.select(builder.icmp_signed("<", index, before), index, before), first)
         total = vectors.across(builder.fadd, builder.load(total))
 
         with each_vector() as (j, mask):
@@ -530,8 +532,8 @@ def softmax_grad_row(typing_context, logits, i, label, out):
 class NumbaBackend(Backend):
     """The compiled functions above."""
 
-    # Machine code does not count dimensions. The contract has, and `ascontiguousarray` returns as many of any subclass,
-    # where the `ravel` of an np.matrix has two.
+    # Machine code does not check dimensions; the base class has. `ascontiguousarray` also turns subclasses into plain
+    # arrays of as many dimensions, where `ravel` of an np.matrix still has two.
 
     @property
     def compile_seconds(self):

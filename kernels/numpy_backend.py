@@ -1,7 +1,7 @@
 """Vectorized NumPy at its best: every loop over elements runs in compiled code.
 
-Products go to the BLAS that NumPy was built with. The other kernels are passes over arrays that fit a core's cache.
-Each allocates the one buffer that it returns, and works on it in place.
+Products go to the BLAS that NumPy was built with. The other kernels are passes over arrays that fit in a core's cache.
+Each works in place, as far as it can, on the buffer that it returns.
 """
 
 import numpy as np
@@ -20,11 +20,11 @@ class NumpyBackend(Backend):
         return out
 
     def _relu(self, z: NDArray) -> NDArray:
-        # A row of zeros instead of the scalar 0: NumPy's maximum has SIMD code only for two arrays.
+        # A row of zeros instead of the scalar 0: NumPy's maximum is vectorized only for two arrays.
         return np.maximum(z, np.zeros(z.shape[1], z.dtype), order="C")
 
     def _relu_grad(self, upstream: NDArray, activations: NDArray) -> NDArray:
-        # ANDing with a mask of all ones or zeros selects what np.where would, NaN included, and much faster.
+        # An AND with a mask of all ones or all zeros selects like np.where, NaN included, and is much faster.
         bits = np.dtype(f"i{upstream.itemsize}")
         mask = np.greater(activations, 0, order="C").astype(bits)
         np.negative(mask, out=mask)

@@ -1,26 +1,26 @@
-"""Compiled by Numba for images that are mostly zero: only the non-zeros are multiplied.
+"""Compiled with Numba for images that are mostly zero: only the non-zeros are multiplied.
 
 81 % of MNIST's pixels are zero. Both products with the images, x W and x.T dhidden, are sums over non-zero pixels. Each
 row of the result is a weighted sum of rows of B, one for each non-zero element of its row of A:
 
     out[i] = bias + A[i, k] B[k] + A[i, k'] B[k'] + ...
 
-So every vector multiply-add needs another vector of B. The CPU can load one for each multiply-add, but only from the L1
-cache, which is too small for B. Hence these techniques, on top of skipping zeros:
+So every vector multiply-add needs its own vector of B. The CPU can load that many, but only from L1, which is too small
+for B. Hence these techniques, on top of skipping zeros:
 
 - *Blocks* (cache blocking). A is cut into blocks of 64 columns. B is cut into blocks of 64 rows, and those into
   *panels* of `PANEL_VECTORS` vectors, which stay in L1. A block is used for all rows of the result before the next one.
   The first block lists all rows, and starts them from the bias.
-- *Masks.* The non-zeros of a row within a block are a bit mask of 64 bits. The next column is its lowest set bit, one
-  instruction away. Column numbers in memory would be slower: each has to be loaded before B can be.
+- *Masks.* The non-zeros of a row within a block are a 64-bit mask. The next column is its lowest set bit, one
+  instruction away. Column numbers in memory would be slower: each must be loaded before the address in B is known.
 - *Order.* The rows of a block are visited from the most non-zeros to the fewest, whatever their order in A. The trip
   count of the innermost loop repeats, so its exit branch predicts well. The hardware prefetcher cannot predict which
   row of the result is next, so software prefetches it.
-- *Bytes.* Pixels stay bytes, and each is looked up in a table of 256 floats when it is needed.
+- *Bytes.* Pixels stay bytes; a table of 256 floats converts them when they are used.
 
-Both x and x.T are stored in that form, so the same code computes both products.
+Both x and x.T are stored in that format, so the same code computes both products.
 
-A zero pixel adds nothing to a sum, whatever it is multiplied by: zero times infinity or NaN is skipped, too.
+A zero pixel adds nothing to a sum, whatever its factor: zero times infinity or NaN is skipped, too.
 """
 
 import functools
@@ -56,24 +56,25 @@ from kernels.simd import (
 )
 
 # Vectors in a row of a panel, and of the narrower panels for the last columns. 8 independent accumulators hide the
-# latency of the multiply-adds, and a step along a row takes 9 loads for 8 of them: the pixel, and vectors of B.
+# latency of the multiply-adds, and each non-zero takes 9 loads for 8 of them: the pixel and 8 vectors of B.
 WIDTHS = (8, 4, 2, 1)
 PANEL_VECTORS = WIDTHS[0]
 PANEL_BYTES = PANEL_VECTORS * REGISTER_BYTES
 
-# Rows of a block that are visited together, by the number of vector registers. Their accumulators leave some registers
-# for pixels. Two rows on 16 registers need panels half as wide, 5 loads for 4 multiply-adds: 1.1 to 1.25 times as slow
-# with AVX2 on Zen 3, 1.2 times with SSE.
+# Rows of a block that are visited together, by the number of vector registers. Their accumulators must leave registers
+# for pixels. With 16 registers, two rows need panels half as wide, 5 loads for 4 multiply-adds: 1.1 to 1.25 times the
+# time with AVX2 on Zen 3, 1.2 times with SSE.
 GROUP = {16: 1, 32: 2}[REGISTERS]
 
 # Columns of a block: the bits of a mask. With AVX-512, 64 rows of a panel fill an L1 cache of 32 KB.
 BLOCK = 64
 
 # Prefetch distance: a row of the result is prefetched into L1 this many groups ahead. The results of a chunk fill an L2
-# cache, and are visited in an order that the hardware prefetcher cannot predict.
+# cache, in an order that the hardware prefetcher cannot predict.
 AHEAD = 2
 
-# From this share of non-zero pixels on, dense products are faster. Below this many pixels a warning is not worth it.
+# Above this share of non-zero pixels, dense products are faster. With fewer pixels than this, a warning is not worth
+# it.
 DENSE = 0.85
 MANY_PIXELS = 100_000
 
@@ -83,7 +84,7 @@ _BYTES = ir.VectorType(_GREY, BLOCK)
 _TILE = ir.VectorType(_MASK, BLOCK)
 
 
-# The form of the images --------------------------------------------------------------------------------------------
+# The format of the images ------------------------------------------------------------------------------------------
 
 
 class NonZeros(NamedTuple):
@@ -98,9 +99,9 @@ class NonZeros(NamedTuple):
     rows: NDArray[np.uint32]
     """(groups of all blocks * GROUP,): row numbers."""
     masks: NDArray[np.uint64]
-    """The same shape: bit c is set where column c of the block is not zero."""
+    """Same shape as `rows`: bit c is set where column c of the block is not zero."""
     values: NDArray[np.uint8]
-    """The non-zero pixels, row by row, and `BLOCK` bytes of padding that may be read but do not matter."""
+    """The non-zero pixels, row by row in that order, then `BLOCK` bytes of padding that may be read, but are unused."""
 
 
 def pixels_in(_: types.Type) -> types.Array:
@@ -139,7 +140,7 @@ GROUPS, ROWS, MASKS, VALUES = types.int64, types.uint32, types.uint64, types.uin
 def encode(images: NDArray[np.uint8]) -> tuple[NonZeros, NonZeros]:
     """The non-zeros of a matrix of bytes (n, k), and those of its transpose.
 
-    NumPy allocates the arrays, as Numba takes a microsecond to return one.
+    NumPy allocates the arrays, as returning one from Numba takes a microsecond.
     """
     images = np.ascontiguousarray(images)
     n, k = images.shape
@@ -174,7 +175,7 @@ def find_nonzeros(pixels, masks, transposed_masks, groups, transposed_groups):
     Returns
     -------
     tuple[int, int, int]
-        The bits set in the masks; the rows in all groups, and in all groups of the transpose.
+        The number of non-zeros; the rows in all groups, and in all groups of the transpose, with padding.
     """
     n, k = pixels.shape
     strips, blocks, _ = masks.shape
@@ -247,8 +248,8 @@ def fill_form(matrix, masks, groups, rows, sorted_masks, values):
 def sort_rows(masks, n, is_first, rows, sorted_masks, begin):
     """List the rows of a block from the most non-zeros to the fewest; returns how many.
 
-    A counting sort. Even and odd rows have separate counters, as a counter that has just been written can be read only
-    some cycles later (store-to-load forwarding). Indices are unsigned, which spares Numba's check for negative ones.
+    A counting sort. Even and odd rows have separate counters, because reading a counter right after it was written
+    costs several cycles (store-to-load forwarding). Indices are unsigned, which avoids Numba's check for negative ones.
     """
     size = np.uint64(BLOCK)
     begin[:] = 0
@@ -326,7 +327,7 @@ def popcount(typing_context, mask):
 
 @intrinsic
 def copy_nonzeros(typing_context, matrix, i, j, mask, values, end):
-    """Copy the bytes of a row, from column `j` on, chosen by `mask` to `values[end:]`; may write up to 64."""
+    """Copy the bytes of row `i`, from column `j` on, that `mask` selects to `values[end:]`; may write up to 64."""
 
     def emit(context, builder, signature, arguments):
         _, i, j, mask, _, end = arguments
@@ -364,7 +365,7 @@ class SparseMatrix:
     Attributes
     ----------
     shape, dtype
-        Those of the dense array.
+        Those of the equivalent dense array.
     nonzeros, transposed
         The non-zeros of that array and of its transpose.
     """
@@ -384,7 +385,7 @@ class SparseMatrix:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that both forms take."""
+        """Bytes of memory that both take, the non-zeros and their transpose."""
         return sum(array.nbytes for array in (*self.nonzeros, *self.transposed))
 
 
@@ -393,7 +394,7 @@ class SparseMatrix:
 
 @intrinsic
 def pack_panel(typing_context, b, j, panel):
-    """Pack B's columns from `j` on into the panel, with zeros for missing columns."""
+    """Pack B's columns from `j` on into the panel; missing columns become zeros."""
     return types.void(b, j, panel), functools.partial(emit_packing, width=PANEL_VECTORS)
 
 
@@ -406,22 +407,22 @@ def add_block(typing_context, groups, rows, masks, values, start, end, quotients
     groups, rows, masks, values
         How many groups the block has, and the other arrays of `NonZeros`.
     start, end
-        Where the block's `rows` and `masks` start, and where its `values` start.
+        Where the block starts in `rows` and `masks`, and where it starts in `values`.
     quotients
         The float for each value of a pixel.
     panel
-        The block of B, and a row of negative zeros after its `BLOCK` rows.
+        The block of B: `BLOCK` rows, followed by a row of negative zeros.
     bias, is_first
-        What the rows of the result start from in the first block. In the others they start from `out`.
+        Initial value of every row of the result, used by the first block. The other blocks add to `out`.
     out, j
-        The result, with one more row than A, and its first column to add to.
+        The result, with one more row than A, and the first column to add to.
     width
-        One of `WIDTHS`. Only a single vector may be wider than what is left of the result.
+        One of `WIDTHS`. Only a width of 1 may extend past the last column of the result.
 
     Returns
     -------
     int
-        Where the values of the next block start.
+        Where the next block starts in `values`.
     """
 
     def emit(context, builder, signature, arguments):
@@ -431,7 +432,7 @@ def add_block(typing_context, groups, rows, masks, values, start, end, quotients
         )
         vectors = Vectors(context, builder, signature.args[10].dtype)
         integer = j.type
-        # Strides known at compile time, so that the innermost loop need not multiply.
+        # Strides known at compile time, so that the innermost loop needs no multiplication.
         rows, masks = rows.part(start), masks.part(start)
         values = View(builder, values.at(), (), [integer(1)])
         quotients = View(builder, quotients.at(), (), [integer(REGISTER_BYTES // vectors.lanes)])
@@ -478,12 +479,12 @@ class _Member(NamedTuple):
     after: View
 
 
-def _load(builder, pointer, what):
-    return builder.load(builder.bitcast(pointer, what.as_pointer()), align=1)
+def _load(builder, pointer, kind):
+    return builder.load(builder.bitcast(pointer, kind.as_pointer()), align=1)
 
 
 def _emit_micro_kernel(builder, vectors, members, quotients, panel, width, tail):
-    """Add to rows of the result, in registers, for the set bits of their masks; the first row has the most."""
+    """Emit the loop over the set bits of a group's masks, accumulating in registers; the first row has the most."""
     tile = [(r, c) for r in range(GROUP) for c in range(width)]
     totals = {(r, c): vectors.variable(vectors.constant(0)) for r, c in tile}
     masks = [cgutils.alloca_once_value(builder, member.mask) for member in members]
@@ -492,7 +493,7 @@ def _emit_micro_kernel(builder, vectors, members, quotients, panel, width, tail)
         for r, member in enumerate(members):
             mask = builder.load(masks[r])
             builder.store(builder.and_(mask, builder.sub(mask, _MASK(1))), masks[r])
-            # 64 once the mask is used up: the row of negative zeros, which times any pixel leaves a sum unchanged.
+            # 64 once the mask is empty: the row of negative zeros, which times any pixel leaves a sum unchanged.
             column = builder.cttz(mask, ir.IntType(1)(0))
             grey = builder.zext(_load(builder, member.grey.at(loop.index), _GREY), _MASK)
             x = vectors.broadcast(quotients.at(grey))
@@ -509,9 +510,9 @@ def _emit_micro_kernel(builder, vectors, members, quotients, panel, width, tail)
 
 
 def _keep_rolled(builder):
-    """Keep LLVM from unrolling a loop, with a no-op that LLVM may not put under another condition.
+    """Keep LLVM from unrolling a loop, with a no-op that it must not make conditional (``convergent``).
 
-    Most rows of a block have fewer than twenty non-zeros, and would end up in the remainder loop.
+    Most rows of a block have fewer than twenty non-zeros, and would run mostly in the remainder loop.
     """
     nothing = ir.InlineAsm(ir.FunctionType(ir.VoidType(), []), "", "", side_effect=True)
     builder.call(nothing, [], attrs=("convergent",))
@@ -524,8 +525,8 @@ empty_panel = njit(aligned_empty)
 def product(b, bias, quotients, groups, rows, masks, values, out):
     """out = A B + bias, where A is given by its `NonZeros`, with `quotients` for the pixels.
 
-    `out` has one more row than A, a dummy for the padding. The terms of a sum are added block by block, and within a
-    block from left to right.
+    `out` has one more row than A, a dummy for padding. The terms of a sum are added block by block, and within a block
+    from left to right.
     """
     m = b.shape[1]
     panel = empty_panel(BLOCK + 1, PANEL_BYTES // b.itemsize, b)
@@ -546,18 +547,18 @@ def product(b, bias, quotients, groups, rows, masks, values, out):
 
 @kernel(flat_in, returns=types.intp)
 def line_start(memory):
-    """Elements before the first cache line of which all is in an array. NumPy takes 2 µs to tell where an array is."""
+    """Elements before the first whole cache line of an array. Asking NumPy for the address takes 2 µs."""
     return -memory.ctypes.data % CACHE_LINE // memory.itemsize
 
 
-# The float for each value of a pixel. A division would take as long as two steps of the innermost loop.
+# The float for each value of a pixel. A division would take as long as two iterations of the innermost loop.
 QUOTIENTS = {dtype: np.divide(np.arange(256), 255, dtype=dtype) for dtype in FLOATS}
 
 
 class SparseBackend(NumbaBackend):
     """Products with images as above; everything else comes from the numba backend."""
 
-    # In this form images take a sixth of the memory, so twice as many leave enough of the cache to the activations.
+    # In this format images take a sixth of the memory, so even twice as many leave enough cache for the activations.
     chunk = 2 * CHUNK
 
     def _prepare(self, images, dtype):

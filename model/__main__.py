@@ -5,13 +5,13 @@ if __name__ == "__main__":
     import os
     import signal
 
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # a Ctrl-C during the imports, before `model.cli` listens
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # Ctrl-C during the imports, before `model.cli` listens
         signal.signal(signal.SIGINT, lambda *_: os._exit(128 + signal.SIGINT))
 
     from model.cli import main
 
-    # Numba creates a hundred thousand long-lived objects. Garbage collection among them takes a fifth of a second, most
-    # of it when the process ends.
+    # Numba creates a hundred thousand long-lived objects. Traversing them in garbage collection takes a fifth of a
+    # second, mostly at exit.
     gc.set_threshold(100_000)
     try:
         main()

@@ -1,7 +1,7 @@
 """The data: MNIST, verified; digits28, a stand-in that needs no network; IDX files of any size.
 
 MNIST's files come from outside, so nothing in them is trusted. Sizes are bounded before anything is read. The structure
-is checked first, because that gives the more helpful error, and the SHA-256 last.
+is checked first, because that gives a more helpful error, and the SHA-256 last.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ MIRRORS = (
 TIMEOUT = (5.0, 30.0)  # seconds to connect, and to wait for the next bytes
 ADVICE = f"Replace it with the original from {MIRRORS[0]}"
 IDX_INSTEAD = "or train on it as it is: --dataset idx"
-IDX_ADVICE = "Write it again, in the format of MNIST's files"
+IDX_ADVICE = "Rewrite it in the format of MNIST's files"
 DIGEST = hashlib.sha256().digest_size
 HEAD_BYTES = 64
 
@@ -76,12 +76,12 @@ FILES = (
     ),
 )
 
-# Cached, so that only the first of several calls waits for a missing network.
+# Remembered, so that only the first of several calls waits for the network to time out.
 _download_failure = ""
 
 
 class DataError(Exception):
-    """The data cannot be used; the message says in one line what is wrong and what to do about it."""
+    """The data cannot be used; the message says in one line what is wrong and what to do."""
 
 
 class Dataset(NamedTuple):
@@ -96,7 +96,7 @@ class Dataset(NamedTuple):
     train_labels, test_labels : uint8 arrays of shape (60000,) and (10000,)
         The digits, 0 to 9.
 
-    Those of ``"idx"`` are memory maps, of any number of images of any size, with labels from 0 to 255.
+    With ``"idx"``, they are memory maps, with any number of images of any size, and labels from 0 to 255.
     """
 
     name: str
@@ -107,7 +107,7 @@ class Dataset(NamedTuple):
 
     @property
     def classes(self) -> int:
-        """Ten for digits; for ``"idx"`` one more than the largest label, so that a label is the number of its class."""
+        """Ten for digits; for ``"idx"``, the largest label plus one, so that a label is the index of its class."""
         return 1 + int(max(self.train_labels.max(), self.test_labels.max())) if self.name == "idx" else 10
 
     def __repr__(self) -> str:
@@ -116,7 +116,7 @@ class Dataset(NamedTuple):
 
 
 def print_notice(text: str) -> None:
-    """Print a line on standard error, apart from the results."""
+    """Print a line on stderr, separate from the results."""
     print(text, file=sys.stderr)
 
 
@@ -143,8 +143,8 @@ def load_dataset(
     Raises
     ------
     DataError
-        If the name is unknown or the data cannot be loaded. With ``"auto"``, the latter is an error only if
-        `directory` or the environment variable ``MNIST_DIR`` is given: whoever names a folder wants MNIST.
+        If the name is unknown or the data cannot be loaded. With ``"auto"``, the latter is an error only if `directory`
+        or the environment variable ``MNIST_DIR`` is given: whoever names a folder wants MNIST.
     """
     if name not in DATASETS:
         raise DataError(f"Unknown dataset {name!r}: choose one of {', '.join(DATASETS)}")
@@ -157,12 +157,12 @@ def load_dataset(
     except DataError as error:
         if name == "mnist" or _given_directory(directory):
             raise
-        notify(f"Using digits28, a stand-in whose accuracies are not MNIST's. {error}")
+        notify(f"Using digits28 instead of MNIST, so accuracies will differ. {error}")
         return load_digits28()
 
 
 def load_mnist(directory: str | os.PathLike[str] | None = None) -> Dataset:
-    """Load MNIST from a directory or, if none is given, from the user's cache, downloading what it lacks.
+    """Load MNIST from a directory or, if none is given, from the user's cache, after downloading what is missing.
 
     Parameters
     ----------
@@ -177,8 +177,8 @@ def load_mnist(directory: str | os.PathLike[str] | None = None) -> Dataset:
     Raises
     ------
     DataError
-        If a file is missing or is not MNIST's, if no mirror works, or if the cache cannot be written.
-        If a given directory lacks a file, that is an error, too; nothing is downloaded instead.
+        If a file is missing or is not MNIST's, if no mirror works, or if the cache cannot be written. If a given
+        directory lacks a file, nothing is downloaded in its place.
     """
     source = _given_directory(directory)
     if source is None:
@@ -207,7 +207,7 @@ def load_idx(directory: str | os.PathLike[str] | None = None) -> Dataset:
     """
     source = _given_directory(directory)
     if source is None:
-        raise DataError("The folder with the IDX files is not given: name it by --data or MNIST_DIR")
+        raise DataError("No folder with IDX files is given: name it by --data or MNIST_DIR")
     arrays: list[Bytes] = []
     for images_file, labels_file in (FILES[:2], FILES[2:]):
         images_path, images = _map(source, images_file)
@@ -215,7 +215,7 @@ def load_idx(directory: str | os.PathLike[str] | None = None) -> Dataset:
         _check_counts(images, labels_path, labels, IDX_ADVICE)
         if arrays and images[0].size != arrays[0].shape[1]:
             raise DataError(
-                f"{images_path}: images of {images[0].size} pixels, but {arrays[0].shape[1]} to train on. {IDX_ADVICE}"
+                f"{images_path}: images of {images[0].size} pixels, but {arrays[0].shape[1]} in training. {IDX_ADVICE}"
             )
         arrays += [images.reshape(len(images), -1), labels]
     return Dataset("idx", *arrays)
@@ -233,16 +233,16 @@ def limited(dataset: Dataset, count: int | None) -> Dataset:
     Returns
     -------
     Dataset
-        Its training arrays are views of the given ones; all test images stay.
+        The training arrays are views; all test images are kept.
 
     Raises
     ------
     DataError
-        If there are fewer training images, `count` is not positive, or labels are missing.
+        If there are fewer than `count` training images, `count` is not positive, or labels are missing.
     """
     images, labels = len(dataset.train_images), len(dataset.train_labels)
-    if images != labels:  # the views would hide it
-        raise DataError(f"{dataset.name} has {images} training images but {labels} labels: one label for each image")
+    if images != labels:  # the views would hide the difference
+        raise DataError(f"{dataset.name} has {images} training images but {labels} labels: each image needs one")
     if count is None:
         return dataset
     if not 1 <= count <= len(dataset.train_images):
@@ -252,13 +252,13 @@ def limited(dataset: Dataset, count: int | None) -> Dataset:
 
 
 def sha256(dataset: Dataset, hash_shards: Callable[[Bytes], bytes] | None = None) -> str:
-    """Return the SHA-256, in hexadecimal, of the shapes of all arrays and of the SHA-256 of each of their shards.
+    """Return the SHA-256, in hexadecimal, over the shapes of all arrays and the SHA-256 of each of their shards.
 
     Parameters
     ----------
     dataset : Dataset
     hash_shards : callable, optional
-        Replaces `digests`, to hash on the workers of a cluster.
+        Replacement for `digests`, to hash on the workers of a cluster.
     """
     digest = hashlib.sha256()
     for array in dataset[1:]:
@@ -291,7 +291,7 @@ def _given_directory(directory: str | os.PathLike[str] | None) -> Path | None:
 
 def _download(cache: Path) -> None:
     """Download the files that are missing or damaged in `cache`; pooch stores only what passes its checksum."""
-    import pooch  # these take a fifteenth of a second to import, and are needed once
+    import pooch  # these take a fifteenth of a second to import, and are needed only once
     import requests
 
     global _download_failure
@@ -308,9 +308,9 @@ def _download(cache: Path) -> None:
         except requests.HTTPError as error:
             reason = str(error)
         except requests.Timeout:
-            reason = "no answer in time"
+            reason = "timed out"
         except requests.exceptions.ChunkedEncodingError:
-            reason = "the connection broke off"
+            reason = "the connection was dropped"
         except requests.RequestException as error:
             reason = type(error).__name__
         except ValueError:
@@ -351,7 +351,7 @@ def _check_pair(images_path: Path, images: Bytes, labels_path: Path, labels: Byt
         raise DataError(f"{images_path}: images of {size} pixels, not 28 x 28. {advice}, {IDX_INSTEAD}")
     _check_counts(images, labels_path, labels, advice)
     if labels.max() > 9:
-        problem = f"label {labels.max()} is outside 0-9, and ten digits are all that is learned from MNIST"
+        problem = f"label {labels.max()} is outside 0-9, MNIST's classes"
         raise DataError(f"{labels_path}: {problem}. {advice}, {IDX_INSTEAD}")
 
 
@@ -361,11 +361,11 @@ def _check_counts(images: Bytes, labels_path: Path, labels: Bytes, advice: str) 
 
 
 def _find(directory: Path, file: File, suffixes: tuple[str, ...]) -> Path | None:
-    """The file under any of its usual names."""
+    """The path of the file under any of its usual names; None if there is none."""
     _check_folder(directory)
     stems = file.name, file.name.replace("-idx", ".idx")
     paths = [directory / (stem + suffix) for stem in stems for suffix in suffixes]
-    return next((path for path in paths if os.path.isfile(path)), None)  # Path's own may raise OSError
+    return next((path for path in paths if os.path.isfile(path)), None)  # Path.is_file may raise OSError
 
 
 def _check_folder(directory: Path) -> None:
@@ -373,25 +373,25 @@ def _check_folder(directory: Path) -> None:
     if os.path.isfile(directory):
         raise DataError(f"{directory} is a file. Name the folder that holds it: --data {directory.absolute().parent}")
     if not os.path.isdir(directory):
-        raise DataError(f"{directory}: there is no folder of this name. Name the one with the four files")
+        raise DataError(f"{directory}: no such folder. Name the one with the four files")
 
 
 def _check_head(path: Path, head: bytes, advice: str, packed: bool = False) -> None:
-    """Raise a DataError if a file starts like one of those that often take its place by mistake."""
+    """Raise a DataError if the file starts like one that is often saved in its place by mistake."""
     if not head:
         raise DataError(f"{path}: the file is empty. {advice}")
     if head.startswith(b"version https://git-lfs"):
         raise DataError(f"{path}: a Git LFS pointer, not the file itself; git lfs pull fetches it. {advice}")
     if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
-        raise DataError(f"{path}: a web page (HTML or XML), as servers send in place of a file. {advice}")
+        raise DataError(f"{path}: a web page (HTML or XML), as servers send in place of a missing file. {advice}")
     if head.startswith(b"PK\3\4"):
         raise DataError(f"{path}: a zip archive; unpack it. {advice}")
     if head.startswith(b"\x1f\x8b") and not packed:
-        raise DataError(f"{path}: compressed by gzip, which its name hides; rename it to {path.name}.gz. {advice}")
+        raise DataError(f"{path}: compressed with gzip, but not named so; rename it to {path.name}.gz. {advice}")
 
 
 def _map(directory: Path, file: File) -> tuple[Path, Bytes]:
-    """Find a file; return its path and a memory map of its elements."""
+    """Find a file; return its path and a memory map of its content after the header."""
     path = _find(directory, file, ("",))
     if path is None:
         if compressed := _find(directory, file, (".gz",)):
@@ -426,12 +426,12 @@ def _read(directory: Path, file: File) -> tuple[Path, bytes]:
             _check_head(path, raw.read(HEAD_BYTES), ADVICE, packed)
             raw.seek(0)
             with gzip.open(raw) if packed else contextlib.nullcontext(raw) as stream:
-                payload = stream.read(size)  # a few kilobytes of gzip can hold gigabytes
-                with contextlib.suppress(gzip.BadGzipFile):  # bytes after its end: the checksum decides
+                payload = stream.read(size)  # a few kilobytes of gzip can expand to gigabytes
+                with contextlib.suppress(gzip.BadGzipFile):  # trailing bytes: the checksum decides
                     payload += stream.read(1)
             _check_head(path, payload[:HEAD_BYTES], ADVICE)
     except EOFError as error:
-        raise DataError(f"{path}: truncated, the gzip stream breaks off. {ADVICE}") from error
+        raise DataError(f"{path}: truncated, the gzip stream ends early. {ADVICE}") from error
     except (OSError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read ({error}). {ADVICE}") from error
     if len(payload) > size:
@@ -450,7 +450,7 @@ def parse_idx(payload: bytes, ndim: int, source: str) -> Bytes:
     ndim : int
         The number of dimensions to expect: 3 for images, 1 for labels.
     source : str
-        What to call the file in an error.
+        Name of the file in error messages.
 
     Returns
     -------
@@ -460,7 +460,7 @@ def parse_idx(payload: bytes, ndim: int, source: str) -> Bytes:
     Raises
     ------
     DataError
-        If the magic number is wrong or the length is not what the dimensions ask for.
+        If the magic number is wrong, or the length does not match the dimensions.
     """
     shape = _idx_shape(payload[: 4 + 4 * ndim], len(payload), ndim, source, ADVICE)
     return np.frombuffer(payload, np.uint8, offset=4 + 4 * ndim).reshape(shape)
@@ -470,40 +470,40 @@ def _idx_shape(header: bytes, length: int, ndim: int, source: str, advice: str) 
     """The dimensions of an IDX file of `length` bytes, from its first bytes."""
     magic, size = bytes((0, 0, 8, ndim)), 4 + 4 * ndim
     if header[:4] != magic:
-        raise DataError(f"{source}: magic number {header[:4].hex()} where {magic.hex()} belongs. {advice}")
+        raise DataError(f"{source}: magic number {header[:4].hex()} instead of {magic.hex()}. {advice}")
     if len(header) < size:
         raise DataError(f"{source}: truncated inside its header of {size} bytes. {advice}")
     shape = struct.unpack_from(f">{ndim}I", header, 4)
-    expected = size + math.prod(shape)  # Python's integers, so hostile dimensions cannot overflow
+    expected = size + math.prod(shape)  # Python integers, so hostile dimensions cannot overflow
     if expected == size:
         raise DataError(f"{source}: no data, its dimensions are {shape}. {advice}")
     if length != expected:
         kind = "truncated" if length < expected else "too long"
-        raise DataError(f"{source}: {kind}, {length} bytes where {expected} belong. {advice}")
+        raise DataError(f"{source}: {kind}, {length} bytes instead of {expected}. {advice}")
     return shape
 
 
 def load_digits28() -> Dataset:
     """Load digits28, a stand-in that needs no network, with MNIST's shapes and about its sparsity.
 
-    The 1797 real handwritten digits of 8 x 8 pixels that come with scikit-learn are prepared like MNIST
-    (scaled to 20 x 20 pixels, centred in 28 x 28 by their centre of mass) and varied a little in position,
-    angle and size until there are 60,000 and 10,000. No original is used for both training and test. The
-    result is deterministic. It takes a few seconds to make, and is kept in the user's cache if possible.
+    The 1797 handwritten digits of 8 x 8 pixels that come with scikit-learn are prepared like MNIST (scaled to 20 x 20
+    pixels, centred in 28 x 28 by their centre of mass) and augmented by small shifts, rotations and scalings to 60,000
+    and 10,000 images. No original is used for both training and test. The result is deterministic. It takes a few
+    seconds to make, and is kept in the user's cache if possible.
 
     Returns
     -------
     Dataset
     """
-    # The file's name holds a hash of the recipe's source, so that data made by another recipe is never used.
+    # The file's name has a hash of the source that makes the data, so that data made by other code is never used.
     recipe = inspect.getsource(_build_digits28) + inspect.getsource(_vary)
     path = cache_directory() / f"digits28-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.npz"
     try:
         with path.open("rb") as stream, np.load(stream) as stored:
             dataset = Dataset("digits28", *(stored[field] for field in Dataset._fields[1:]))
-    except Exception:  # missing, or damaged in any way: make it anew
+    except Exception:  # missing, or damaged in any way: build it again
         dataset = _build_digits28()
-        with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
+        with contextlib.suppress(OSError):  # without a cache, it is built again next time
             _store(dataset, path)
     for array in dataset[1:]:
         array.setflags(write=False)
@@ -519,8 +519,8 @@ def _store(dataset: Dataset, path: Path) -> None:
 
 
 def _build_digits28() -> Dataset:
-    """Prepare scikit-learn's digits as MNIST's were, split them, and multiply each part by variation."""
-    from scipy import ndimage  # both here because MNIST does without them
+    """Prepare scikit-learn's digits as MNIST's were, split them, and augment each part."""
+    from scipy import ndimage  # both here, as MNIST does not need them
     from sklearn.datasets import load_digits
 
     rng = np.random.default_rng(0)
@@ -542,20 +542,20 @@ def _build_digits28() -> Dataset:
 
 
 def _vary(images: NDArray[np.float32], labels: Bytes, count: int, rng: np.random.Generator) -> tuple[Bytes, Bytes]:
-    """Return `count` copies in random order, each shifted, turned and scaled at random, as rows of pixels."""
+    """Return `count` copies in random order, each shifted, rotated and scaled at random, as rows of pixels."""
     from scipy import ndimage
 
     picks = rng.permutation(count) % len(images)  # every original equally often
     shifts = rng.uniform(-0.75, 0.75, (count, 2))
     angles = np.radians(rng.uniform(-5, 5, count))
     scales = rng.uniform(0.95, 1.05, count)
-    # Affine maps from the copy's coordinates to the original's, about the middle of the picture.
+    # Affine maps from the copy's coordinates to the original's, about the centre of the image.
     turns = np.array([[np.cos(angles), -np.sin(angles)], [np.sin(angles), np.cos(angles)]]) / scales
     turns = turns.transpose(2, 0, 1)
     offsets = 13.5 - (turns @ (13.5 + shifts)[:, :, None])[:, :, 0]
     copies = np.empty((count, 28, 28), np.uint8)
     for copy, pick, turn, offset in zip(copies, picks, turns, offsets, strict=True):
         ndimage.affine_transform(images[pick], turn, offset, output=copy, order=1)
-    # MNIST's strokes are saturated and its background is empty, but interpolation leaves everything grey.
+    # MNIST's strokes are saturated and its background is black, but interpolation blurs both to grey.
     contrast = np.clip((np.arange(256) - 64) * 2, 0, 255).astype(np.uint8)
     return contrast[copies].reshape(count, -1), labels[picks]

@@ -1,6 +1,6 @@
 """The network: its parameters, the forward pass and the gradients, in terms of the four kernels.
 
-The README derives the gradients, with the same names.
+The README derives the gradients, with the same notation.
 """
 
 import itertools
@@ -12,7 +12,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from kernels.backend import Backend
 
-# The published experiment does not state its initialisation. This value was fitted to its accuracies.
+# The published experiment does not state its initialisation. This standard deviation was fitted to its accuracies.
 INITIAL_STD = 0.017
 
 
@@ -24,7 +24,7 @@ class MLP:
     Parameters
     ----------
     layer_sizes
-        Pixels, units of each hidden layer, classes.
+        Number of pixels, units of each hidden layer, number of classes.
     seed
         Seed of the initial weights.
     dtype
@@ -38,7 +38,7 @@ class MLP:
     Raises
     ------
     ValueError
-        If there are fewer than two layer sizes or one is not positive.
+        If there are fewer than two layer sizes, or one is not positive.
     """
 
     def __init__(
@@ -64,18 +64,18 @@ class MLP:
 
     @property
     def parameters(self) -> list[NDArray]:
-        """All weights and biases, layer by layer: the arrays themselves, to be updated in place."""
+        """All weights and biases, layer by layer: the arrays themselves, so updates happen in place."""
         return [parameter for layer in self.layers for parameter in layer]
 
     def forward(self, backend: Backend, x: Any) -> tuple[list[Any], NDArray]:
-        """The input of every layer, `x` first, and the logits.
+        """The input of every layer, starting with `x`, and the logits.
 
         Parameters
         ----------
         backend
             The kernels to use.
         x
-            (n, pixels): what ``backend.prepare`` returned, or a float array.
+            (n, pixels): the result of ``backend.prepare``, or an array of the network's dtype.
 
         Returns
         -------
@@ -96,18 +96,24 @@ class MLP:
         backend
             The kernels to use.
         x
-            (n, pixels): what ``backend.prepare`` returned, or a float array.
+            (n, pixels): the result of ``backend.prepare``, or an array of the network's dtype.
         labels
-            (n,) integers.
+            (n,) integers from 0 to classes - 1.
 
         Returns
         -------
         tuple[float, int, list[ndarray]]
-            Loss and gradient are sums over the n images, not means. The gradient has the order of `parameters`.
+            Loss and gradient are sums over the n images, not means. The gradient has the order and the shapes of
+            `parameters`.
+
+        Raises
+        ------
+        ValueError
+            If shapes or dtypes do not match, or a label is out of range.
         """
         activations, logits = self.forward(backend, x)
         loss, correct, upstream = backend.softmax_grad(logits, labels)
-        ones = np.ones((1, len(labels)), upstream.dtype)  # times a matrix: the sums of its columns
+        ones = np.ones((1, len(labels)), upstream.dtype)  # ones times a matrix: its column sums
         gradient: list[NDArray] = []
         for (weights, _), activation in zip(reversed(self.layers), reversed(activations)):
             gradient = [backend.matmul(activation.T, upstream), backend.matmul(ones, upstream)[0], *gradient]
@@ -116,29 +122,34 @@ class MLP:
         return loss, correct, gradient
 
     def predict(self, backend: Backend, images: NDArray[np.uint8]) -> NDArray[np.intp]:
-        """The predicted digit of each image.
+        """The predicted class of each image.
 
         Parameters
         ----------
         backend
             The kernels to use.
         images
-            uint8 (n, pixels).
+            (n, pixels) uint8.
 
         Returns
         -------
         ndarray
-            (n,) integers.
+            (n,) integers, from 0 to classes - 1.
+
+        Raises
+        ------
+        ValueError
+            If `images` is not a uint8 array of (n, pixels), with the network's number of pixels.
         """
         _, logits = self.forward(backend, backend.prepare(images, self.dtype))
         return logits.argmax(axis=1)
 
     def probabilities(self, backend: Backend, images: NDArray[np.uint8]) -> NDArray[np.float64]:
-        """The probability of each digit in each image, (n, classes) in float64; arguments as for `predict`.
+        """The probability of each class for each image, (n, classes) float64; arguments and errors as for `predict`.
 
-        Each row is the softmax of the logits, or NaN where the logits overflow because parameters are too large.
+        Each row is the softmax of the logits, or NaN where parameters are so large that the logits overflow.
         """
-        from scipy.special import softmax  # takes a sixth of a second to import, and training does not need it
+        from scipy.special import softmax  # takes a sixth of a second to import; training does not need it
 
         with np.errstate(over="ignore", invalid="ignore"):
             _, logits = self.forward(backend, backend.prepare(images, self.dtype))

@@ -1,4 +1,4 @@
-"""The published experiment, its accuracies, and how they are reproduced here."""
+"""The published experiment, its accuracies, and how to reproduce them."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -26,22 +26,22 @@ PUBLISHED = {
 
 FITTED = (
     "The published experiment does not state its learning rate and initialisation: "
-    f"0.3 and N(0, {INITIAL_STD}²) were fitted to its accuracies. Epoch 1 only reflects the random start."
+    f"0.3 and N(0, {INITIAL_STD}²) were fitted to its accuracies. Epoch 1 only reflects the random initialisation."
 )
 
 
 class Protocol(NamedTuple):
-    """How to train: on which images, for how long, in which steps."""
+    """How to train: number of images, epochs, learning rate and batch size."""
 
     images: int | None
-    """How many of the training images, from the first on; None for all."""
+    """Use only the first images, this many; None for all."""
     epochs: int
     learning_rate: float
     batch_size: int | None
     """Images per step; None for all at once."""
 
     def images_seen(self, dataset: Dataset) -> int:
-        """Images that pass through the network, in all epochs together."""
+        """Images that pass through the network over all epochs."""
         return self.epochs * (self.images or len(dataset.train_images))
 
 
@@ -49,7 +49,7 @@ FULL_BATCH = Protocol(images=None, epochs=250, learning_rate=0.3, batch_size=Non
 """The published experiment: 250 epochs of gradient descent, each one step over all training images."""
 
 MINI_BATCH = Protocol(images=15_000, epochs=1, learning_rate=0.1, batch_size=8)
-"""One pass that even pure Python finishes in minutes, to the same accuracy."""
+"""One epoch that even pure Python finishes in minutes, and that reaches the same accuracy."""
 
 
 def run(
@@ -61,7 +61,7 @@ def run(
     on_images: Callable[[int], None] = lambda images: None,
     on_step: Callable[[State], None] = lambda state: None,
 ) -> tuple[MLP, History]:
-    """Train a new network by `protocol`, from the random start and with the shuffling of `seed`."""
+    """Train a new network by `protocol`; `seed` determines the initial weights and the shuffling."""
     mlp = MLP(seed=seed)
     history = train(
         mlp,
@@ -79,33 +79,40 @@ def run(
 
 
 Run = Callable[[str, int], AbstractContextManager[tuple[Callable[[int], None], Callable[[State], None]]]]
-"""Context of a run, made from its name and the number of images to pass; yields its `on_images` and `on_step`."""
+"""Makes the context of a run from its name and its number of images; the context yields `on_images` and `on_step`."""
 
 
 def reproduce(
     backends: dict[str, Backend], dataset: Dataset, starts: int, threads: int | None, accompany: Run
 ) -> dict[str, Any]:
-    """Run the published experiment on every backend, and mini-batches on pure Python.
+    """Run the published experiment on every backend; pure Python trains in mini-batches.
 
     Parameters
     ----------
     backends
-        By name. Those fast enough for full batches make the published run, from the same random start, and the fastest
-        repeats it from other starts. The others train in mini-batches.
+        By name. Those fast enough for full batches run the published experiment from the same initial weights, and the
+        fastest repeats it with other seeds. The others train in mini-batches.
     dataset
         The images.
     starts
-        Random starts, including the common one.
+        Number of seeds, including the common one.
     threads
-        Threads that share the work.
+        Number of threads; None takes one per available core.
     accompany
         Shows the progress of each run, and may stop it.
 
     Returns
     -------
     dict[str, Any]
-        Plain data: the name of the data set; the protocol, seconds and history of each run; and the lowest and highest
-        accuracies of all random starts by epoch, if there are full-batch runs.
+        Ready for JSON: the name of the data set; the protocol, seconds and history of each run; and, if there are
+        full-batch runs, the lowest and highest accuracy by epoch over all seeds.
+
+    Raises
+    ------
+    DataError
+        If the data set has too few images for a protocol.
+    TrainingError
+        If a loss is not finite.
     """
 
     def run_with_progress(protocol: Protocol, name: str, seed: int = 0) -> History:
@@ -116,9 +123,9 @@ def reproduce(
     slow_last = sorted(backends, key=lambda name: backends[name].too_slow_for_full_batches)
     protocols = {name: MINI_BATCH if backends[name].too_slow_for_full_batches else FULL_BATCH for name in slow_last}
     runs = {name: run_with_progress(protocol, name) for name, protocol in protocols.items()}
-    found: dict[str, Any] = {"dataset": dataset.name, "runs": {}}
+    report: dict[str, Any] = {"dataset": dataset.name, "runs": {}}
     for name, history in runs.items():
-        found["runs"][name] = {
+        report["runs"][name] = {
             "protocol": protocols[name]._asdict(),
             "prepare_seconds": history.prepare_seconds,
             "compile_seconds": backends[name].compile_seconds,
@@ -128,29 +135,29 @@ def reproduce(
     if full_batch:
         fastest = min(full_batch, key=lambda name: median(epoch.seconds for epoch in full_batch[name].epochs))
         others = [run_with_progress(FULL_BATCH, fastest, seed) for seed in range(1, starts)]
-        found["starts"] = {"count": starts}
+        report["starts"] = {"count": starts}
         for kind in ("train", "test"):
             curves = np.array([history.accuracies(kind) for history in (full_batch[fastest], *others)])
-            found["starts"][kind] = {"low": curves.min(axis=0).tolist(), "high": curves.max(axis=0).tolist()}
-    return found
+            report["starts"][kind] = {"low": curves.min(axis=0).tolist(), "high": curves.max(axis=0).tolist()}
+    return report
 
 
-def full_batch_histories(found: dict[str, Any]) -> dict[str, History]:
-    """The histories of the published experiment by backend, from what :func:`reproduce` returned."""
-    return {name: history(run) for name, run in found["runs"].items() if not run["protocol"]["batch_size"]}
+def full_batch_histories(report: dict[str, Any]) -> dict[str, History]:
+    """The histories of the published experiment by backend, from a report of :func:`reproduce`."""
+    return {name: history(run) for name, run in report["runs"].items() if not run["protocol"]["batch_size"]}
 
 
-def mini_batch_line(name: str, found: dict[str, Any]) -> str:
-    """The result, in words, of a backend that is too slow for full batches, from what `reproduce` returned."""
-    protocol, last = Protocol(**found["runs"][name]["protocol"]), history(found["runs"][name]).epochs[-1]
+def mini_batch_line(name: str, report: dict[str, Any]) -> str:
+    """One line on a backend that is too slow for full batches, from a report of `reproduce`."""
+    protocol, last = Protocol(**report["runs"][name]["protocol"]), history(report["runs"][name]).epochs[-1]
     return (
-        f"{name}, one pass over {protocol.images:,} images in mini-batches of {protocol.batch_size}, learning "
+        f"{name}, one epoch over {protocol.images:,} images, batch size {protocol.batch_size}, learning "
         f"rate {protocol.learning_rate}: {last.test_accuracy:.2%} test accuracy in {last.seconds:.0f} s"
     )
 
 
 def history(run: dict[str, Any]) -> History:
-    """The history of one run in what `reproduce` returned."""
+    """The history of one run in a report of `reproduce`."""
     return History(run["prepare_seconds"], [Epoch(**epoch) for epoch in run["history"]])
 
 

@@ -1,9 +1,9 @@
 """Sums over images in a fixed order: the same bits on any number of threads.
 
-A batch is cut into **shards**, contiguous ranges of about two thousand images that depend on its size alone. Shards are
-cut into **chunks**, of a size that the backend chooses so that activations stay in a core's cache. A shard adds the
-gradients of its chunks in order, and the shards are added in a fixed binary tree. Adding floats is not associative, but
-this way threads only change who computes a sum, never the order of its additions.
+A batch is cut into **shards**, contiguous ranges of about two thousand images that depend only on its size. Shards are
+cut into **chunks**, whose size the backend chooses so that activations stay in a core's cache. A shard adds the
+gradients of its chunks in order, and the shards are added in a fixed binary tree. Floating-point addition is not
+associative, but this way threads only change who computes a sum, never the order of its additions.
 """
 
 import itertools
@@ -20,11 +20,11 @@ from model.mlp import MLP
 from model.threads import exhaust
 
 SHARD = 2048
-"""The most images in a shard. A batch of no more than this trains no faster on two threads than on one."""
+"""Maximum number of images in a shard. A batch of this size or less trains no faster on two threads than on one."""
 
 
 class Sums(NamedTuple):
-    """Loss, correct count and gradient, summed over some images."""
+    """Loss, number of correct predictions and gradient, summed over images."""
 
     loss: float
     correct: int
@@ -37,7 +37,7 @@ class Memory:
     Parameters
     ----------
     limit
-        Bytes; None is no limit.
+        Bytes; None means no limit.
     """
 
     def __init__(self, limit: int | None = None) -> None:
@@ -46,7 +46,13 @@ class Memory:
         self._lock = RLock()  # reentrant, as garbage collection may call `give_back` while it is held
 
     def take(self, x: Any) -> bool:
-        """Whether prepared images fit; if so, count them as kept."""
+        """Whether prepared images fit in the budget; if so, they are charged to it.
+
+        Raises
+        ------
+        ValueError
+            If there is a limit, but `x` has no `nbytes`.
+        """
         if self.limit is None:
             return True
         if not hasattr(x, "nbytes"):
@@ -57,7 +63,7 @@ class Memory:
         return fits
 
     def give_back(self, kept: Iterable[Any]) -> None:
-        """Stop counting these as kept."""
+        """Return these to the budget."""
         if self.limit is not None:
             with self._lock:
                 self.used -= sum(x.nbytes for x in kept)
@@ -66,8 +72,8 @@ class Memory:
 class Shard:
     """Images and labels, prepared for a backend in chunks.
 
-    Chunks that fit into `memory` are kept; the others are prepared again whenever they are needed. Nothing is evicted.
-    Every epoch takes all chunks in the same order, so LRU would always evict the one that is needed next.
+    Chunks that fit in `memory` are kept; the others are prepared again whenever they are needed. Nothing is evicted:
+    every epoch takes all chunks in the same order, so LRU would always evict the chunk that is needed next.
 
     Parameters
     ----------
@@ -93,14 +99,14 @@ class Shard:
         self.memory.give_back(self.kept.values())
 
     def prepare(self) -> None:
-        """Prepare chunks until one is not kept."""
+        """Prepare and keep chunks until one does not fit."""
         for count, _ in enumerate(self._chunks(), start=1):
             if len(self.kept) < count:
                 break
 
     def gradient(self, mlp: MLP) -> Sums:
         """Sums over all images, chunk by chunk."""
-        with np.errstate(all="ignore"):  # a diverging run ends with one clear error instead of warnings
+        with np.errstate(all="ignore"):  # a diverging run ends in one clear error, not in warnings
             parts = (Sums(*mlp.gradients(self.backend, x, labels)) for x, labels in self._chunks())
             total = next(parts)
             for part in parts:
@@ -128,13 +134,13 @@ class Shard:
 
 
 class Batch(Protocol):
-    """What a step of gradient descent needs from its images, wherever they are."""
+    """The images of a step of gradient descent, in this process or elsewhere."""
 
     count: int
     """The number of images."""
 
     def gradient(self, mlp: MLP, on_images: Callable[[int], None]) -> Sums:
-        """Sums over all images; calls `on_images` with the number of images whenever some are done."""
+        """Sums over all images; calls `on_images` with a number of images whenever some are done."""
 
     def evaluate(self, mlp: MLP) -> tuple[float, float]:
         """Mean loss and accuracy over all images."""
@@ -150,11 +156,11 @@ class Shards:
     backend
         The kernels to use.
     images, labels
-        uint8 (n, pixels) and integers (n,).
+        (n, pixels) uint8, and (n,) integers.
     dtype
         float32 or float64.
     memory
-        The budget for prepared images; None is no limit.
+        The budget for prepared images; None means no limit.
     """
 
     def __init__(
@@ -188,10 +194,10 @@ class Shards:
 
 
 def shard_ranges(count: int) -> list[slice]:
-    """The range of each shard of `count` images. Their number is the smallest power of two that suffices.
+    """The range of each shard of `count` images. The number of shards is the smallest power of two that suffices.
 
     60,000 images make 32 shards, a million make 512: enough for every core of a large machine. Shards are as equal as
-    possible, so a number of threads or workers that is a power of two gets equal shares.
+    possible, so a power of two of threads or workers gets equal shares.
     """
     return even_parts(count, 2 ** (math.ceil(count / SHARD) - 1).bit_length())
 
@@ -203,13 +209,13 @@ def even_parts(count: int, parts: int) -> list[slice]:
 
 
 def mean(sums: Iterable[tuple[float, int]], count: int) -> tuple[float, float]:
-    """Loss and accuracy of `count` images, from the loss and the correct count of each shard, in order."""
+    """Mean loss and accuracy of `count` images, from the loss and the correct count of each shard, in order."""
     losses, corrects = zip(*sums)
     return sum(losses) / count, sum(corrects) / count
 
 
 def add_in_tree(parts: Iterable[Sums]) -> Sums:
-    """Pairwise summation: add neighbours, then sums of neighbours, and so on, in an order set by their number alone.
+    """Pairwise summation: add neighbours, then sums of neighbours, and so on, in an order that depends on their number.
 
     Sums that wait for their neighbour cover 1, 2, 4, ... parts, like the digits of a binary counter. So only a few are
     held at a time, and each is added while the next ones are still being computed.

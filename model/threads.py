@@ -1,4 +1,4 @@
-"""A training run's share of the machine: a thread pool, BLAS limited to one thread, malloc settings, cores."""
+"""The resources of a training run: a thread pool, BLAS limited to one thread, malloc settings, available cores."""
 
 import contextlib
 import ctypes
@@ -18,8 +18,8 @@ from threadpoolctl import ThreadpoolController
 def thread_pool(threads: int) -> Iterator[Callable]:
     """A function that maps another over a list on `threads` threads, in order, with BLAS limited to one thread.
 
-    The calling thread is one of them: if it only waited, each result would wake it and preempt a working thread. When a
-    thread raises an exception, such as Ctrl-C, the work not yet begun is dropped.
+    The calling thread is one of them: if it only waited, each result would wake it and preempt a worker. If a thread
+    raises an exception, Ctrl-C included, work that has not started is dropped.
     """
     _keep_freed_memory()
     with blas_on_one_thread():
@@ -31,11 +31,11 @@ def thread_pool(threads: int) -> Iterator[Callable]:
 
 
 def _map(submit: Callable, threads: int, function: Callable, items: Sequence) -> Iterator:
-    """Results in the order of the items, each as soon as this thread is free and all results before it are there."""
+    """Results in the order of the items, each as soon as this thread is free and all earlier results are available."""
     if len(items) == 1:  # a small batch: wake no other thread
         yield function(items[0])
         return
-    numbered = enumerate(items)  # shared by all threads: taking the next is atomic under the GIL
+    numbered = enumerate(items)  # shared by all threads: next() is atomic under the GIL
     finished: dict[int, Any] = {}
 
     def work() -> Iterator[None]:
@@ -58,7 +58,7 @@ def _map(submit: Callable, threads: int, function: Callable, items: Sequence) ->
 
 
 _blas_lock = threading.Lock()
-if hasattr(os, "register_at_fork"):  # in the child, no other thread could release it
+if hasattr(os, "register_at_fork"):  # a lock held by another thread would stay locked in the child
     os.register_at_fork(
         before=_blas_lock.acquire, after_in_parent=_blas_lock.release, after_in_child=_blas_lock.release
     )
@@ -70,8 +70,8 @@ _blas_before: list[tuple[Any, int]] = []
 def blas_on_one_thread() -> Iterator[None]:
     """Limit BLAS to one thread in the whole process, until the last of overlapping blocks ends.
 
-    The number of BLAS threads is a property of the process. If each block set and restored it, the first to end would
-    lift the limit for the others, and the last would restore the limit itself.
+    The number of BLAS threads is global to the process. If each block set and restored it, the first to end would lift
+    the limit for the others, and the last would restore the limit itself.
     """
     global _blas_users
     with _blas_lock:
@@ -92,9 +92,9 @@ def blas_on_one_thread() -> Iterator[None]:
 
 
 def _set_threads(library: Any, count: int) -> None:
-    """Set the number of a BLAS's threads, from any thread.
+    """Set the number of threads of a BLAS, from any thread.
 
-    From version 3.8 on, threadpoolctl obeys only the thread that set the number first.
+    From version 3.8 on, threadpoolctl obeys only the thread that first set the number.
     """
     forget_owner = getattr(library, "clear_controlling_thread", lambda force: None)
     forget_owner(force=True)
@@ -108,11 +108,11 @@ def exhaust(iterator: Iterator) -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Have glibc's malloc, where there is one, reuse what kernels free instead of returning it to the system.
+    """Have glibc's malloc, on systems that use it, reuse freed memory instead of returning it to the system.
 
-    By default it returns memory whenever a little is free at the top of the heap, and every page costs a page fault
-    when it is taken again. That is a tenth of an epoch of the fastest backend, and half of one in a Dask worker, since
-    Dask sets MALLOC_TRIM_THRESHOLD_. These are the highest values that glibc would choose by itself (mallopt(3)).
+    By default it trims the heap as soon as a little is free at the top, and every page costs a page fault when it is
+    allocated again. That takes a tenth of an epoch on the fastest backend, and half of one in a Dask worker, since Dask
+    sets MALLOC_TRIM_THRESHOLD_. These are the highest values that glibc's dynamic adjustment would reach (mallopt(3)).
     """
     mmap_threshold, trim_threshold = -3, -1
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library

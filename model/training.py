@@ -1,4 +1,4 @@
-"""The training loop: gradient descent, full-batch (one step per epoch) or in mini-batches, on a backend's kernels."""
+"""The training loop: gradient descent on a backend's kernels, full-batch (one step per epoch) or in mini-batches."""
 
 import math
 import time
@@ -18,36 +18,36 @@ from model.threads import available_cores, thread_pool
 
 
 class TrainingError(Exception):
-    """Training cannot go on; the message says why and what to try."""
+    """Training cannot continue; the message says why and what to try."""
 
 
 class Epoch(NamedTuple):
-    """One line of the history."""
+    """Results of one epoch."""
 
     epoch: int
     loss: float
-    """Mean cross-entropy over the training images, from the epoch's forward passes, so before each update."""
+    """Mean cross-entropy over the training images, in nats, from the forward passes before each update."""
     train_accuracy: float
-    """From the same forward passes, 0 to 1."""
+    """Accuracy in the same forward passes, 0 to 1."""
     test_accuracy: float | None
-    """After the epoch's last update; None if not evaluated."""
+    """Accuracy after the epoch's last update, 0 to 1; None if not evaluated."""
     seconds: float
     """Forward pass, backward pass and update (with mini-batches, also shuffling and preparing); no evaluation."""
 
 
 @dataclass(repr=False)
 class History:
-    """What a training run recorded."""
+    """The results of a training run: an `Epoch` for each epoch, and the seconds that preparing the images took."""
 
     prepare_seconds: float = 0.0
     epochs: list[Epoch] = field(default_factory=list)
 
     def accuracies(self, kind: str) -> NDArray[np.float64]:
-        """One accuracy per epoch, for `kind` "train" or "test"; NaN where the epoch was not evaluated."""
+        """(epochs,) accuracies of `kind` "train" or "test", 0 to 1; NaN where the epoch was not evaluated."""
         return np.array([getattr(epoch, f"{kind}_accuracy") for epoch in self.epochs], np.float64)
 
     def selected(self, rows: int = 10) -> list[Epoch]:
-        """About `rows` of the epochs with a test accuracy: the first, evenly spaced ones, the last."""
+        """About `rows` of the evaluated epochs: the first, evenly spaced ones, and the last."""
         evaluated = [epoch for epoch in self.epochs if epoch.test_accuracy is not None]
         return list(dict.fromkeys(evaluated[:1] + evaluated[::-1][:: -(-len(evaluated) // rows) or 1][::-1]))
 
@@ -63,13 +63,13 @@ class History:
 
 @dataclass
 class State:
-    """The state of a run between two steps. With the parameters, it is all that resuming with the same bits takes."""
+    """The state of a run between two steps. Together with the parameters, it suffices to resume with the same bits."""
 
     rng: Mapping[str, Any]
-    """State of the bit generator at the start of the current epoch, before the images are shuffled."""
+    """State of the bit generator at the start of the current epoch, before shuffling."""
     history: History = field(default_factory=History)
     steps: int = 0
-    """Steps done in the current epoch; the next three fields are sums over them."""
+    """Steps completed in the current epoch; the next three fields are sums over them."""
     loss: float = 0.0
     correct: int = 0
     seconds: float = 0.0
@@ -106,27 +106,27 @@ def train(
     epochs
         Passes over the training images.
     learning_rate
-        Length of a step, as a multiple of the mean gradient.
+        Each step subtracts this times the mean gradient from the parameters.
     batch_size
         Images per step, reshuffled each epoch; None takes all at once, unshuffled.
     seed
         Seed of the shuffling, unless a `state` is given.
     threads
-        Threads that share the shards; None takes one per available core. Changes the time, but no bit of the result.
+        Number of threads; None takes one per available core. Changes the time, but no bit of the result.
     memory_limit
-        The most bytes of prepared images to keep; the others are prepared again whenever they are needed. None keeps
+        Maximum bytes of prepared images to keep; the others are prepared again whenever they are needed. None keeps
         all. Changes the time, but no bit of the result.
     batches
-        Makes a `Batch` that lives elsewhere, as `model.extras.dask_workers.Cluster.batch` does. None makes `Shards`.
+        Makes a `Batch` outside this process, as `model.extras.dask_workers.Cluster.batch` does. None makes `Shards`.
     eval_every
         Measure the test accuracy every `eval_every` epochs, and after the last.
     state
-        Where to resume, with the parameters that `mlp` had there; it is updated in place. With the same settings, but
-        perhaps more `epochs`, the run ends with the same bits as without the interruption. None starts a new run.
+        The state to resume from, with `mlp` as it was then; it is updated in place. With the same settings, or more
+        `epochs`, the run ends with the same bits as without the interruption. None starts a new run.
     on_images
         Called in the caller's thread with the number of images processed since its last call.
     on_step
-        Called in the caller's thread with the state of the run: before the first step, after every step, and once more
+        Called in the caller's thread with the state of the run: before the first step, after every step, and again
         after every epoch. It may raise an exception to stop the run.
 
     Returns
@@ -137,7 +137,7 @@ def train(
     Raises
     ------
     ValueError
-        If an option is out of range, `state` is not one of such a run, or images and labels do not belong together.
+        If an option is out of range, `state` does not fit the run, or images and labels do not match.
     TrainingError
         If the loss is not finite.
     """
@@ -145,7 +145,7 @@ def train(
     _check_dataset(dataset)
     _check_options(len(images), epochs, learning_rate, batch_size, threads, memory_limit, eval_every)
     if batches and batch_size:
-        raise ValueError("mini-batches would travel longer than they train: leave out batch_size, or the workers")
+        raise ValueError("mini-batches take longer to send than to compute: leave out batch_size, or the workers")
     state = state or State.start(seed)
     _check_state(state, len(images), epochs, batch_size)
     rng = np.random.default_rng()
@@ -163,7 +163,7 @@ def train(
         history.prepare_seconds += time.perf_counter() - start
 
         def evaluated(epoch: Epoch) -> Epoch:
-            """The epoch with a test accuracy if these settings ask for one, else without."""
+            """The epoch, with a test accuracy if `eval_every` asks for one, else without."""
             if epoch.epoch % eval_every and epoch.epoch != epochs:
                 return epoch._replace(test_accuracy=None)
             if epoch.test_accuracy is None:
@@ -172,7 +172,7 @@ def train(
                 epoch = epoch._replace(test_accuracy=test_accuracy)
             return epoch
 
-        if history.epochs and not state.steps:  # only one of the two runs may have it as its last epoch
+        if history.epochs and not state.steps:  # it may have been the last epoch of the run before
             history.epochs[-1] = evaluated(history.epochs[-1])
         on_step(state)
         for epoch in range(len(history.epochs) + 1, epochs + 1):
@@ -199,11 +199,11 @@ def train(
 def descend(
     mlp: MLP, batch: Batch, learning_rate: float, on_images: Callable[[int], None] = lambda images: None
 ) -> Sums:
-    """One step of gradient descent on the mean loss over `batch`; returns the sums from before the step."""
+    """One step of gradient descent on the mean loss over `batch`; returns the sums before the update."""
     sums = batch.gradient(mlp, on_images)
-    with np.errstate(over="ignore", invalid="ignore"):  # the loss shows it at the end of the epoch
+    with np.errstate(over="ignore", invalid="ignore"):  # the loss at the end of the epoch shows it
         for parameter, gradient in zip(mlp.parameters, sums.gradient):
-            gradient *= learning_rate / batch.count  # in place: a temporary would take half the time of the update
+            gradient *= learning_rate / batch.count  # in place: a temporary would take half of the update's time
             parameter -= gradient
     return sums
 
@@ -216,7 +216,7 @@ def _mini_batches(
     rng: np.random.Generator,
     skipped: int,
 ) -> Iterator[Batch]:
-    """Batches of the images in random order, without the first `skipped` ones; the last may be smaller."""
+    """Batches of shuffled images, without the first `skipped` batches; the last may be smaller."""
     order = rng.permutation(len(images))
     for start in range(skipped * batch_size, len(images), batch_size):
         batch = order[start : start + batch_size]
@@ -224,7 +224,7 @@ def _mini_batches(
 
 
 def _check_dataset(dataset: Dataset) -> None:
-    """Raise a ValueError unless there are training and test images, with a label for each."""
+    """Raise a ValueError unless there are training and test images of one size, with a label for each."""
     for kind in ("training", "test"):
         images, labels = dataset[1:3] if kind == "training" else dataset[3:5]
         for name, array, ndim in (("images", images, 2), ("labels", labels, 1)):
@@ -234,12 +234,12 @@ def _check_dataset(dataset: Dataset) -> None:
         if len(images) == 0:
             raise ValueError(f"there are no {kind} images")
         if len(images) != len(labels):
-            raise ValueError(
-                f"there are {len(images)} {kind} images but {len(labels)} labels: one label for each image"
-            )
+            raise ValueError(f"there are {len(images)} {kind} images but {len(labels)} labels: each image needs one")
     trained, tested = dataset.train_images.shape[1], dataset.test_images.shape[1]
     if trained != tested:
-        raise ValueError(f"training images have {trained} pixels but test images {tested}: they must have as many")
+        raise ValueError(
+            f"training images have {trained} pixels but test images {tested}: both must have the same number"
+        )
 
 
 def _check_options(
@@ -266,10 +266,12 @@ def _check_options(
 def _check_state(state: State, images: int, epochs: int, batch_size: int | None) -> None:
     begun = len(state.history.epochs) + (state.steps > 0)
     if begun > epochs:
-        raise ValueError(f"{begun} epochs are done or begun already: epochs must not be less, not {epochs}")
+        raise ValueError(f"{begun} epochs are done or begun already: epochs must be at least that, not {epochs}")
     steps = math.ceil(images / batch_size) if batch_size else 1
     if state.steps > steps:
-        raise ValueError(f"the state is after step {state.steps} of an epoch, which has only {steps}")
+        raise ValueError(
+            f"the state is after step {state.steps} of an epoch that has only {steps}: use a state of the same run"
+        )
 
 
 def _check_loss(loss: float, epoch: int, learning_rate: float) -> None:

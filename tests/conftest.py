@@ -1,26 +1,43 @@
-"""Data for the tests: MNIST where ``MNIST_DIR`` names it, and digits28 always."""
+"""Data for the tests: MNIST if ``MNIST_DIR`` is set, and always digits28."""
 
+import multiprocessing
 import os
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pytest
 
+import model.cli
 from model.data import Dataset, load_digits28, load_mnist
+from tests.support.datasets import DATASET
 
 
 def pytest_configure(config):
-    """In our tests, and not in users' benchmarks, a warning is an error."""
+    """Warnings are errors in our tests, but not in users' benchmarks."""
     config.addinivalue_line("filterwarnings", "error")
 
 
 @pytest.fixture(scope="session")
 def mnist():
-    """MNIST; skips where MNIST_DIR is not set, fails if REQUIRE_MNIST is."""
+    """MNIST; without MNIST_DIR, skips the test, or fails if REQUIRE_MNIST is set."""
     if not os.environ.get("MNIST_DIR"):
         if os.environ.get("REQUIRE_MNIST"):
             pytest.fail("REQUIRE_MNIST is set, but MNIST_DIR does not name the folder with the four MNIST files")
         pytest.skip("MNIST_DIR is not set")
     return load_mnist()
+
+
+@pytest.fixture
+def main(monkeypatch, capsys):
+    """The command line in this process: from arguments to exit code, stdout and stderr."""
+
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["model", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            model.cli.main()
+        return stopped.value.code or 0, *capsys.readouterr()
+
+    return run
 
 
 @pytest.fixture(scope="session")
@@ -31,7 +48,7 @@ def digits28():
 
 @pytest.fixture(scope="session")
 def tiny():
-    """Images of 5 × 5 pixels that can be told apart, 5,200 to train on: four shards of two chunks."""
+    """Separable images of 5 × 5 pixels, 5,200 to train on: four shards of two chunks."""
     rng = np.random.default_rng(0)
     patterns = rng.integers(0, 256, (10, 25)) * (rng.random((10, 25)) < 0.5)
     labels = rng.integers(0, 10, 5300).astype(np.uint8)
@@ -39,9 +56,24 @@ def tiny():
     return Dataset("tiny", images[:5200], labels[:5200], images[5200:], labels[5200:])
 
 
+NAIVE_RUN = "test_mini_batches_reach_92_percent[naive]"
+
+
 def pytest_collection_modifyitems(items):
-    """Pure Python trains in a separate process meanwhile: tests that wait for it run last."""
-    items.sort(key=lambda item: "test_mini_batch_accuracy[naive" in item.name)
+    """The test that waits for `naive_run` comes last."""
+    items.sort(key=lambda item: item.name == NAIVE_RUN)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def naive_run(request):
+    """Pure Python trains for minutes, so it starts before the first test, in another process: a future."""
+    if all(item.name != NAIVE_RUN for item in request.session.items):
+        yield None
+        return
+    from tests.model.test_published import mini_batch_run
+
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        yield process.submit(mini_batch_run, "naive", DATASET)
 
 
 def pytest_terminal_summary(terminalreporter):

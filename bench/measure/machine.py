@@ -58,6 +58,8 @@ def machine() -> Machine:
     import cpuinfo  # takes a second
     from llvmlite import binding
 
+    from bench.peers.pytorch import mkl_code_path
+
     cpu, llvm_name = cpuinfo.get_cpu_info(), binding.get_host_cpu_name()
     flags = set(cpu.get("flags", ()))
     found = environment()
@@ -74,7 +76,7 @@ def machine() -> Machine:
         hypervisor=_hypervisor(flags),
         system=found["system"],
         blas=", ".join(found["blas"]) or None,
-        mkl=_mkl(),
+        mkl=mkl_code_path(),
     )
 
 
@@ -111,17 +113,6 @@ def _hypervisor(flags: set[str]) -> str | None:
     """Who runs this virtual machine, as far as it tells; None on bare metal."""
     name = _text(Path("/sys/hypervisor/type")) or _text(Path("/sys/class/dmi/id/sys_vendor"))
     return (name or "unnamed") if "hypervisor" in flags else None
-
-
-def _mkl() -> str | None:
-    """The code path of PyTorch's MKL, which differs by the CPU's vendor."""
-    try:
-        import torch
-    except ImportError:
-        return None
-    found = re.search(r"MKL.*|Math Kernel.*", torch.__config__.show())
-    capability = torch.backends.cpu.get_cpu_capability()
-    return f"{found[0].strip() if found else 'no MKL'}; PyTorch's own kernels: {capability}"
 
 
 # What else runs ----------------------------------------------------------------------------------------------------

@@ -219,7 +219,7 @@ class Machine:
     blas: str | None
     """NumPy's, with the kernel that it chose."""
     mkl: str | None
-    """The code path of PyTorch's MKL; None without PyTorch."""
+    """What PyTorch's MKL takes this CPU for; None without PyTorch or its MKL."""
     peak_gflop_per_second: float | None = None
     """Multiply-adds on one thread, as measured by the study roofline."""
     bandwidth_gb_per_second: dict[str, float] = field(default_factory=dict)

@@ -23,12 +23,12 @@ class PyTorch(Learner):
     """
 
     def __init__(self, task: Task) -> None:
-        self.torch = torch = package("torch")
-        torch.set_num_threads(task.threads)
+        self.torch, tensors = _start(task)
+        torch = self.torch
         layers: list[Any] = []
-        for weights, bias in task.mlp.layers:
+        for weights, bias in zip(tensors[::2], tensors[1::2]):
             layer = torch.nn.Linear(*weights.shape)
-            layer.load_state_dict({"weight": torch.tensor(weights.T), "bias": torch.tensor(bias)})
+            layer.load_state_dict({"weight": weights.T, "bias": bias})
             layers += [torch.nn.ReLU(), layer]
         self.network = torch.nn.Sequential(*layers[1:])
         self.optimizer = torch.optim.SGD(self.network.parameters(), lr=task.learning_rate)
@@ -59,6 +59,13 @@ class PyTorch(Learner):
         loss.backward()
         self.optimizer.step()
         return loss.item()
+
+
+def _start(task: Task) -> tuple[ModuleType, list[Any]]:
+    """PyTorch on the task's threads, and copies of the network's parameters."""
+    torch = package("torch")
+    torch.set_num_threads(task.threads)
+    return torch, [torch.tensor(parameter) for parameter in task.mlp.parameters]
 
 
 def _tensors(torch: ModuleType, images: np.ndarray, labels: np.ndarray) -> tuple[Any, Any]:
@@ -123,11 +130,9 @@ class PyTorchByHand(Learner):
     """Images; over more, each block of the product's sum would be rounded as the weights are, which costs a digit."""
 
     def __init__(self, task: Task) -> None:
-        self.torch = torch = package("torch")
-        torch.set_num_threads(task.threads)
-        self.tensors = [torch.tensor(parameter) for parameter in task.mlp.parameters]
+        self.torch, self.tensors = _start(task)
         self.learning_rate = task.learning_rate
-        self.all = _tensors(torch, task.images, task.labels)
+        self.all = _tensors(self.torch, task.images, task.labels)
 
     def step(self):
         return self._descend(*self.all)
@@ -240,9 +245,8 @@ class CompiledParts(Competitor):
     PART = 2000
 
     def __init__(self, task: Task) -> None:
-        self.torch = torch = package("torch")
-        torch.set_num_threads(task.threads)
-        self.tensors = [torch.tensor(parameter) for parameter in task.mlp.parameters]
+        self.torch, self.tensors = _start(task)
+        torch = self.torch
         self.count, self.rate = len(task.images), task.learning_rate / len(task.images)
         images, labels = _tensors(torch, task.images, task.labels)
         classes = len(task.mlp.parameters[-1])
@@ -288,12 +292,11 @@ class PyTorchCSR(Competitor):
     PART = 2048
 
     def __init__(self, task: Task) -> None:
-        self.torch = torch = package("torch")
-        torch.set_num_threads(task.threads)
+        self.torch, self.tensors = _start(task)
+        torch = self.torch
         self.count = len(task.images)
-        self.tensors = [torch.tensor(parameter, requires_grad=True) for parameter in task.mlp.parameters]
         for tensor in self.tensors:
-            tensor.grad = torch.zeros_like(tensor)
+            tensor.requires_grad_().grad = torch.zeros_like(tensor)
         self.optimizer = torch.optim.SGD(self.tensors, lr=task.learning_rate)
         labels = torch.tensor(task.labels).long().split(self.PART)
         self.parts = [
@@ -327,6 +330,7 @@ class PyTorchCSR(Competitor):
         return self.torch.sparse_csr_tensor(*parts, rows.shape, check_invariants=False)
 
 
+@functools.cache
 def mkl_code_path() -> str | None:
     """What MKL says of itself and the CPU that it takes this one for; None without PyTorch or its MKL."""
     code = "import torch; a = torch.ones(64, 64); a @ a"

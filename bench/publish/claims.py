@@ -12,10 +12,12 @@ from bench.publish.style import short
 from model.extras.figure import BOUND_COLOUR, OTHER_COLOURS, figure_file, print_small, title
 
 OPENBLAS, BIG = "OpenBLAS", "big products, OpenBLAS"
-FRAMEWORKS = ("PyTorch", "torch.compile", "JAX", "scikit-learn")
+FRAMEWORKS = ("PyTorch", "PyTorch by hand", "torch.compile", "JAX", "scikit-learn")
 FASTEST = "the fastest framework"
 
 Pick = Callable[[Run], Comparison | None]
+Bound = Callable[[Folder], float | None]
+"""Seconds at the peak of a machine's multiply-add units; None where that was not measured."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class Claim:
     what: str
     pick: Pick
     """The comparison of a run that decides."""
+    at_peak: Bound = lambda folder: None
+    """What the multiply-adds of the competitor would take at least."""
 
     def ratio(self, run: Run) -> Ratio | None:
         """As a run measured it; None where it did not."""
@@ -123,20 +127,67 @@ def _climb(product: str) -> Pick:
     return pick
 
 
+def _peak(folder: Folder, one: bool) -> float | None:
+    """Operations per second, on one thread or on all."""
+    if one:
+        return 1e9 * folder.machine.peak_gflop_per_second if folder.machine.peak_gflop_per_second else None
+    found = folder.found("scaling")
+    return 1e9 * found.peak_gflop_per_second[found.threads] if found else None
+
+
+def _product_bound(flop: float, one: bool) -> Bound:
+    def seconds(folder: Folder) -> float | None:
+        peak = _peak(folder, one)
+        return flop / peak if peak else None
+
+    return seconds
+
+
+def _step_bound(backend: str, images: int | None = None) -> Bound:
+    """Of its big products over all images on all threads, or some on one; for sparse, of the non-zero pixels alone."""
+
+    def seconds(folder: Folder) -> float | None:
+        peak, found = _peak(folder, one=images is not None), folder.found("roofline")
+        if not peak or not found:
+            return None
+        share = images * FLOP_OF_IMAGE / found.dense_flop if images else 1
+        return share * sum(product.flop for product in found.products if product.backend == backend) / peak
+
+    return seconds
+
+
+def _climb_bound(product: str) -> Bound:
+    def seconds(folder: Folder) -> float | None:
+        found = folder.found("ladder")
+        return 1 / found.climb(product, 1).peak_gflop_per_second if found else None
+
+    return seconds
+
+
+FLOP_OF_IMAGE = 2 * 784 * 128
+"""In one of the big products."""
+
 STEP = "a full-batch step"
 CLAIMS = (
     Claim("numpy-naive", "numpy", "naive", STEP, _epoch),
-    Claim("numba-numpy", "numba", "numpy", STEP, _step),
-    Claim("numba-big", "numba", BIG, "a step", _step),
-    Claim("numba-framework", "numba", FASTEST, STEP, _step),
-    Claim("sparse-numpy", "sparse", "numpy", STEP, _step),
-    Claim("sparse-numba", "sparse", "numba", STEP, _step),
-    Claim("sparse-big", "sparse", BIG, "a step", _step),
-    Claim("sparse-framework", "sparse", FASTEST, STEP, _step),
-    Claim("sparse-scipy", "sparse", "SciPy CSR", STEP, _step),
-    Claim("sparse-torch-csr", "sparse", "PyTorch CSR", STEP, _step),
+    Claim("numba-numpy", "numba", "numpy", STEP, _step, _step_bound("numba")),
+    Claim("numba-big", "numba", BIG, "a step", _step, _step_bound("numba")),
+    Claim("numba-framework", "numba", FASTEST, STEP, _step, _step_bound("numba")),
+    Claim("sparse-numpy", "sparse", "numpy", STEP, _step, _step_bound("sparse")),
+    Claim("sparse-numba", "sparse", "numba", STEP, _step, _step_bound("sparse")),
+    Claim("sparse-big", "sparse", BIG, "a step", _step, _step_bound("sparse")),
+    Claim("sparse-framework", "sparse", FASTEST, STEP, _step, _step_bound("sparse")),
+    Claim("sparse-scipy", "sparse", "SciPy CSR", STEP, _step, _step_bound("sparse")),
+    Claim("sparse-torch-csr", "sparse", "PyTorch CSR", STEP, _step, _step_bound("sparse")),
     *(
-        Claim(f"batch-{key}-{size}", ours, base, f"a step over {size} images, 1 thread", _small_step(size))
+        Claim(
+            f"batch-{key}-{size}",
+            ours,
+            base,
+            f"a step over {size} images, 1 thread",
+            _small_step(size),
+            _step_bound(ours, size),
+        )
         for size in (32, 128, 512)
         for key, ours, base in (
             ("sparse-torch", "sparse", "PyTorch"),
@@ -148,18 +199,32 @@ CLAIMS = (
     Claim("time-sparse", "sparse", "numpy", "mini-batches to the published accuracy", _time_to),
     Claim("command", "sparse", "numpy", "250 epochs with start and evaluations", _command),
     *(
-        Claim(f"product-{key}-{'1' if one else 'all'}", "numba", OPENBLAS, f"{shape}, {threads}", _product(shape, one))
-        for key, shape in (
-            ("forward", "(60000×784)(784×128)"),
-            ("backward", "(784×60000)(60000×128)"),
-            ("chunk-forward", "(1024×784)(784×128)"),
-            ("chunk-backward", "(784×1024)(1024×128)"),
-            ("1024", "1024³"),
+        Claim(
+            f"product-{key}-{'1' if one else 'all'}",
+            "numba",
+            OPENBLAS,
+            f"{shape}, {'1 thread' if one else 'all threads'}",
+            _product(shape, one),
+            _product_bound(flop, one),
         )
-        for one, threads in ((True, "1 thread"), (False, "all threads"))
+        for key, shape, flop in (
+            ("forward", "(60000×784)(784×128)", 60_000 * FLOP_OF_IMAGE),
+            ("backward", "(784×60000)(60000×128)", 60_000 * FLOP_OF_IMAGE),
+            ("chunk-forward", "(1024×784)(784×128)", 1024 * FLOP_OF_IMAGE),
+            ("chunk-backward", "(784×1024)(1024×128)", 1024 * FLOP_OF_IMAGE),
+            ("1024", "1024³", 2 * 1024**3),
+        )
+        for one in (True, False)
     ),
     Claim("ladder-compiled", "compiled", "loops", "the ladder at the MLP's product, 1 thread", _climb("MLP")),
-    Claim("ladder-last", "vectors", OPENBLAS, "the ladder at the MLP's product, 1 thread", _climb("MLP")),
+    Claim(
+        "ladder-last",
+        "vectors",
+        OPENBLAS,
+        "the ladder at the MLP's product, 1 thread",
+        _climb("MLP"),
+        _climb_bound("MLP"),
+    ),
 )
 BY_KEY = {claim.key: claim for claim in CLAIMS}
 
@@ -200,7 +265,7 @@ def where(claim: Claim, folders: Iterable[Folder]) -> str:
     if len(found) == 1:
         return f"on {next(iter(found))}" if holding else f"not on {next(iter(found))}"
     if len(holding) == len(found):
-        return f"on all {len(found)} machines"
+        return "on both machines" if len(found) == 2 else f"on all {len(found)} machines"
     return f"on {len(holding)} of {len(found)} machines" + (f" ({', '.join(holding)})" if holding else "")
 
 
@@ -215,12 +280,15 @@ def sentence(claim: Claim, folders: Iterable[Folder]) -> str:
         return f"How `{claim.competitor}` compares with `{claim.base}` has not been measured yet."
     return (
         f"`{claim.competitor}` is faster than {claim.base if claim.base == FASTEST else f'`{claim.base}`'} "
-        f"{where(claim, folders)} (× its time: {'; '.join(spans)})."
+        f"{where(claim, folders)}. Relative time: {'; '.join(spans)}."
     )
 
 
 def draw(folders: list[Folder], file: Path) -> None:
-    """One dot for each claim and machine at the median of its runs, with their range; 1 is marked."""
+    """One dot for each claim and machine at the median of its runs, with their range; 1 is marked.
+
+    A faint mark is the ratio at the peak of the machine's multiply-add units, where that was measured.
+    """
     rows = [claim for claim in CLAIMS if any(cell(claim, folder) for folder in folders)]
     rows = [claim for claim in rows if claim.key not in ("numpy-naive", "ladder-compiled")]  # thousands to one
     shades = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", *OTHER_COLOURS]
@@ -236,8 +304,10 @@ def draw(folders: list[Folder], file: Path) -> None:
                     middle = float(np.median([ratio.ratio for ratio in found.ratios]))
                     axes.plot([found.low, found.high], [row + shift] * 2, color=shade, linewidth=2)
                     axes.plot(middle, row + shift, "o", color=shade, markersize=4.5)
+                    if seconds := claim.at_peak(folder):
+                        axes.plot(seconds / found.base_seconds, row + shift, "|", color=shade, alpha=0.5, markersize=8)
         axes.set(xscale="log", xlabel="× the time of the base (log scale)")
-        ticks = [0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3]
+        ticks = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3]
         low, high = axes.get_xlim()
         axes.set_xticks([tick for tick in ticks if low <= tick <= high], minor=False)
         axes.set_xticklabels([f"{tick:g}" for tick in ticks if low <= tick <= high])
@@ -245,7 +315,14 @@ def draw(folders: list[Folder], file: Path) -> None:
         axes.set(yticks=range(len(rows)), ylim=(len(rows) - 0.4, -0.6))
         axes.set_yticklabels([f"{claim.competitor} / {claim.base}: {claim.what}" for claim in rows], fontsize=7)
         axes.grid(axis="y", color="#EEEEEE")
-        axes.legend(loc="upper center", bbox_to_anchor=(0.2, -0.08), ncols=3, frameon=False, fontsize=7)
+        axes.legend(
+            loc="upper center", bbox_to_anchor=(0.2, -0.55 / (0.27 * len(rows))), ncols=3, frameon=False, fontsize=7
+        )
         title(figure, "Each claim on each machine: the range of its runs")
-        print_small(figure, "Medians of interleaved rounds; a dot is the median of the runs, a bar their range.")
+        print_small(
+            figure,
+            "Medians of interleaved rounds; a dot is the median of the runs, a bar their range. "
+            "A faint tick: the competitor's big products\nat the peak of the multiply-add units; "
+            "for sparse, those of non-zero pixels.",
+        )
         axes.spines["left"].set_color(BOUND_COLOUR)

@@ -16,9 +16,11 @@ def draw_all(folder: Folder, output: Path, say: Callable[[str], None]) -> dict[s
 
     def attempt(name: str, draw: Callable[[Path], None]) -> None:
         file = output / f"{name}.png"
+        file.unlink(missing_ok=True)
         try:
             draw(file)
-            drawn[name] = file
+            if file.exists():  # results of before may lack what it shows
+                drawn[name] = file
         except Exception as error:
             say(f"{file.name} was not drawn: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
 

@@ -21,7 +21,7 @@ REPORT = "report.html"
 CAPTIONS = {
     "claims": (
         "Each claim of the study on this machine: left of the line, the first takes less time than the second.",
-        "The bars span the runs, so a single run has none.",
+        "The bars span the runs, so a single run has none. A faint tick is the ratio at the peak of the multiply-adds.",
     ),
     "epochs": (
         "Seconds of a full-batch epoch on each backend, on a log scale, beside the two big products on OpenBLAS.",
@@ -42,6 +42,14 @@ CAPTIONS = {
     "head_to_head": (
         "The same full-batch step in other packages, verified equal before it is timed.",
         "It is one network on one machine, and packages differ in what they were made for.",
+    ),
+    "mini_batches": (
+        "Microseconds of a training step against the number of images in a batch, which are different ones each time.",
+        "Small batches cost calls from Python rather than arithmetic; ours also prepare each batch from bytes.",
+    ),
+    "products": (
+        "The time of each product relative to OpenBLAS's, for shapes down and transposes across: below 1 takes less.",
+        "One thread, operands as they come; a library that packs them first pays for it here.",
     ),
     "time_to_accuracy": (
         "Test accuracy against seconds of training in mini-batches, each competitor on the recipe chosen for it.",
@@ -96,7 +104,8 @@ def write_report(folder: Folder, output: Path, say: Callable[[str], None], missi
     warnings = [f"{name}: {section.conditions.busy}." for name, section in sections if section.conditions.busy]
     if any(section.conditions.quick for _, section in sections):
         warnings.insert(0, "A quick run, on few images and rounds: only to see that everything works.")
-    tables = [_claims(folder), *_timings(folder), _conditions(folder), _skipped(folder, missing)]
+    claims = _claims(folder)
+    tables = [*_timings(folder), _conditions(folder), _skipped(folder, missing)]
     environment = Environment(loader=PackageLoader("bench.publish", "."), autoescape=True, undefined=StrictUndefined)
     html = environment.get_template("report.html.jinja").render(
         machine=folder.machine,
@@ -105,6 +114,7 @@ def write_report(folder: Folder, output: Path, say: Callable[[str], None], missi
         commits=", ".join(folder.commits),
         kernels_changed=kernels_changed(folder.commits[-1]) if folder.commits else "",
         warnings=warnings,
+        claims=claims,
         tables=[table for table in tables if table.rows],
         figures=[
             {
@@ -128,16 +138,14 @@ def _claims(folder: Folder) -> TableOf:
             interval = found.ratios[0].interval
             rows.append(
                 [
-                    claim.competitor,
-                    found.bases,
-                    claim.what,
+                    f"{claim.competitor} / {found.bases}: {claim.what}",
                     " to ".join(span),
-                    f"{interval[0]:.2f} to {interval[1]:.2f}" if interval else "",
-                    f"{found.base_seconds:.4g}",
                     found.verdict,
+                    f"{found.base_seconds:.4g}",
+                    f"{interval[0]:.2f} to {interval[1]:.2f}" if interval else "",
                 ]
             )
-    columns = ["time of", "relative to", "in", "ratio, all runs", "95 % interval, 1st run", "base (s)", "verdict"]
+    columns = ["time of / relative to", "ratio, all runs", "verdict", "base (s)", "95 % interval, 1st run"]
     text = "Ratios of median times of interleaved rounds. A verdict needs all runs to agree."
     return TableOf("Claims", text, columns, rows)
 
@@ -160,7 +168,7 @@ def _timings(folder: Folder) -> list[TableOf]:
         tables.append(TableOf(title, "Medians of the first run.", ["", "seconds", "95 % interval", "rounds"], rows))
     if found := folder.found("kernels"):
         rows = [
-            [kernel, name, f"{1e6 * times.median:.4g}", short(found.flop[kernel] / times.median / 1e9)]
+            [kernel, name, short(1e6 * times.median), short(found.flop[kernel] / times.median / 1e9)]
             for kernel, comparison in found.per_image.items()
             for name, times in comparison.rounds.items()
         ]

@@ -68,8 +68,8 @@ def plain_ticks(*axis: Axis) -> None:
         each.set_minor_formatter(NullFormatter())
 
 
-def end_labels(axes: Axes, ends: list[tuple[str, float, float, str]], fontsize: float = 8, side: int = 1) -> None:
-    """Names right of points, or left of them if `side` is -1, moved apart where they would overlap.
+def end_labels(axes: Axes, ends: list[tuple[str, float, float, str]], fontsize: float = 8) -> list[float]:
+    """Names right of points, moved apart where they would overlap; returns their heights in points.
 
     Parameters
     ----------
@@ -79,21 +79,26 @@ def end_labels(axes: Axes, ends: list[tuple[str, float, float, str]], fontsize: 
         Text, x, y and colour of each.
     fontsize
         In points.
-    side
-        1 or -1.
     """
-    to_points = 72 / axes.figure.dpi
-    lowest = -np.inf
+    heights = [-np.inf]
     for text, x, y, shade in sorted(ends, key=lambda end: end[2]):
-        height = axes.transData.transform((x, y))[1] * to_points
-        lowest = max(height, lowest + 1.2 * fontsize)
-        label(axes, text, x, y, fontsize, side, lowest - height, shade)
+        height = points_up(axes, x, y)
+        heights.append(max(height, heights[-1] + 1.35 * fontsize))
+        label(axes, text, x, y, fontsize, above=heights[-1] - height, shade=shade)
+    return heights[1:]
 
 
-def right_labels(axes: Axes, texts: Sequence[str], fontsize: float = 8.5) -> None:
-    """A text for each row, in a column right of the axes, where no line runs through it."""
+def points_up(axes: Axes, x: float, y: float) -> float:
+    """The height of a place, in points."""
+    return axes.transData.transform((x, y))[1] * 72 / axes.figure.dpi
+
+
+def right_labels(
+    axes: Axes, texts: Sequence[str], fontsize: float = 8.5, places: Sequence[float] | None = None
+) -> None:
+    """A text for each row, or at each place, in a column right of the axes, where no line runs through it."""
     right = axes.secondary_yaxis("right")
-    right.set_yticks(range(len(texts)), texts, fontsize=fontsize)
+    right.set_yticks(range(len(texts)) if places is None else places, texts, fontsize=fontsize)
     right.tick_params(length=0)
     right.spines["right"].set_visible(False)
 

@@ -108,9 +108,9 @@ def claim_table(results: Path, products: bool = False) -> str:
             name = f"{claim.competitor} / {claim.base}, {claim.what}"
             table.add_row(name, *texts, f"{holding} of {len(found)}")
     return (
-        f"{_markdown(table)}\n\nThe smallest and largest ratio of the runs × the base's seconds. "
-        "✓ all runs agree that it takes less time, ✗ more; ≈ they disagree, or cannot tell. "
-        "Ladder: seconds for 10⁹ operations."
+        f"{_markdown(table)}\n\nThe range of ratios over all runs × the base's seconds. "
+        "✓ every run takes less time, ✗ every run takes more, ≈ the runs disagree or cannot tell. "
+        "Ladder rows: seconds for 10⁹ operations."
     )
 
 

@@ -15,16 +15,16 @@ from bench.peers.c_csr import COMMAND
 from bench.peers.ours import compile_seconds
 from bench.peers.pytorch import mkl_code_path
 from bench.peers.task import Competitor, Task, UnavailableError
-from bench.publish.style import bound, in_seconds, label
+from bench.publish.claims import FRAMEWORKS
+from bench.publish.style import in_seconds, label, right_labels
 from kernels import backend_names, get_backend
 from model.data import Dataset
-from model.extras.figure import colour, figure_file, print_small, title
+from model.extras.figure import BOUND_COLOUR, colour, figure_file, print_small, title
 from model.mlp import MLP
 from model.threads import available_cores, thread_pool
 
 LEARNING_RATE = 0.3
 BIG_PRODUCTS = "big products, OpenBLAS"
-FRAMEWORKS = ("PyTorch", "PyTorch by hand", "torch.compile", "JAX", "scikit-learn")
 
 
 @dataclass(frozen=True)
@@ -108,30 +108,40 @@ def draw(found: Found, small_print: str, file: Path) -> None:
     words = {
         "dense": "dense: every pixel is multiplied",
         "sparse": "sparse: only what is not zero is multiplied",
-        "bfloat16": "dense in bfloat16: less exact",
+        "bfloat16": f"dense in bfloat16: another category, {_inexact(found)}",
     }
     rows: dict[str, float] = {}
+    products = found.steps.median(BIG_PRODUCTS)
     y = 0.0
     with figure_file(file, figsize=(8, 5)) as figure:
         axes = figure.subplots()
         for form in [form for form, names in found.forms.items() if names]:
             label(axes, words[form], 0, y)
+            first = y + 0.5
             for name in sorted(found.forms[form], key=found.steps.median, reverse=True):
                 y += 1
                 rows[name] = y
                 times = found.steps.rounds[name]
                 axes.barh(y, times.median, color=colour(name), height=0.75)
                 axes.plot([times.low, times.high], [y, y], color="black", linewidth=1.5)
-                label(axes, in_seconds(times.median), times.high, y)
-            y += 1.3
-        axes.set(yticks=list(rows.values()), ylim=(y - 0.7, -1.2), xlabel="seconds per step over all images")
+            if form == "dense":
+                axes.vlines(products, first, y + 0.5, color=BOUND_COLOUR, linestyle="--", linewidth=1)
+                text = f"dashed: the two big products alone, on OpenBLAS, {in_seconds(products)}"
+                axes.text(products, y + 0.8, text, va="center", fontsize=7.5, color=BOUND_COLOUR)
+            y += 1.6
+        axes.set(yticks=list(rows.values()), ylim=(y - 0.9, -0.6), xlabel="seconds per step over all images")
         for name, tick in zip(rows, axes.set_yticklabels(rows)):
             tick.set_fontweight("bold" if name in backend_names() else "normal")
-        axes.set_xlim(0, 1.15 * max(times.high for times in found.steps.rounds.values()))
-        products = found.steps.median(BIG_PRODUCTS)
-        bound(axes, products, f"the two big products alone, on OpenBLAS: {in_seconds(products)}", -0.8)
+        axes.set_xlim(0, 1.05 * max(times.high for times in found.steps.rounds.values()))
+        right_labels(axes, [in_seconds(found.steps.median(name)) for name in rows], places=list(rows.values()))
         title(figure, _title(found))
         print_small(figure, small_print)
+
+
+def _inexact(found: Found) -> str:
+    """How far the updates in bfloat16 are from float64's."""
+    errors = [form.error for name in found.forms.get("bfloat16", ()) for form in found.tried.get(name, {}).values()]
+    return f"its updates off by {max(filter(None, errors)):.1e} of their norm" if any(errors) else "less exact"
 
 
 def _title(found: Found) -> str:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from bench.measure.interleave import interleave
 from bench.measure.records import Comparison
-from bench.publish.style import ordered, plain_ticks, short
+from bench.publish.style import ordered, plain_ticks, right_labels, short
 from bench.studies.epochs import short_name
 from kernels import backend_names, get_backend
 from kernels.backend import CHUNK, Backend
@@ -144,10 +144,7 @@ def draw(found: Found, small_print: str, file: Path) -> None:
         axes.set(yticks=range(len(found.per_image)), ylim=(len(found.per_image) - 0.4, -0.6))
         axes.set_yticklabels(found.per_image)
         plain_ticks(axes.xaxis)
-        right = axes.secondary_yaxis("right")
-        right.set_yticks([y for y, _ in labels], [text for _, text in labels], fontsize=6.5)
-        right.tick_params(length=0)
-        right.spines["right"].set_visible(False)
+        right_labels(axes, [text for _, text in labels], fontsize=6.5, places=[y for y, _ in labels])
         axes.legend(loc="lower right", frameon=False, fontsize=8)
         title(figure, "Each kernel on one thread, zeros counted as work")
         print_small(figure, small_print)

@@ -141,7 +141,7 @@ def draw(found: Found, small_print: str, file: Path) -> None:
             right_labels(axes, [" / ".join(map(short, rates[step])) for step in steps], fontsize=7)
         panels[0].legend(loc="lower left", frameon=False, fontsize=7)
         title(figure, _title(found))
-        print_small(figure, f"At the right: GFLOP/s on one thread / on all. {small_print}")
+        print_small(figure, f"At the right: GFLOP/s on one thread / on all.\n{small_print}")
 
 
 def _title(found: Found) -> str:

@@ -1,12 +1,18 @@
-"""Study: the big products of the numba backend against OpenBLAS's, and one product of textbook shape."""
+"""Study: products of the numba backend against OpenBLAS's: the big ones of a step, and a sweep over many shapes.
+
+The sweep takes every shape in all four transposes on one thread, so that no weak one hides behind the others.
+"""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
 from numpy.typing import NDArray
 from rich.progress import track
 from threadpoolctl import threadpool_limits
@@ -14,9 +20,11 @@ from threadpoolctl import threadpool_limits
 from bench.measure.interleave import interleave
 from bench.measure.records import Comparison
 from bench.peers.task import UnavailableError, package
+from bench.publish.style import short
 from kernels import get_backend
 from model.data import Dataset
-from model.threads import available_cores
+from model.extras.figure import figure_file, print_small, title
+from model.threads import available_cores, thread_pool
 
 # Left operand, right operand; the big ones are x W1 and x.T dz over all images, and the same over one chunk.
 PRODUCTS = {
@@ -27,6 +35,31 @@ PRODUCTS = {
     "1024³": ((1024, 1024), (1024, 1024), False),
 }
 
+# (m, k, n) of the sweep: an (m, k) matrix times a (k, n) one.
+SHAPES = {
+    "the step's": [(1024, 784, 128), (784, 1024, 128), (1024, 128, 10), (1024, 10, 128), (128, 1024, 10)],
+    "squares": [(size, size, size) for size in (256, 512, 1024)],
+    "few rows": [
+        *((rows, 784, 128) for rows in (1, 2, 4, 8, 32)),
+        *((rows, 2000, 2000) for rows in (1, 2, 4, 8, 32)),
+        (8, 30_000, 2000),  # the first layer of NPBench's mlp
+    ],
+}
+TRANSPOSES = {"AB": (False, False), "AᵀB": (True, False), "ABᵀ": (False, True), "AᵀBᵀ": (True, True)}
+"""Whether the first and the second operand are views of the transpose of what is in memory."""
+
+NUMBA, OPENBLAS, MKL, ONEDNN = "numba", "OpenBLAS", "MKL", "oneDNN"
+SECONDS_IN_A_TURN = 0.002
+
+
+@dataclass(frozen=True)
+class Swept:
+    """A shape in one of the four transposes, on one thread."""
+
+    shape: tuple[int, int, int]
+    transposes: str
+    seconds: Comparison
+
 
 @dataclass(frozen=True)
 class Found:
@@ -34,15 +67,19 @@ class Found:
 
     products: list[Comparison]
     """One for each shape and number of threads."""
+    sweep: list[Swept] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    """Why a library took no part in the sweep."""
     kind: Literal["products"] = "products"
 
 
 def measure(dataset: Dataset, quick: bool) -> Found:
-    """The numba backend's products against OpenBLAS's, on one thread and, rows split over plain threads, on all.
+    """The big products on one thread and, rows split over plain threads, on all; then the sweep.
 
     On one thread MKL takes part, too, where PyTorch brings it; on more, its idle threads would disturb the next timing.
-    Takes about 40 seconds, or 15.
     """
+    libraries, skipped = torch_libraries()
+    mkl = {name: library for name, library in libraries.items() if name == MKL}
     rounds = 3 if quick else 8
     found = []
     for shape, (left, right, transposed) in track(PRODUCTS.items(), "products", transient=True):
@@ -52,27 +89,77 @@ def measure(dataset: Dataset, quick: bool) -> Found:
         for threads in sorted({1, available_cores()}):
             with ThreadPoolExecutor(threads) as pool, threadpool_limits(threads, user_api="blas"):
                 ours = _split_product(a, b, threads, pool)
-                np.testing.assert_allclose(np.concatenate(ours()), a @ b, rtol=0, atol=1e-5 * a.shape[1])
-                competitors: dict[str, Callable[[], Any]] = {"numba": ours, "OpenBLAS": partial(np.matmul, a, b)}
+                competitors: dict[str, Callable[[], Any]] = {NUMBA: ours, OPENBLAS: partial(np.matmul, a, b)}
                 if threads == 1:
-                    competitors |= _mkl(a, b)
+                    competitors |= {name: library(a, b) for name, library in mkl.items()}
+                expected = a @ b
+                for name, run in competitors.items():
+                    result = np.concatenate(run()) if name == NUMBA else np.asarray(run())
+                    np.testing.assert_allclose(result, expected, rtol=0, atol=1e-5 * a.shape[1], err_msg=name)
                 seconds = interleave(competitors, rounds if a.size > 1e7 else 10 * rounds)
                 found.append(Comparison.of(f"{shape}, {threads} thread{'s' * (threads > 1)}", seconds))
-    return Found(found)
+    every = [(shape, transposes) for shapes in SHAPES.values() for shape in shapes for transposes in TRANSPOSES]
+    with thread_pool(1):  # as training calls them
+        sweep = [swept(*place, libraries, 2 if quick else 7) for place in track(every, "sweep", transient=True)]
+    return Found(found, sweep, skipped)
 
 
-def _mkl(a: NDArray, b: NDArray) -> dict[str, Callable[[], Any]]:
-    """A product by PyTorch's MKL on one thread; nothing where there is none."""
+Library = Callable[[NDArray, NDArray], Callable[[], Any]]
+"""Takes the operands, and returns a function that multiplies them."""
+
+
+def torch_libraries() -> tuple[dict[str, Library], dict[str, str]]:
+    """The libraries that multiply for PyTorch, on one thread, and why one is missing."""
     try:
         torch = package("torch")
-    except UnavailableError:
-        return {}
-    if not torch.backends.mkl.is_available():
-        return {}
+    except UnavailableError as reason:
+        return {}, {MKL: str(reason), ONEDNN: str(reason)}
     torch.set_num_threads(1)
-    left, right = torch.from_numpy(a), torch.from_numpy(b)
-    np.testing.assert_allclose((left @ right).numpy(), a @ b, rtol=0, atol=1e-5 * a.shape[1])
-    return {"MKL": partial(torch.mm, left, right)}
+
+    def mkl(a: NDArray, b: NDArray) -> Callable[[], Any]:
+        return partial(torch.mm, torch.from_numpy(a), torch.from_numpy(b))
+
+    def onednn(a: NDArray, b: NDArray) -> Callable[[], Any]:
+        # What torch.compile calls for a layer, x Wᵀ.
+        layer = torch.ops.mkldnn._linear_pointwise
+        return partial(layer, torch.from_numpy(a), torch.from_numpy(b.T), None, "none", [], "")
+
+    there: dict[str, Library] = {}
+    if torch.backends.mkl.is_available():
+        there[MKL] = mkl
+    if torch.backends.mkldnn.is_available():
+        there[ONEDNN] = onednn
+    return there, {name: "this PyTorch is built without it" for name in (MKL, ONEDNN) if name not in there}
+
+
+def swept(shape: tuple[int, int, int], transposes: str, libraries: dict[str, Library], rounds: int) -> Swept:
+    """Time a shape in one of the four transposes, once every result has been verified.
+
+    Operands are small integers: in whatever order a product adds them up, its sums are exact in float32, so all results
+    have to be the same.
+    """
+    a, b = operands(shape, transposes)
+    competitors: dict[str, Callable[[], Any]] = {
+        NUMBA: partial(get_backend("numba").matmul, a, b),
+        OPENBLAS: partial(np.matmul, a, b),
+        **{name: library(a, b) for name, library in libraries.items()},
+    }
+    expected = competitors[OPENBLAS]()
+    for name, run in competitors.items():
+        np.testing.assert_array_equal(np.asarray(run()), expected, err_msg=f"{name}, {transposes} at {shape}")
+    once = interleave({OPENBLAS: competitors[OPENBLAS]}, 3, warmup=0)[OPENBLAS].min()
+    steps = 1 + max(1, round(SECONDS_IN_A_TURN / once))
+    return Swept(shape, transposes, Comparison.of("a product", interleave(competitors, rounds, warmup=1, steps=steps)))
+
+
+def operands(shape: tuple[int, int, int], transposes: str) -> tuple[NDArray, NDArray]:
+    """An (m, k) and a (k, n) matrix of small integers in float32, as views of their transposes where so named."""
+    m, k, n = shape
+    rng = np.random.default_rng(0)
+    flip_a, flip_b = TRANSPOSES[transposes]
+    a = rng.integers(-8, 8, (k, m) if flip_a else (m, k), np.int8).astype(np.float32)
+    b = rng.integers(-8, 8, (n, k) if flip_b else (k, n), np.int8).astype(np.float32)
+    return a.T if flip_a else a, b.T if flip_b else b
 
 
 def _split_product(a: NDArray, b: NDArray, threads: int, pool: ThreadPoolExecutor) -> Callable[[], list[NDArray]]:
@@ -85,3 +172,50 @@ def _split_product(a: NDArray, b: NDArray, threads: int, pool: ThreadPoolExecuto
         return [numba.matmul(first, b), *(future.result() for future in futures)]
 
     return product
+
+
+# The figure --------------------------------------------------------------------------------------------------------
+
+
+def draw(found: Found, small_print: str, file: Path) -> None:
+    """A panel for each library: its time relative to OpenBLAS's in every cell, shapes down and transposes across."""
+    if not found.sweep:
+        return
+    libraries = [name for name in found.sweep[0].seconds.seconds if name != OPENBLAS]
+    shapes = list(dict.fromkeys(each.shape for each in found.sweep))
+    with figure_file(file, figsize=(8, 1.7 + 0.25 * len(shapes))) as figure:
+        panels = figure.subplots(1, len(libraries), sharey=True, squeeze=False)[0]
+        for axes, library in zip(panels, libraries):
+            _draw_panel(axes, found, library, shapes)
+        panels[0].set_yticks(range(len(shapes)), [_words(found, shape) for shape in shapes], fontsize=7.5)
+        title(figure, _title(found))
+        print_small(figure, f"One thread. ms: OpenBLAS's time for AB, with A of m × k and B of k × n.\n{small_print}")
+
+
+def _draw_panel(axes: Axes, found: Found, library: str, shapes: list[tuple[int, int, int]]) -> None:
+    ratios = np.full((len(shapes), len(TRANSPOSES)), np.nan)
+    for each in found.sweep:
+        place = shapes.index(each.shape), list(TRANSPOSES).index(each.transposes)
+        ratios[place] = each.seconds.ratio(library, OPENBLAS).ratio
+    axes.imshow(ratios, cmap="PuOr_r", norm=LogNorm(1 / 3, 3, clip=True), aspect="auto")
+    for (row, column), ratio in np.ndenumerate(ratios):
+        shade = "white" if abs(np.log(ratio)) > 0.75 else "black"
+        axes.text(column, row, f"{ratio:.2f}", ha="center", va="center", fontsize=7.5, color=shade)
+    axes.set_xticks(range(len(TRANSPOSES)), TRANSPOSES)
+    axes.set_title(f"{library} / OpenBLAS", fontsize=9, fontweight="normal")
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+
+
+def _words(found: Found, shape: tuple[int, int, int]) -> str:
+    (plain,) = (each for each in found.sweep if each.shape == shape and each.transposes == "AB")
+    return f"{' × '.join(f'{size:,}' for size in shape)}  ({short(1e3 * plain.seconds.median(OPENBLAS))} ms)"
+
+
+def _title(found: Found) -> str:
+    """The weakest shape by name."""
+    weakest = max(found.sweep, key=lambda each: each.seconds.ratio(NUMBA, OPENBLAS).ratio)
+    row, (m, k, n) = weakest.seconds.ratio(NUMBA, OPENBLAS), weakest.shape
+    interval = f" ({row.interval[0]:.2f} to {row.interval[1]:.2f})" if row.interval else ""
+    place = f"{weakest.transposes} at {m:,} × {k:,} × {n:,}"
+    return f"numba's weakest shape: {place}, {row.ratio:.2f} × OpenBLAS's time{interval}"

@@ -225,41 +225,49 @@ def measure(dataset: Dataset, quick: bool) -> Found:
 def draw(found: Found, small_print: str, file: Path) -> None:
     """GFLOP/s against operations per byte, below the roof of the machine."""
     top, bandwidths = found.peak_gflop_per_second, found.bandwidth_gb_per_second
-    x = np.geomspace(0.5, 5 * max(product.intensity for product in found.products), 200)
+    # From far enough left that the roof of the L1 cache is a slope, too.
+    x = np.geomspace(0.06 * top / max(bandwidths.values()), 3 * max(row.intensity for row in found.products), 200)
     with figure_file(file, figsize=(8, 4.6)) as figure:
         axes = figure.subplots()
-        axes.set(xscale="log", yscale="log", xlim=(x[0], x[-1]), ylim=(0.7 * x[0] * min(bandwidths.values()), 6 * top))
+        lowest = 0.5 * x[0] * max(bandwidths.values())
+        axes.set(xscale="log", yscale="log", xlim=(x[0], x[-1]), ylim=(lowest, 12 * top))
         axes.set(xlabel="operations per byte of compulsory traffic", ylabel="GFLOP/s, one thread")
         plain_ticks(axes.xaxis, axes.yaxis)
         for level, bandwidth in bandwidths.items():
             axes.plot(x, np.minimum(top, bandwidth * x), color=BOUND_COLOUR, linewidth=1.2)
             along: Any = {"rotation": 45, "rotation_mode": "anchor", "transform_rotates_text": True}
-            note(axes, f"{level}: {short(bandwidth)} GB/s", (0.6, 0.6 * bandwidth), 5, **along)
-        note(axes, f"peak of the multiply-add units: {short(top)}", (2, top), 5)
-        ends: dict[int, list] = {-1: [], 1: []}
+            start = max(1.3 * x[0], 1.6 * lowest / bandwidth)
+            if level == "L2":  # the roof of L1 is close above it
+                note(axes, f"L2: {short(bandwidth)} GB/s", (start, start * bandwidth), -7, va="top", **along)
+            else:
+                note(axes, f"{level}: {short(bandwidth)} GB/s", (start, start * bandwidth), 3, **along)
+        beside = 1.2 * top / max(bandwidths.values())  # left of the products
+        note(axes, f"peak of the multiply-add units: {short(top)}", (beside, top), 5)
+        ends: list[tuple[str, float, float, str]] = []
         for product in found.products:
             _draw_product(axes, product, found.dense_flop, ends)
-        for side in ends:
-            end_labels(axes, ends[side], side=side)
+        end_labels(axes, [(text, x[-1], rate, shade) for text, _, rate, shade in ends])
         title(figure, _title(found))
         print_small(figure, small_print)
 
 
-def _draw_product(axes: Axes, product: Placed, dense_flop: int, ends: dict[int, list]) -> None:
-    """A point; where work was left out, an arrow to the rate at which dense arithmetic would have to be done."""
+def _draw_product(axes: Axes, product: Placed, dense_flop: int, ends: list) -> None:
+    """A point, and its words for the right of the axes, where no line runs.
+
+    Where work was left out, an arrow leads to the rate at which dense arithmetic would have to be done.
+    """
     shade, x = colour(product.backend), product.intensity
     rate, rounds = product.rate, product.rounds
     low, high = (product.flop / seconds / 1e9 for seconds in (rounds.high, rounds.low))
     axes.plot([x, x], [low, high], color="black", linewidth=1.2, zorder=3)
     axes.plot(x, rate, "o" if product.product == "forward" else "s", color=shade, markersize=5, zorder=4)
     sparse = product.flop < dense_flop
-    side = ends[-1 if sparse else 1]
-    side.append((f"{product.backend} {product.product}: {short(rate)}", x, rate, "black"))
+    ends.append((f"{product.backend} {product.product}: {short(rate)}", x, rate, shade))
     if sparse:
         equivalent = dense_flop / rounds.median / 1e9
         arrow = {"arrowstyle": "->", "color": shade, "linewidth": 1.2, "shrinkA": 5, "shrinkB": 0}
         axes.annotate("", (x, equivalent), (x, rate), arrowprops=arrow)
-        side.append((f"with the zeros counted: {short(equivalent)}", x, equivalent, shade))
+        ends.append((f"{product.product}, zeros counted: {short(equivalent)}", x, equivalent, shade))
 
 
 def _title(found: Found) -> str:

@@ -1,7 +1,7 @@
 """Study: how an epoch's time grows with images, batch size, hidden units and threads."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,9 +15,9 @@ from rich.progress import track
 
 from bench.measure.interleave import interleave
 from bench.measure.records import Rounds, rounded
-from bench.peers import best_form, competitor, expected_parameters
+from bench.peers import REST, best_form, competitor, expected_parameters
 from bench.peers.task import Learner, Task, UnavailableError
-from bench.publish.style import end_labels, note, plain_ticks
+from bench.publish.style import end_labels, label, plain_ticks, points_up
 from bench.studies.roofline import peak
 from kernels import backend_names, get_backend
 from model.data import Dataset, limited
@@ -31,13 +31,13 @@ LEARNING_RATE = 0.3
 HIDDEN = 128
 
 IMAGES = (1_000, 4_000, 15_000, 60_000, 180_000)
-PEERS = ("PyTorch", "JAX")  # torch.compile would compile for a minute, as each place has other shapes
+PEERS = ("PyTorch", "PyTorch by hand", "JAX")  # torch.compile would compile for a minute, anew for each shape
 BATCH_SIZES = (1, 8, 64, 512, 4_096)
 HIDDEN_UNITS = (16, 64, 128, 512, 2_048)
 
-STEPS = 200  # of an epoch in mini-batches, if it has more
+STEPS = 100  # of an epoch in mini-batches, if it has more
 HIDDEN_IMAGES = 6_000  # 2,048 units take seconds for all images
-NAIVE_IMAGES = 64  # take pure Python a second
+NAIVE_IMAGES = 16  # take pure Python a quarter of a second
 
 # How seconds grow with the number on each axis if all goes well: the exponent, and what that means.
 LAWS = {
@@ -97,8 +97,8 @@ class Found:
 
 
 def measure(dataset: Dataset, quick: bool) -> Found:
-    """Seconds per epoch along each axis, competitors and points interleaved; takes about 85 seconds, or 40 if quick."""
-    rounds = 2 if quick else 3
+    """Seconds per epoch along each axis, competitors and points interleaved."""
+    rounds = 2 if quick else 6
     check(dataset)
     with ExitStack() as stack:
         runs = {threads: stack.enter_context(thread_pool(threads)) for threads in thread_counts()}
@@ -106,7 +106,7 @@ def measure(dataset: Dataset, quick: bool) -> Found:
         forms, skipped = peers(run, dataset)
         axes = {
             "images": lambda: image_points(run, dataset, forms, 2 if quick else 3),
-            "batch size": lambda: batch_points(run, dataset, forms, 50 if quick else STEPS),
+            "batch size": lambda: batch_points(run, dataset, forms, 20 if quick else STEPS),
             "hidden units": lambda: hidden_points(run, dataset, forms),
             "threads": lambda: thread_points(runs, dataset),
         }
@@ -129,7 +129,7 @@ def measure(dataset: Dataset, quick: bool) -> Found:
 def peers(run: Callable, dataset: Dataset) -> tuple[dict[str, str], dict[str, str]]:
     """Verify the peers: which form of each is the fastest here, and why one is skipped."""
     forms, skipped = {}, {}
-    task = task_of(run, limited(dataset, 15_000))
+    task = task_of(run, limited(dataset, min(15_000, len(dataset.train_images))))
     expected = expected_parameters(task)
     for name in PEERS:
         try:
@@ -147,7 +147,7 @@ def timed(points: Points, rounds: int) -> Axis:
             point.train()
 
     competitors = {f"{name} {at}": partial(repeat, point) for (name, at), point in points.items()}
-    seconds = interleave(competitors, rounds, warmup=1)
+    seconds = interleave(competitors, rounds, warmup=0, rest=REST, steps=2)
     found: Axis = {}
     for (name, at), point in points.items():
         per_epoch = seconds[f"{name} {at}"] / (point.repeats * point.share)
@@ -176,23 +176,26 @@ def image_points(run: Callable, dataset: Dataset, forms: dict[str, str], most: i
 
 
 def batch_points(run: Callable, dataset: Dataset, forms: dict[str, str], steps: int) -> Points:
-    """Epochs in mini-batches, shuffled; of many, `steps` steps. Ours prepare them anew, peers keep floats."""
+    """Epochs in mini-batches of all images, shuffled; of many batches, the next `steps` at a time.
+
+    Ours prepare them anew, peers keep floats.
+    """
     whole = len(dataset.train_images)
     sizes = [size for size in BATCH_SIZES if size < whole] + [whole]
+    learners = {name: competitor(name, task_of(run, dataset)) for name in forms}
     points: Points = {}
-    for name in forms:
-        for size in sizes:
-            part = limited(dataset, min(whole, steps * size))
-            learner = competitor(name, task_of(run, part))
+    for size in sizes:
+        count = min(steps, -(-whole // size))
+        share = min(1, count * size / whole)
+        for name, learner in learners.items():
             assert isinstance(learner, Learner)
-            points[name, size] = Point(partial(take_rows, learner, len(part.train_images), size), part_of(part, whole))
-    for name in backend_names():
-        for size in sizes:
-            if name != "naive" or size <= NAIVE_IMAGES:
-                part = limited(dataset, max(size, 8) if name == "naive" else min(whole, steps * size))
-                points[name, size] = Point(
-                    mini_batches(run, name, network(part, HIDDEN), part, size), part_of(part, whole)
-                )
+            points[name, size] = Point(take_batches(learner.learn_rows, whole, size, count), share)
+        for name in backend_names():
+            if name == "naive" and size > NAIVE_IMAGES:
+                continue
+            few = -(-8 // size) if name == "naive" else count
+            train = mini_batches(run, name, network(dataset, HIDDEN), dataset, size, few)
+            points[name, size] = Point(train, min(1, few * size / whole))
     return points
 
 
@@ -207,7 +210,7 @@ def hidden_points(run: Callable, dataset: Dataset, forms: dict[str, str]) -> Poi
             points[name, hidden] = Point(peer.step, part_of(few, whole))
     for name in backend_names():
         for hidden in HIDDEN_UNITS:
-            count = max(1, 2_048 // hidden) if name == "naive" else min(whole, HIDDEN_IMAGES)
+            count = max(1, NAIVE_IMAGES * HIDDEN // hidden // 4) if name == "naive" else min(whole, HIDDEN_IMAGES)
             points[name, hidden] = Point(full_batch(run, name, limited(dataset, count), hidden), count / whole)
     return points
 
@@ -226,25 +229,36 @@ def full_batch(run: Callable, name: str, dataset: Dataset, hidden: int = HIDDEN)
     return partial(descend, mlp, shards, LEARNING_RATE)
 
 
-def mini_batches(run: Callable, name: str, mlp: MLP, dataset: Dataset, size: int) -> Callable[[], None]:
-    """A function that passes over all images in random order, `size` at a time, as the trainer does."""
-    backend, rng = get_backend(name), np.random.default_rng(0)
+def mini_batches(run: Callable, name: str, mlp: MLP, dataset: Dataset, size: int, count: int) -> Callable[[], None]:
+    """A function that takes steps over the next `count` batches of `size` images, as the trainer does."""
+    backend = get_backend(name)
 
-    def train() -> None:
-        order = rng.permutation(len(dataset.train_images))
-        for start in range(0, len(order), size):
-            batch = order[start : start + size]
-            images, labels = dataset.train_images[batch], dataset.train_labels[batch]
-            descend(mlp, Shards(run, backend, images, labels, mlp.dtype), LEARNING_RATE)
+    def step(rows: NDArray) -> None:
+        images, labels = np.take(dataset.train_images, rows, axis=0), np.take(dataset.train_labels, rows)
+        descend(mlp, Shards(run, backend, images, labels, mlp.dtype), LEARNING_RATE)
 
-    return train
+    return take_batches(step, len(dataset.train_images), size, count)
 
 
-def take_rows(learner: Learner, count: int, size: int) -> None:
-    """The same for a peer, which keeps the images as floats."""
-    order = np.random.default_rng().permutation(count)
-    for start in range(0, count, size):
-        learner.learn_rows(order[start : start + size])
+def take_batches(step: Callable[[NDArray], Any], images: int, size: int, count: int) -> Callable[[], None]:
+    """A function that calls `step` with the rows of the next `count` batches, in random order.
+
+    Batches always change, as in training: repeated ones would stay in the caches.
+    """
+
+    def batches() -> Iterator[NDArray]:
+        rng = np.random.default_rng(0)
+        while True:
+            order = rng.permutation(images)
+            yield from (order[start : start + size] for start in range(0, images, size))
+
+    rows = batches()
+
+    def take() -> None:
+        for _ in range(count):
+            step(next(rows))
+
+    return take
 
 
 def part_of(dataset: Dataset, whole: int) -> float:
@@ -328,7 +342,7 @@ def draw(found: Found, small_print: str, file: Path) -> None:
         for axes, (axis, backends) in zip(figure.subplots(2, 2).flat, found.axes.items()):
             draw_axis(axes, found, axis, backends)
         title(figure, _title(found))
-        print_small(figure, f"Hollow: measured on a part of an epoch, and scaled up. {small_print}")
+        print_small(figure, f"Hollow: measured on a part of an epoch, and scaled up.\n{small_print}")
 
 
 def draw_axis(axes: Axes, found: Found, axis: str, backends: Axis) -> None:
@@ -343,12 +357,9 @@ def draw_axis(axes: Axes, found: Found, axis: str, backends: Axis) -> None:
     longest = max(point.high for point in points) * (width if axis == "images" else 1)
     axes.set(xscale="log", yscale="log", xlabel=axis, ylabel="seconds per epoch")
     axes.set(xlim=(first / width**0.06, last * width**0.3), ylim=(floor.min() / 3, 2 * longest))
-    starts = np.array([floor[0], *(row[0].median for row in backends.values())])
-    for rate in 10.0 ** np.arange(-3, 4):
+    rates = 10.0 ** np.arange(-3, 4)
+    for rate in rates:
         axes.plot(x, dense / rate, color="#CCCCCC", linewidth=0.6, zorder=0)
-        if np.abs(np.log(starts * rate / dense[0])).min() > 1.2:  # there is room for a name
-            place = (x[0], dense[0] / rate)
-            note(axes, f"{rate:g} GFLOP/s", place, 1.5, fontsize=6.5, color="#777777")
     axes.plot(x, floor, color=BOUND_COLOUR, linestyle="--", linewidth=1)
     ends: list[tuple[str, float, float, str]] = [("peak", last, floor[-1], BOUND_COLOUR)]
     for name, row in backends.items():
@@ -363,7 +374,12 @@ def draw_axis(axes: Axes, found: Found, axis: str, backends: Axis) -> None:
             axes.plot(point.at, point.median, "o", color=colour(name), markerfacecolor=fill, markersize=4)
         alone = len(row) == 1
         ends.append((name, last if alone else at[-1], seconds[-1] * (width if alone else 1), colour(name)))
-    end_labels(axes, ends)
+    names = end_labels(axes, ends)
+    for rate in rates:
+        y = dense[1] / rate
+        height = points_up(axes, last, y)
+        if floor.min() / 2 < y < 1.5 * longest and all(abs(height - name) > 9 for name in names):
+            label(axes, f"{rate:,g} GFLOP/s", last, y, 6.5, shade="#777777")
     plain_ticks(axes.xaxis, axes.yaxis)
     axes.set_title(f"dotted: {law}", fontsize=8, fontweight="normal")
 
@@ -375,10 +391,8 @@ def _title(found: Found) -> str:
     times = [row[-1].median / row[whole].median for row in rows.values()]
     more = base[-1].at / base[whole].at
     gains = [row[-1].median / row[0].median for row in found.axes["threads"].values()]
-    return (
-        f"{more:g} × the images take {_range(times)} × the time; "
-        f"{found.threads} threads, {_range(gains)} × the time of one"
-    )
+    on_threads = f"{found.threads} threads, {_range(gains)} × the time of one"
+    return f"{more:g} × the images take {_range(times)} × the time; {on_threads}" if more > 1 else on_threads
 
 
 def _range(values: list[float]) -> str:

@@ -1,4 +1,4 @@
-"""``python -m kernels.ladder``: climb the ladder."""
+"""``python -m kernels.ladder``: time the steps and show their inner loops."""
 
 import sys
 from typing import Annotated, Any
@@ -21,13 +21,13 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def run(
     step: Annotated[str | None, typer.Argument(help=f"One of {', '.join(STEPS)}. [default: all of them]")] = None,
     size: Annotated[int, typer.Option(min=1, help="Rows and columns of the square matrices.")] = 1024,
-    asm: Annotated[bool, typer.Option("--asm", help="Also show the inner loop in assembly.")] = False,
+    asm: Annotated[bool, typer.Option("--asm", help="Also show the assembly of the inner loop.")] = False,
 ) -> None:
     """Climb the ladder: one matrix product, from three Python loops to BLAS speed.
 
     Each step is a short function in kernels/ladder/steps.py with one new idea, explained in the README beside it. The
-    table shows billions of floating-point operations per second (GFLOP/s), also as a percentage of NumPy's BLAS on as
-    many threads. Slow steps compute only a few rows of the result.
+    table shows billions of floating-point operations per second (GFLOP/s), also as a percentage of NumPy's BLAS on the
+    same number of threads. Slow steps compute only a few rows of the result.
     """
     if step is not None and step not in STEPS:
         raise typer.BadParameter(f"there is no step {step!r}: choose one of {', '.join(STEPS)}")
@@ -42,12 +42,12 @@ def run(
     console.print(table)
     for name in names if asm else ():
         console.print(f"{name}: {(STEPS[name].__doc__ or '').splitlines()[0]}\n", soft_wrap=True, markup=False)
-        code = ["        interpreted, no machine code"] if name == "loops" else hottest_block(machine_code(name))
+        code = ["        interpreted: no machine code"] if name == "loops" else hottest_block(machine_code(name))
         console.print("\n".join(code) + "\n", soft_wrap=True, markup=False, highlight=False)
 
 
-def main() -> None:
-    """Run the command line; a wrong option is one line on stderr and exit code 2."""
+def main(app: typer.Typer) -> None:
+    """Run a command line; a wrong option is one line on stderr and exit code 2."""
     usage_error: Any = typer.BadParameter.__base__  # base class of all usage errors; its module was renamed
     try:
         sys.exit(app(standalone_mode=False))
@@ -60,4 +60,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(app)

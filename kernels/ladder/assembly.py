@@ -1,4 +1,4 @@
-"""The machine code of a step, and the innermost loop in it."""
+"""The machine code of a step, and its innermost loop."""
 
 import re
 
@@ -17,12 +17,12 @@ def panels_in(dtype: types.Float) -> types.Array:
 
 @kernel(row_major_in, panels_in, flat_in, matrix_out)
 def micro_kernel(a, panels, bias, out):
-    """One whole tile of step 8."""
+    """One full tile of step 8."""
     numba_backend.tile(a, 0, numba_backend.MR, a, False, panels, 0, bias, out, 0, True)
 
 
 def machine_code(name: str) -> str:
-    """Assembly of a compiled step for float32."""
+    """Assembly of the compiled step called `name`, for float32."""
     others = {"compiled": three_loops, "vectors": micro_kernel, "threads": micro_kernel}
     return others.get(name, STEPS[name]).assembly(np.dtype(np.float32))
 
@@ -30,7 +30,7 @@ def machine_code(name: str) -> str:
 def hottest_block(assembly: str) -> list[str]:
     """The basic block (code without a jump) that multiplies the most floats: the body of the inner loop.
 
-    If LLVM knows that the loop has few iterations, it unrolls the loop, and the block holds one or two of them.
+    If LLVM knows that the loop has few iterations, it unrolls it, and the block holds one or two of them.
     """
     blocks: list[list[str]] = [[]]
     for line in assembly.splitlines():

@@ -1,12 +1,12 @@
 """The steps of the ladder: one matrix product, from three Python loops to BLAS speed, one idea per step.
 
 ``python -m kernels.ladder`` runs them, and ``--asm`` shows the machine code. README.md beside this file explains each
-step. All of them compute ``out = a @ b`` for row-major arrays of any shapes and one dtype.
+step. All of them compute ``out = a @ b`` for row-major arrays of any shape and one dtype, float32 or float64.
 
-Numba compiles a function to LLVM's intermediate language, and LLVM vectorizes the loops. Two things help it. Adding
-floats is not associative, so LLVM must round exactly as the source says. ``contract`` relaxes one rule: a product and a
-sum may be fused into one instruction that rounds once. And in Python a negative index counts from the end, so Numba
-checks for it, unless the index is unsigned or starts at 0.
+Numba compiles a function to LLVM IR, and LLVM vectorizes the loops. Two things help it. Floating-point addition is not
+associative, so LLVM must round exactly as the source says. ``contract`` relaxes one rule: a product and a sum may be
+fused into one instruction that rounds once. And in Python a negative index counts from the end, so Numba checks for it,
+unless the index is unsigned or starts at 0.
 """
 
 import itertools
@@ -21,7 +21,7 @@ from kernels.naive_backend import matmul as naive_matmul
 from kernels.numba_backend import matmul as numba_matmul
 from kernels.simd import aligned_empty, flat_in, kernel, matrix_out, row_major_in
 
-# Shape of a tile of the result. It takes 8 KB, a quarter of the smallest L1 caches.
+# Shape of a tile of the result: 8 KB, a quarter of the smallest L1 caches.
 TILE_ROWS = 16
 TILE_COLUMNS = 128
 
@@ -37,8 +37,8 @@ aligned = jit(aligned_empty)
 def loops(a, b, out):
     """Step 1: three Python loops, on lists, which Python indexes faster than arrays.
 
-    Limited by the interpreter: each multiply-add looks up names, follows pointers, checks types and creates two float
-    objects.
+    Limited by the interpreter. For each multiply-add it looks up names, follows pointers, checks types and creates two
+    float objects.
     """
     naive_matmul(a, b, [0.0] * len(b[0]), out)
 
@@ -49,8 +49,8 @@ three_loops = kernel(row_major_in, row_major_in, flat_in, matrix_out)(naive_matm
 def compiled(a, b, out):
     """Step 2: the same source, compiled. The types are known, so a multiply-add is one multiplication and one addition.
 
-    Limited by latency. There is one accumulator: each addition waits 3 or 4 cycles for the one before, and LLVM must
-    not reorder them. With many columns it gets worse: `b` is read down a column, a new cache line for each element.
+    Limited by latency. With a single accumulator, each addition waits 3 or 4 cycles for the one before, and LLVM must
+    not reorder them. Many columns make it worse: `b` is read down a column, a new cache line for each element.
     """
     three_loops(a, b, np.zeros(b.shape[1], b.dtype), out)
 
@@ -59,7 +59,7 @@ def compiled(a, b, out):
 def reordered(a, b, out):
     """Step 3: loop interchange, k before j. The inner loop runs along rows, and its additions are independent.
 
-    So LLVM vectorizes it. Limited by loads and stores: each multiply-add loads from `b` and `out`, and stores `out`.
+    So LLVM vectorizes it. Limited by loads and stores: each multiply-add loads `b` and `out`, and stores `out`.
     """
     m, n = out.shape
     out[:] = 0
@@ -71,10 +71,10 @@ def reordered(a, b, out):
 
 @product
 def unrolled(a, b, out):
-    """Step 4: loop unrolling, four steps of k at once. `out` is loaded and stored once for four multiply-adds.
+    """Step 4: loop unrolling, four steps of k at once. `out` is loaded and stored once per four multiply-adds.
 
-    Limited by the loads of `b`, one for each multiply-add. All come from L2: between two uses of a row of `b`, all its
-    other rows stream through L1 and evict it.
+    Limited by the loads of `b`, one per multiply-add. All come from L2: between two uses of a row of `b`, all its other
+    rows stream through L1 and evict it.
     """
     m, n = out.shape
     whole = len(b) - len(b) % 4
@@ -108,8 +108,8 @@ def add_products(total, x, y):
 def tiled(a, b, out):
     """Step 5: cache blocking, one tile of the result at a time. Its accumulators are a small array that stays in L1.
 
-    Four rows of `b`, once in L1, serve all rows of the tile. With many columns it is limited by access to `b`: the
-    pieces of rows that a tile needs are each on a different page, more pages than the TLB has entries.
+    Four rows of `b`, once in L1, serve all rows of the tile. With many columns it is limited by access to `b`: each row
+    segment that a tile needs is on a different page, and there are more pages than the TLB has entries.
     """
     m, n = out.shape
     whole = len(b) - len(b) % 4
@@ -179,7 +179,7 @@ def pack(b, left, panel):
 def shared(a, b, out):
     """Step 7: register blocking. Four rows of the tile at once use each vector of `b` while it is in a register.
 
-    A tile is these four rows. Limited by registers: 16 multiply-adds need 16 elements of `a`, each broadcast to all
+    The tile is those four rows. Limited by registers: 16 multiply-adds need 16 elements of `a`, each broadcast to all
     lanes of a register, and still load and store the tile. AVX2 has only 16 registers.
     """
     m, n = out.shape
@@ -221,7 +221,7 @@ def vectors(a, b, out):
 def threads(a, b, out):
     """Step 9: a share of the rows for each core. The compiled code releases the GIL while it runs.
 
-    Limited by the number of cores, and by what they share: the clock, the L3 cache and the memory.
+    Limited by the number of cores, and by what they share: L3 cache, memory bandwidth and the power budget.
     """
     in_threads(vectors, a, b, out, CORES)
 

@@ -12,7 +12,7 @@ from threadpoolctl import threadpool_limits
 from kernels.ladder.steps import CORES, STEPS
 from kernels.simd import aligned_empty
 
-# Floating-point operations given to a slow step; it gets fewer rows of `a`.
+# Floating-point operations for slow steps, which get fewer rows of `a`.
 ENOUGH_FLOP = {"loops": 2e6, "compiled": 1e8, "reordered": 4e9}
 
 
@@ -23,11 +23,13 @@ def operands(name: str, a: NDArray, b: NDArray) -> tuple[Any, Any, Any]:
     ----------
     name
         Name of the step in `STEPS`.
+    a, b
+        (m, k) and (k, n), row-major.
 
     Returns
     -------
     tuple
-        `a`, `b` and an empty result: lists for step 1, arrays for the others.
+        `a`, `b` and an uninitialised result: lists for step 1, arrays for the others.
     """
     rows = max(2, round(ENOUGH_FLOP[name] / (2 * b.size))) if name in ENOUGH_FLOP else len(a)
     a = a[:rows]
@@ -36,12 +38,21 @@ def operands(name: str, a: NDArray, b: NDArray) -> tuple[Any, Any, Any]:
 
 
 def measure(names: list[str], size: int, rounds: int = 5) -> dict[str, tuple[int, float, float]]:
-    """Run the steps and OpenBLAS interleaved, round by round. All operands start on a cache line.
+    """Time the steps on square matrices, interleaved with BLAS round by round. All operands start on a cache line.
+
+    Parameters
+    ----------
+    names
+        Names of steps in `STEPS`.
+    size
+        Rows and columns of the matrices.
+    rounds
+        Rounds to time, after one to warm up.
 
     Returns
     -------
     dict
-        For each step: how many rows of the result it computed, its GFLOP/s, and the ratio to OpenBLAS on as many
+        For each step: the rows of the result that it computed, its GFLOP/s, and the ratio to BLAS on the same number of
         threads. Both are medians over the rounds.
     """
     rng = np.random.default_rng(0)

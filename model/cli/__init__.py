@@ -16,9 +16,9 @@ from model.extras.checkpoint import CheckpointError
 from model.training import TrainingError
 
 app = typer.Typer(
-    help="Train a small neural network on MNIST, with its kernels written in different ways.",
+    help="Train a small neural network on MNIST, with kernels written in different ways.",
     no_args_is_help=True,
-    rich_markup_mode=None,  # it would swallow [default: ...], and shows nothing in narrow terminals
+    rich_markup_mode=None,  # markup would swallow [default: ...], and shows nothing in narrow terminals
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -39,7 +39,7 @@ def main() -> None:
         except (CheckpointError, DataError, TrainingError, ValueError, OSError) as error:
             fail(str(error))
         except (MemoryError, OverflowError) as error:
-            fail(f"too large for this machine ({str(error) or 'out of memory'}): choose smaller numbers")
+            fail(f"too large for this machine ({str(error) or 'out of memory'}): use smaller values")
         except Stopped as stopped:
             say(f"interrupted{stopped.note}")
-            os._exit(128 + stopped.signal)  # worker threads would finish their shard, which takes pure Python minutes
+            os._exit(128 + stopped.signal)  # do not wait for threads to finish their shards, minutes in pure Python

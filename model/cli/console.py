@@ -1,4 +1,4 @@
-"""Lines and tables on the terminal. Names given by the user are printed verbatim: a file name may look like markup."""
+"""Lines and tables on the terminal. Names from the user are printed verbatim: a file name may look like markup."""
 
 import contextlib
 import io
@@ -13,7 +13,7 @@ err = Console(stderr=True, markup=False, emoji=False, highlight=False)
 
 
 def print_any_name() -> None:
-    """Let stdout and stderr print every file name: its own bytes in UTF-8, escapes in other encodings."""
+    """Let stdout and stderr print any file name: its original bytes in UTF-8, escapes in other encodings."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             utf8 = stream.encoding.lower().replace("-", "") == "utf8"
@@ -39,6 +39,6 @@ def say(line: str) -> None:
 
 
 def fail(message: str) -> NoReturn:
-    """Say what was wrong and end with exit code 2."""
+    """Print an error and exit with code 2."""
     say(f"error: {message}")
     sys.exit(2)

@@ -21,44 +21,42 @@ def parse_bytes(text: str) -> int:
 
 
 def parse_path(text: str) -> Path:
-    """A path; `~` is the user's home folder even where the shell does not expand it, as in ``--data=~/mnist``."""
+    """A path; `~` is the user's home folder even if the shell does not expand it, as in ``--data=~/mnist``."""
     return Path(os.path.expanduser(text))
 
 
 BackendName = Annotated[
     str, typer.Option(help=f"The kernels: {', '.join(backend_names())}, or package.module:Class for your own.")
 ]
-BackendNames = Annotated[list[str] | None, typer.Option(help="Run this one; may be repeated. [default: all]")]
+BackendNames = Annotated[list[str] | None, typer.Option(help="Run this backend; may be repeated. [default: all]")]
 Epochs = Annotated[int, typer.Option(help="Passes over the training images.")]
-LearningRate = Annotated[float, typer.Option(help="Step size: each step is this times the mean gradient.")]
-BatchSize = Annotated[int | None, typer.Option(help="Images per step. [default: all, one step an epoch]")]
-Limit = Annotated[int | None, typer.Option(help="Train only on this many images, the first ones.")]
+LearningRate = Annotated[float, typer.Option(help="Each step subtracts this times the mean gradient.")]
+BatchSize = Annotated[int | None, typer.Option(help="Images per step. [default: all, one step per epoch]")]
+Limit = Annotated[int | None, typer.Option(help="Train on the first N images only.", metavar="N")]
 Hidden = Annotated[int, typer.Option(help="Units in the hidden layer.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of the random start and of the shuffling.")]
-Starts = Annotated[int, typer.Option(min=1, help="Random starts for the band in the plot.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed for the initial weights and the shuffling.")]
+Starts = Annotated[int, typer.Option(min=1, help="Random seeds for the band in the plot.")]
 Threads = Annotated[
-    int | None, typer.Option(help="Threads that share the work; the result is the same. [default: one per core]")
+    int | None, typer.Option(help="Number of threads; the result does not depend on it. [default: one per core]")
 ]
 MemoryLimit = Annotated[
     int | None,
     typer.Option(
         parser=parse_bytes,
         metavar="BYTES",
-        help="Keep at most this much of prepared images, as in '500 MB'; prepare the others each epoch.",
+        help="Maximum size of the prepared images to keep, as in '500 MB'; the others are prepared in each epoch.",
     ),
 ]
 Scheduler = Annotated[
-    str | None, typer.Option(help="Train on the workers of a Dask cluster: the address, as in tcp://HOST:8786.")
+    str | None, typer.Option(help="Train on the Dask cluster at this address, as in tcp://HOST:8786.")
 ]
-Workers = Annotated[
-    int | None, typer.Option(min=1, help="Train on this many Dask workers, started on this machine to try it.")
-]
-EvalEvery = Annotated[int, typer.Option(help="Measure the test accuracy once in this many epochs.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Train on this many Dask workers, started on this machine.")]
+EvalEvery = Annotated[int, typer.Option(help="Measure the test accuracy every N epochs.", metavar="N")]
 DatasetName = Annotated[
     str,
     typer.Option(
-        help="mnist; digits28, a stand-in that needs no network; auto, MNIST if available, else digits28; or idx, "
-        "other files in MNIST's format, with any number of images, mapped into memory."
+        help="mnist; digits28, a stand-in that needs no download; auto, MNIST if available, else digits28; or idx, "
+        "your own files in MNIST's format, of any size, memory-mapped."
     ),
 ]
 DataFolder = Annotated[
@@ -66,17 +64,17 @@ DataFolder = Annotated[
     typer.Option(
         parser=parse_path,
         metavar="FOLDER",
-        help="Folder with the files. [default: $MNIST_DIR, else MNIST is downloaded once]",
+        help="Folder with the data files. [default: $MNIST_DIR, else MNIST is downloaded once]",
     ),
 ]
 HistoryFile = Annotated[
-    Path | None, typer.Option("--json", parser=parse_path, metavar="FILE", help="Write the history to this file.")
+    Path | None, typer.Option("--json", parser=parse_path, metavar="FILE", help="Write the history to this JSON file.")
 ]
 NewCheckpoint = Annotated[
     Path | None,
-    typer.Option(parser=parse_path, metavar="FILE", help="Save the run in this new file, every minute and at the end."),
+    typer.Option(parser=parse_path, metavar="FILE", help="Save the run to this new file, every minute and at the end."),
 ]
-CheckpointEvery = Annotated[int | None, typer.Option(min=1, help="Also save once in this many epochs.")]
+CheckpointEvery = Annotated[int | None, typer.Option(min=1, help="Also save every N epochs.", metavar="N")]
 Resume = Annotated[
     Path | None,
     typer.Option(
@@ -84,12 +82,12 @@ Resume = Annotated[
     ),
 ]
 Trained = Annotated[
-    Path, typer.Option(parser=parse_path, metavar="FILE", help="The trained network, as saved by train --checkpoint.")
+    Path, typer.Option(parser=parse_path, metavar="FILE", help="The trained network, saved by train --checkpoint.")
 ]
 Picture = Annotated[
     Path,
     typer.Argument(
-        parser=parse_path, metavar="PICTURE", help="PNG or JPEG of one digit, of any size, on any plain background."
+        parser=parse_path, metavar="PICTURE", help="PNG or JPEG of one digit, any size, on a plain background."
     ),
 ]
 OutputFolder = Annotated[

@@ -20,7 +20,7 @@ from model.cli.signals import stoppable_between_steps
 def training(title: str, images: int, passed: int = 0) -> Iterator[tuple[list[int], Callable[[int], None]]]:
     """Defer signals to the end of the step, and show a progress bar over `images` on stderr, if that is a terminal.
 
-    Yields the list of the deferred signals, and a function that advances the bar.
+    Yields the list of deferred signals, and a function that advances the bar by a number of images.
     """
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn())
     times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())

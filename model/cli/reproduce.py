@@ -37,17 +37,17 @@ def reproduce_command(
     check_replaceable(json_file, "runs")
     context.with_resource(locked(json_file))
     images = load_dataset(dataset, data)
-    found = reproduce(backends, images, starts, threads, stoppable_run)
-    if histories := full_batch_histories(found):
+    report = reproduce(backends, images, starts, threads, stoppable_run)
+    if histories := full_batch_histories(report):
         show(comparison_table(histories, images.name))
-        draw_curves(figure, found)
-    for name in found["runs"].keys() - histories.keys():
-        tell(mini_batch_line(name, found))
+        draw_curves(figure, report)
+    for name in report["runs"].keys() - histories.keys():
+        tell(mini_batch_line(name, report))
     if images.name != "MNIST":
-        tell(f"This run used {images.name}; the published accuracies are those of MNIST.")
+        tell(f"This run used {images.name}; the published accuracies are for MNIST.")
     tell(FITTED)
-    write_json(json_file, {"environment": environment(), **found})
-    tell(f"written: {json_file}" + (f" and {figure}" if histories else ""))
+    write_json(json_file, {"environment": environment(), **report})
+    tell(f"wrote {json_file}" + (f" and {figure}" if histories else ""))
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP (a closed terminal). In training they are deferred to the end of the current step."""
+"""Ctrl-C, SIGTERM and SIGHUP (a closed terminal). During training they are deferred to the end of the step."""
 
 import contextlib
 import os
@@ -14,14 +14,14 @@ SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if 
 
 
 class Stopped(BaseException):
-    """A signal asks the program to end. Not an Exception, so that no library handles it as an error.
+    """A signal asked the program to stop. Not an Exception, so that no library handles it as an error.
 
     Attributes
     ----------
     signal : int
         SIGINT, SIGTERM or SIGHUP.
     note : str
-        What to tell the user about it.
+        Text to append to the message for the user.
     """
 
     def __init__(self, signal: int, note: str = "") -> None:
@@ -41,8 +41,8 @@ def stoppable() -> Iterator[None]:
 def stoppable_between_steps() -> Iterator[list[int]]:
     """Within the block, the first signal is appended to the list that this yields; a second raises `Stopped`.
 
-    A second one within half a second counts as the same: ``timeout`` and some process managers send theirs twice, to
-    the process and to its group.
+    A second signal within half a second counts as the same one: ``timeout`` and some process managers signal both the
+    process and its group.
     """
     received: list[int] = []
     first = 0.0
@@ -52,7 +52,7 @@ def stoppable_between_steps() -> Iterator[list[int]]:
         if not received:
             received.append(number)
             first = time.monotonic()
-            with contextlib.suppress(OSError):  # not through the console, whose lock this thread may be holding
+            with contextlib.suppress(OSError):  # not through the console: this thread may hold its lock
                 os.write(2, b"\n" * os.isatty(2) + NOTICE)
         elif time.monotonic() - first > SAME_SECONDS:
             stop(number)
@@ -70,7 +70,7 @@ def stop(number: int, note: str = "") -> NoReturn:
 
 @contextmanager
 def _handled_by(handler: Any) -> Iterator[None]:
-    """Handle the signals, except those being ignored: after nohup, in background jobs (Ctrl-C), or after `stop`."""
+    """Handle the signals, except ignored ones: under nohup, in background jobs (Ctrl-C), or after `stop`."""
     ours = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, handler) for number in ours}
     try:

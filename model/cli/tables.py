@@ -15,7 +15,7 @@ BAR_WIDTH = 40
 
 
 def history_table(history: History, title: str) -> Table:
-    """The history in about ten rows: the first epoch, evenly spaced ones, the last."""
+    """About ten rows of the history: the first epoch, evenly spaced ones, and the last."""
     headers = ("\nepoch", "\nloss", "train\naccuracy", "test\naccuracy", "\nseconds")
     table = Table(*headers, title=title, box=SIMPLE, padding=0, show_edge=False)  # 38 columns
     for column in table.columns:
@@ -40,7 +40,7 @@ def probability_bars(probabilities: NDArray[np.floating]) -> Table:
 
 
 class ProbabilityBar(Bar):
-    """A bar without block characters where the terminal's encoding may lack them."""
+    """A bar that falls back to ASCII where the terminal's encoding may lack block characters."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         if options.ascii_only:

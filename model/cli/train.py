@@ -49,7 +49,7 @@ def train_command(
     checkpoint_every: opt.CheckpointEvery = None,
     resume: opt.Resume = None,
 ) -> None:
-    """Train the network and show its accuracy by epoch."""
+    """Train the network and show loss and accuracy by epoch."""
     check_files(checkpoint, resume, json_file, checkpoint_every)
     file = checkpoint or resume
     for written in filter(None, (file, json_file)):
@@ -97,28 +97,28 @@ def given_settings(context: typer.Context, saved: Checkpoint | None) -> dict[str
     settings = {name: context.params[name] for name in Config._fields if name in context.params}
     if saved:
         sources = {name: context.get_parameter_source(name) for name in settings}
-        open_ones = {name for name, source in sources.items() if not source or source.name == "DEFAULT"}
-        settings |= {name: value for name, value in saved.config._asdict().items() if name in open_ones}
-        if "backend" in open_ones and ":" in settings["backend"]:  # a file does not decide what code is imported
-            raise ValueError(f"this run needs a backend of your own: add --backend {settings['backend']!r}")
+        unset = {name for name, source in sources.items() if not source or source.name == "DEFAULT"}
+        settings |= {name: value for name, value in saved.config._asdict().items() if name in unset}
+        if "backend" in unset and ":" in settings["backend"]:  # a file must not choose the code to import
+            raise ValueError(f"this run uses a custom backend: add --backend {settings['backend']!r}")
     return settings
 
 
 def check_files(checkpoint: Path | None, resume: Path | None, json_file: Path | None, every: int | None) -> None:
-    """Raise an error, before any work is done, if an output cannot be written or would overwrite something else."""
+    """Raise an error, before any work is lost, if an output cannot be written or would overwrite another file."""
     if resume and not resume.is_file():
-        load(resume)  # raises the right error
+        load(resume)  # raises the error that explains it
     for written in filter(None, (checkpoint or resume, json_file)):
         check_writable(written)
     if checkpoint and checkpoint.exists() and not (resume and same_file(checkpoint, resume)):
-        raise ValueError(f"{checkpoint} exists: resume it with --resume {checkpoint}, or name a new file for a new run")
+        raise ValueError(f"{checkpoint} exists: resume it with --resume {checkpoint}, or choose a new file")
     for run in filter(None, (checkpoint, resume)):
         if json_file and same_file(json_file, run):
             raise ValueError(f"--json {json_file} is the checkpoint {run}: name another file for the history")
     if json_file:
         check_replaceable(json_file, "history")
     if every and not (checkpoint or resume):
-        raise ValueError("--checkpoint-every goes with --checkpoint FILE")
+        raise ValueError("--checkpoint-every needs --checkpoint FILE")
 
 
 def new_run(config: Config, images: Dataset) -> Checkpoint:
@@ -128,15 +128,15 @@ def new_run(config: Config, images: Dataset) -> Checkpoint:
 
 
 def resumed(saved: Checkpoint, config: Config, file: Path | None) -> Checkpoint:
-    """The saved run, resumed with these settings, which may ask for more epochs."""
+    """The saved run with these settings, which may ask for more epochs."""
     check_same(saved.config, config)
     if len(saved.state.history.epochs) == config.epochs and not saved.state.steps:
-        say(f"{file} is finished: all {config.epochs} epochs are done; for more, raise --epochs")
+        say(f"{file} is finished: all {config.epochs} epochs are done; raise --epochs to train further")
     return saved._replace(config=config)
 
 
 def images_to_pass(run: Checkpoint, images: Dataset) -> tuple[int, int]:
-    """How many images pass through the network in all epochs of a run, and how many already have."""
+    """How many images pass through the network in all epochs of a run, and how many have so far."""
     count = len(images.train_images)
     passed = min(run.state.steps * (run.config.batch_size or count), count)
     return run.config.epochs * count, len(run.state.history.epochs) * count + passed
@@ -149,12 +149,12 @@ def cluster_of(scheduler: str | None, workers: int | None, threads: int) -> Iter
         yield None
         return
     if scheduler and workers:
-        raise ValueError("--workers starts a new cluster: leave out either it or --scheduler")
+        raise ValueError("--workers starts a new cluster: use either --workers or --scheduler")
     try:
-        from model.extras.dask_workers import connect  # Dask is needed for nothing else
+        from model.extras.dask_workers import connect  # nothing else needs Dask
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"{error}: training on workers needs Dask, install it with: pip install -e '.[distributed]'"
+            f"{error}: training on workers needs Dask; install it with: pip install -e '.[distributed]'"
         ) from error
     with connect(scheduler, workers, threads) as cluster:
         if workers:
@@ -165,7 +165,7 @@ def cluster_of(scheduler: str | None, workers: int | None, threads: int) -> Iter
 def between_steps(
     file: Path | None, every: int | None, run: Checkpoint, received: list[int]
 ) -> Callable[[State], None]:
-    """The `on_step` of `train`: saves before the first step, when a save is due, and at the end; stops on a signal."""
+    """An `on_step` for `train`: saves before the first step, when a save is due, and at the end; stops on a signal."""
     saved = -math.inf
 
     def on_step(state: State) -> None:
@@ -185,7 +185,7 @@ def between_steps(
 
 
 def check_finite(run: Checkpoint) -> None:
-    """Raise a TrainingError if parameters are not finite, which a checkpoint rejects; the loss may not show it yet."""
+    """Raise a TrainingError if a parameter is not finite: a checkpoint rejects it, and the loss may not show it yet."""
     if not all(np.isfinite(parameter).all() for parameter in run.mlp.parameters):
         rate = run.config.learning_rate
         raise TrainingError(f"the parameters became infinite with learning rate {rate:g}: try a smaller learning rate")

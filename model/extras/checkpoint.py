@@ -1,8 +1,8 @@
 """Checkpoints: a training run in one safetensors file, from which it resumes with the same bits.
 
 The tensors are the parameters and the history. The rest of the run's state is in the metadata, as JSON, with a checksum
-of everything. Nothing in a file is trusted, and reading one runs no code from it. Sizes are bounded before anything is
-read. Structure and values are checked first, because that gives the more helpful error, and the checksum last.
+over everything. Nothing in a file is trusted, and loading one runs no code from it. Sizes are bounded before anything
+is read. Structure and values are checked first, because that gives a more helpful error, and the checksum last.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ MAX_HEADER_BYTES = 2**16
 
 DTYPES = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
 
-# The values in the metadata by their kind, besides the layer sizes and the state of the random numbers.
+# The values in the metadata by type, besides the layer sizes and the RNG state.
 TEXTS = {"backend", "dataset", "data_sha256"}
 COUNTS = {"limit", "hidden", "batch_size", "seed", "epochs", "eval_every", "epochs_done", "steps", "correct"}
 AMOUNTS = {"learning_rate", "prepare_seconds", "loss", "seconds"}
@@ -36,7 +36,7 @@ OPTIONAL = {"limit", "batch_size"}
 
 
 class CheckpointError(Exception):
-    """A checkpoint cannot be used or written; the message says in one line what is wrong."""
+    """A checkpoint cannot be read or written; the message says in one line what is wrong."""
 
 
 class Config(NamedTuple):
@@ -56,7 +56,7 @@ class Config(NamedTuple):
 
 
 class Checkpoint(NamedTuple):
-    """A training run, stopped between two steps."""
+    """A training run between two steps."""
 
     mlp: MLP
     state: State
@@ -71,17 +71,17 @@ def save(file: Path, mlp: MLP, state: State, config: Config) -> None:
     file
         The file to write; replaced if it exists.
     mlp, state
-        The parameters, float32 in any layout, and the state of the run with them: what `train` passes to `on_step`.
+        The network, with float32 parameters in any layout, and the state that `train` passes to `on_step`.
     config
         The settings of the run.
 
     Raises
     ------
     CheckpointError
-        If `load` would not accept it, because a parameter is not finite or is float64, for example. The file is
-        unchanged then.
+        If `load` would reject it, for example because a parameter is not finite or is float64. The file is then
+        unchanged.
     OSError
-        If the file cannot be written, or another process is writing it. The file is unchanged then.
+        If the file cannot be written, or another process is writing it. The file is then unchanged.
     """
     try:
         content = _content(mlp, state, config)
@@ -96,7 +96,7 @@ def load(file: Path) -> Checkpoint:
     Parameters
     ----------
     file
-        What `save` wrote.
+        A file that `save` wrote.
 
     Returns
     -------
@@ -105,11 +105,11 @@ def load(file: Path) -> Checkpoint:
     Raises
     ------
     CheckpointError
-        If the file is missing, damaged, or not a checkpoint. No more memory is allocated than a few times the size that
-        the file really has, and that is limited to 256 MiB.
+        If the file is missing, damaged, or not a checkpoint. Memory is bounded by a few times the actual file size,
+        which is limited to 256 MiB.
     """
     try:
-        _require(file.is_file(), "there is no file of this name")
+        _require(file.is_file(), "there is no such file")
         _require(file.stat().st_size <= MAX_BYTES, f"it is larger than the limit of {MAX_BYTES:,} bytes")
         return _read(file)
     except SafetensorError as error:
@@ -121,7 +121,7 @@ def load(file: Path) -> Checkpoint:
 
 
 def check_same(saved: Config, config: Config) -> None:
-    """Raise a CheckpointError that lists the differences, unless `config` equals `saved` in all but `epochs`."""
+    """Raise a CheckpointError that lists the differences if `config` and `saved` differ in more than `epochs`."""
     differences = [
         f"{name} {theirs!r}, not {ours!r}"
         for name, theirs, ours in zip(Config._fields, saved, config)
@@ -129,7 +129,7 @@ def check_same(saved: Config, config: Config) -> None:
     ]
     if differences:
         raise CheckpointError(
-            f"the checkpoint is of another run, go on with its own settings: {'; '.join(differences)}"
+            f"the checkpoint is of another run, resume it with its own settings: {'; '.join(differences)}"
         )
 
 
@@ -140,12 +140,12 @@ def _read(file: Path) -> Checkpoint:
     with safe_open(file, framework="np") as stored:
         texts = stored.metadata() or {}
         _require(set(texts) == {"format", "run", "sha256"}, "it is not a checkpoint, or damaged")
-        _require(texts["format"] == FORMAT, f"it has another format than {FORMAT!r}")
+        _require(texts["format"] == FORMAT, f"its format is not {FORMAT!r}")
         values = _parse(texts["run"])
         _check_values(values)
         slices = {name: stored.get_slice(name) for name in stored.keys()}  # noqa: SIM118  no dictionary
         declared = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
-        _require(declared == _expected(values), "its tensors are not those of the run that it describes")
+        _require(declared == _expected(values), "its tensors are not those of the run in its metadata")
         tensors = {name: stored.get_tensor(name) for name in declared}
     _check_tensors(tensors)
     _require(texts.pop("sha256") == _sha256(tensors, texts), "its checksum is wrong, it has been damaged")
@@ -158,14 +158,14 @@ def _read(file: Path) -> Checkpoint:
 
 
 def _content(mlp: MLP, state: State, config: Config) -> bytes:
-    """What a file will hold; a ValueError or TypeError if `_read` would not accept it."""
+    """The bytes of a checkpoint; raises a ValueError or TypeError if `_read` would reject it."""
     run = json.dumps(_values(mlp, state, config), default=_plain)
     values = json.loads(run)
     _check_values(values)
     tensors = {name: _in_order(tensor) for name, tensor in {**_named(mlp), "history": _table(state.history)}.items()}
     for name, (dtype, shape) in _expected(values).items():
         _require(tensors[name].dtype == DTYPES[dtype], f"{name} is {tensors[name].dtype}, not {DTYPES[dtype]}")
-        _require(tensors[name].shape == shape, f"{name} has the shape {tensors[name].shape}, not {shape}")
+        _require(tensors[name].shape == shape, f"{name} has shape {tensors[name].shape}, not {shape}")
     _check_tensors(tensors)
     texts = {"format": FORMAT, "run": run}
     content = safetensors.numpy.save(tensors, {**texts, "sha256": _sha256(tensors, texts)})
@@ -176,10 +176,10 @@ def _content(mlp: MLP, state: State, config: Config) -> bytes:
 
 
 def _plain(value: Any) -> Any:
-    """For JSON: a NumPy scalar as a Python number."""
+    """Convert a NumPy scalar to a Python number, for JSON."""
     if isinstance(value, np.generic):
         return value.item()
-    raise TypeError(f"{value!r} is of the type {type(value).__name__}, which a checkpoint cannot hold")
+    raise TypeError(f"a checkpoint cannot hold {value!r}, of type {type(value).__name__}")
 
 
 def _in_order(tensor: NDArray) -> NDArray:
@@ -188,7 +188,7 @@ def _in_order(tensor: NDArray) -> NDArray:
 
 
 def _values(mlp: MLP, state: State, config: Config) -> dict[str, Any]:
-    """Everything that is not in a tensor, ready for JSON."""
+    """All state that is not in a tensor, ready for JSON."""
     return {
         **config._asdict(),
         "layer_sizes": [len(mlp.layers[0][0]), *(len(bias) for _, bias in mlp.layers)],
@@ -203,7 +203,7 @@ def _values(mlp: MLP, state: State, config: Config) -> dict[str, Any]:
 
 
 def _named(mlp: MLP) -> dict[str, NDArray]:
-    """The parameters by their names in the file."""
+    """The parameters, by their names in the file."""
     return {
         f"layers.{index}.{kind}": parameter
         for index, layer in enumerate(mlp.layers)
@@ -248,7 +248,7 @@ def _parse(text: str) -> Any:
 
 
 def _check_values(values: Any) -> None:
-    """Raise a ValueError unless everything is there that `_values` returns, and has a value that a run could have."""
+    """Raise a ValueError unless all that `_values` returns is there, with values that a run could have."""
     names = TEXTS | COUNTS | AMOUNTS | {"layer_sizes", "rng"}
     _require(isinstance(values, dict) and set(values) == names, "its metadata are incomplete")
     for name, value in values.items():
@@ -266,7 +266,7 @@ def _check_values(values: Any) -> None:
     try:
         bit_generator.state = values["rng"]
     except Exception as error:  # of many types
-        raise ValueError("its RNG state is damaged, or of another version of NumPy") from error
+        raise ValueError("its RNG state is damaged, or from another version of NumPy") from error
     _require(bit_generator.state == values["rng"], "its RNG state is damaged")
 
 
@@ -275,14 +275,14 @@ def _is_count(value: Any) -> bool:
 
 
 def _check_tensors(tensors: dict[str, NDArray]) -> None:
-    """Raise a ValueError unless every value is one that it can have in a run."""
+    """Raise a ValueError unless every tensor has values that a run could have."""
     for name, tensor in tensors.items():
         if name != "history":
             _require(bool(np.isfinite(tensor).all()), f"{name} is not finite")
     loss, train, test, seconds = tensors["history"].T
     amounts, accuracies = np.stack([loss, seconds]), np.concatenate([train, test[~np.isnan(test)]])
     plausible = np.all((amounts >= 0) & (amounts < np.inf)) and np.all((accuracies >= 0) & (accuracies <= 1))
-    _require(bool(plausible), "its history is not one of a run")
+    _require(bool(plausible), "its history is implausible")
 
 
 def _require(condition: bool, problem: str) -> None:

@@ -1,13 +1,13 @@
 """The trainer's shards on the workers of a Dask cluster: the same bits on any number of workers, even if some die.
 
-A worker gets a contiguous range of the shards. In each epoch it receives the network and sums its shards, as far as the
-subtrees of the fixed tree of sums that lie within its range. Workers pass these sums on to each other and add
-neighbours, until one of them holds the whole tree. The client sends the network once and receives one sum, whatever the
-number of workers.
+A worker gets a contiguous range of the shards. In each epoch it receives the network and sums its shards, up to the
+largest subtrees of the fixed tree of sums within its range. Workers send these sums to each other and add neighbours,
+until one of them holds the root. The client sends the network once and receives one sum, regardless of the number of
+workers.
 
-Everything is a pure task, one that depends on its arguments alone and never writes to them. So Dask may run it
-anywhere, and again when a worker dies. Tasks are the images of a shard, if the client sends them; a worker's `Part`,
-which keeps its shards prepared; the sums of a part; the sums of several parts.
+Every task is pure: it depends only on its arguments and never writes to them. So Dask may run it anywhere, and again
+when a worker dies. The tasks are: the images of a shard, if the client sends them; a worker's `Part`, which keeps its
+shards prepared; the sums of a part; the sums of several parts.
 """
 
 import functools
@@ -45,33 +45,33 @@ from model.threads import thread_pool
 from model.training import TrainingError
 
 PATIENCE = 60.0
-"""Seconds to wait for a first worker, and for another one when all are gone."""
+"""Seconds to wait for the first worker, and for a new one when all are gone."""
 LOOK = 1.0
 """Seconds between checks for workers."""
 ALLOWED_FAILURES = 3
-"""How often all workers may die in one step, like Dask's setting for a single task."""
+"""How often all workers may die within a step, like Dask's setting for a single task."""
 FAN_IN = 8
-"""Sums added in one task. More make fewer tasks, of which the scheduler handles a few thousand per second."""
+"""Sums added in one task. A higher fan-in means fewer tasks; the scheduler handles a few thousand per second."""
 CHECKED = 16
 """Shards of a file that the client hashes itself, to check that the workers have the same file."""
 
 PACKAGES = ("distributed", "numpy", "numba", "llvmlite")
-DEADLY = "worker after worker dies of the same work, of too little memory perhaps (--memory-limit helps)"
-ADVICE = "scheduler and workers need the client's environment, and the workers one kind of processor"
+DEADLY = "one worker after another died on the same task, perhaps out of memory (--memory-limit helps)"
+ADVICE = "scheduler and workers need the client's environment, and the workers the same kind of CPU"
 
 Node = tuple[int, int]
-"""A subtree of the tree of sums: the shards from the first number up to, not including, the second."""
+"""A subtree of the tree of sums: shards from the first number up to the second, which is excluded."""
 
 
 class ClusterError(TrainingError):
-    """The cluster cannot be used, or no longer; the message says why."""
+    """The cluster is unusable, or has become so; the message says why."""
 
 
 # The tree of sums ----------------------------------------------------------------------------------------------------
 
 
 def subtrees(first: int, last: int, node: Node) -> list[Node]:
-    """The largest subtrees of a node that lie within the shards from `first` up to `last`, in order."""
+    """The largest subtrees of a node within the shards from `first` up to `last` (excluded), in order."""
     start, stop = node
     if last <= start or stop <= first:
         return []
@@ -82,7 +82,7 @@ def subtrees(first: int, last: int, node: Node) -> list[Node]:
 
 
 def add_subtrees(sums: dict[Node, Sums], node: Node) -> Sums:
-    """What `add_in_tree` returns for the shards of a node, from the sums of its subtrees, which it consumes."""
+    """The same sum as `add_in_tree` over the shards of a node, from the sums of its subtrees, which are consumed."""
     if node in sums:
         return sums.pop(node)
     half = sum(node) // 2
@@ -93,7 +93,7 @@ def add_subtrees(sums: dict[Node, Sums], node: Node) -> Sums:
 
 
 def send(value: Any) -> Any:
-    """Return the client's data. Dask can repeat this task, while scattered data is lost with its worker."""
+    """Return the client's data. Dask can repeat this task, whereas scattered data is lost with its worker."""
     return value
 
 
@@ -106,58 +106,60 @@ class Mapped(NamedTuple):
 
     @classmethod
     def rows(cls, array: Any, rows: slice) -> "Mapped":
-        """Some rows of a memory map."""
+        """Rows of a memory map."""
         return cls(str(array.filename), array.offset + rows.start * array.strides[0], array[rows].shape)
 
     def read(self) -> NDArray:
-        """The rows, not yet read."""
+        """Map the rows, without reading them."""
         try:
             return map_bytes(Path(self.file), self.offset, self.shape)
         except (OSError, ValueError) as error:
             raise ClusterError(
                 f"worker {get_worker().address} cannot read {self.file} ({error}): "
-                "put the files where all workers find them under the same name"
+                "put the files where all workers find them under the same path"
             ) from error
 
 
 def hash_shards(mapped: Mapped, ranges: list[slice]) -> bytes:
-    """The digests of some ranges of rows, one after the other."""
+    """The concatenated digests of ranges of rows."""
     array = mapped.read()
     return b"".join(_run()(lambda rows: shard_digest(array[rows]), ranges))
 
 
 class Hashed(NamedTuple):
-    """Rows that are checked when they are read."""
+    """Rows that are verified when they are read."""
 
     mapped: Mapped
     digests: bytes
-    """Of its shards."""
+    """The digests of the shards."""
 
     def read(self, ranges: list[slice]) -> list[NDArray]:
-        """The shards, once their hashes are verified."""
+        """The shards, after their hashes have been verified."""
         if hash_shards(self.mapped, ranges) != self.digests:
-            raise ClusterError(f"{self.mapped.file} of worker {get_worker().address} is not the file that others have")
+            raise ClusterError(
+                f"{self.mapped.file} of worker {get_worker().address} differs from that of other workers: copy it again"
+            )
         array = self.mapped.read()
         return [array[rows] for rows in ranges]
 
 
 class Part:
-    """The shards of a worker. It is sent unprepared, and prepared again by its receiver.
+    """The shards of a worker. Pickling leaves out the prepared images; the receiver prepares them again.
 
     Parameters
     ----------
     images, labels
         Those of each shard, or one `Hashed` for all.
     shards
-        The range of their numbers, the end exclusive.
+        The range of shard numbers, with the end excluded.
     count
         The number of images in all parts.
     backend, dtype
         The backend's name, and float32 or float64.
     memory_limit
-        Bytes of prepared images in the worker's process.
+        Maximum bytes of prepared images in the worker's process; None means no limit.
     expected
-        The `surroundings` in which bits agree.
+        The `surroundings` that the worker must have for bitwise equal results.
     """
 
     def __init__(
@@ -184,7 +186,7 @@ class Part:
         return {name: value for name, value in vars(self).items() if name != "shards"}
 
     def __sizeof__(self) -> int:
-        """Bytes of prepared images, for Dask's decisions about moving a part or giving a worker more."""
+        """Bytes of prepared images, by which Dask decides whether to move a part or give the worker more."""
         prepared = itertools.chain(*(shard.kept.values() for shard in vars(self).get("shards", ())))
         return sum(getattr(x, "nbytes", 0) for x in prepared)
 
@@ -202,7 +204,7 @@ class Part:
         return shards
 
     def is_prepared(self, _: None) -> list:
-        """An empty list, once the part is prepared."""
+        """Return an empty list when the part is prepared."""
         return self.shards[:0]
 
     def gradient(self, mlp: MLP) -> dict[Node, Sums]:
@@ -216,21 +218,21 @@ class Part:
 
 
 def prepare(*arguments: Any) -> Part:
-    """A `Part` whose shards are prepared."""
+    """Make a `Part` and prepare its shards."""
     part = Part(*arguments)
     _ = part.shards
     return part
 
 
 def merge(shards: int, *parts: dict[Node, Sums]) -> dict[Node, Sums]:
-    """The sums of neighbouring parts, of `shards` shards in all, added where two subtrees make a larger one."""
+    """The sums of neighbouring parts, added where two subtrees form a larger one, in a tree of `shards` shards."""
     sums = {node: _copy(sums) for part in parts for node, sums in part.items()}
     first, last = min(start for start, _ in sums), max(stop for _, stop in sums)
     return {node: add_subtrees(sums, node) for node in subtrees(first, last, (0, shards))}
 
 
 def _copy(sums: Sums) -> Sums:
-    """A copy for `add`, which works in place, while Dask may need its arguments again."""
+    """A copy for `add`, which works in place: Dask may need the task's arguments again."""
     return sums._replace(gradient=[part.copy() for part in sums.gradient])
 
 
@@ -240,18 +242,18 @@ def chain(*parts: list) -> list:
 
 
 def relative(ranges: list[slice]) -> list[slice]:
-    """Ranges counted from the start of the first."""
+    """Ranges relative to the start of the first."""
     start = ranges[0].start
     return [slice(rows.start - start, rows.stop - start) for rows in ranges]
 
 
 def surroundings() -> dict[str, str]:
-    """Everything about this process, besides data and settings, that the bits of a result depend on."""
+    """Everything about this process, besides data and settings, that determines the bits of a result."""
     root = Path(__file__).parents[2]
     files = sorted(file for folder in ("kernels", "model") for file in (root / folder).rglob("*.py"))
     source = hashlib.sha256(b"".join(file.read_bytes() for file in files))
     every_blas = [library for library in threadpool_info() if library["user_api"] == "blas"]
-    blas = [library for library in every_blas if "numpy" in library["filepath"]] or every_blas  # SciPy has its own
+    blas = [library for library in every_blas if "numpy" in library["filepath"]] or every_blas  # SciPy has another one
     cpu = os.environ.get("NUMBA_CPU_NAME") or binding.get_host_cpu_name()
     return {
         "Python": platform.python_version(),
@@ -264,7 +266,7 @@ def surroundings() -> dict[str, str]:
 def check_same(worker: str, ours: dict[str, str], expected: dict[str, str]) -> None:
     """Raise a ClusterError that lists the differences."""
     if differences := [f"{name} {ours[name]}, not {value}" for name, value in expected.items() if ours[name] != value]:
-        raise ClusterError(f"worker {worker} would compute other bits: {'; '.join(differences)}: {ADVICE}")
+        raise ClusterError(f"worker {worker} would compute different bits: {'; '.join(differences)}: {ADVICE}")
 
 
 _forever = ExitStack()
@@ -277,7 +279,7 @@ def _run() -> Callable:
 
 @functools.cache
 def _thread_pool(threads: int) -> Callable:
-    """A pool for the life of the process: tasks may overlap, and all need BLAS limited to one thread."""
+    """A pool for the lifetime of the process: tasks may overlap, and all need BLAS limited to one thread."""
     return _forever.enter_context(thread_pool(threads))
 
 
@@ -298,7 +300,7 @@ class Cluster:
     client
         Connected to their scheduler.
     patience
-        Seconds to wait for a first worker, and for another when all are gone.
+        Seconds to wait for the first worker, and for a new one when all are gone.
 
     Raises
     ------
@@ -316,21 +318,21 @@ class Cluster:
             try:
                 processor = client.submit(surroundings, pure=False).result(timeout=patience)["processor"]
             except RuntimeError as error:  # the scheduler could not deserialize it
-                raise ClusterError(f"the scheduler does not know this project: {ADVICE}") from error
+                raise ClusterError(f"the scheduler cannot import this project: {ADVICE}") from error
         ours, version = surroundings(), versions["scheduler"]["packages"]["distributed"]
         if version != ours["distributed"]:
             raise ClusterError(f"the scheduler has distributed {version}, not {ours['distributed']}: {ADVICE}")
         self.expected = ours | {"processor": processor}
 
     def batch(self, backend: Backend, images: NDArray, labels: NDArray, dtype: np.dtype, memory: Memory) -> "Parts":
-        """For `train`: images on the workers, each with this budget of memory."""
+        """A `Batch` on the workers for `train`; each worker process has this memory budget."""
         return Parts(self, backend, images, labels, dtype, memory)
 
     def digests(self, array: NDArray) -> bytes:
-        """For `model.data.sha256`: the digests of the shards of an array; the workers read a file's.
+        """The digests of the shards of an array, for `model.data.sha256`. Workers hash memory-mapped files.
 
-        A worker hashes what its neighbour will read and then hash again, so that copies that differ are detected. The
-        client hashes a few shards, too, as the workers may all have a different file from its own.
+        A worker hashes the shards that its neighbour will read and hash again, which detects copies that differ. The
+        client also hashes a few shards, in case the workers share a file that differs from its own.
         """
         if not isinstance(array, np.memmap):
             return digests(array)
@@ -345,25 +347,25 @@ class Cluster:
                     mapped = Mapped.rows(array, slice(part[0].start, part[-1].stop))
                     place = {"workers": [worker], "allow_other_workers": True, "pure": False}
                     futures.append(self.client.submit(hash_shards, mapped, relative(part), **place))
-            found = b"".join(self.client.gather(futures))
+            hashes = b"".join(self.client.gather(futures))
         for shard in range(0, len(ranges), math.ceil(len(ranges) / CHECKED)):
-            if shard_digest(array[ranges[shard]]) != found[DIGEST * shard : DIGEST * (shard + 1)]:
-                raise ClusterError(f"{array.filename} of a worker is not the file that the client has")
-        return found
+            if shard_digest(array[ranges[shard]]) != hashes[DIGEST * shard : DIGEST * (shard + 1)]:
+                raise ClusterError(f"{array.filename} of a worker differs from the client's: copy it again")
+        return hashes
 
     def threads(self) -> dict[str, int]:
-        """The threads of each worker, by address; waits until there is one."""
+        """The number of threads of each worker, by address; waits until there is a worker."""
         end = time.monotonic() + self.patience
         while not (threads := self.client.nthreads()):
             if time.monotonic() > end:
                 raise ClusterError(
-                    f"no worker for {self.patience:g} seconds: start some, as in: dask worker {self.address}"
+                    f"no worker for {self.patience:g} seconds: start one, as in: dask worker {self.address}"
                 )
             time.sleep(LOOK / 10)
         return dict(sorted(threads.items()))
 
     def computes(self, futures: Iterable[Future]) -> bool:
-        """Whether one of these is being computed."""
+        """Whether any of these is being computed."""
         computed = set(itertools.chain(*self.client.processing().values()))
         return any(future.key in computed for future in futures)
 
@@ -390,7 +392,7 @@ def deal(shards: int, threads: dict[str, int]) -> dict[str, Node]:
 
 
 class Parts:
-    """A `Batch` on the workers of a cluster: each has shards in proportion to its threads, and keeps them."""
+    """A `Batch` on the workers of a cluster: each keeps a number of shards in proportion to its threads."""
 
     def __init__(
         self, cluster: Cluster, backend: Backend, images: NDArray, labels: NDArray, dtype: np.dtype, memory: Memory
@@ -420,7 +422,7 @@ class Parts:
         mlp: MLP | None = None,
         on_images: Callable[[int], None] = lambda images: None,
     ) -> Any:
-        """The results of `method` on each part, combined by the workers, in order."""
+        """The results of `method` on each part, combined in order on the workers."""
         finished = failures = 0
         with self.cluster.explained(), self.cluster.client.as_current():
             while True:
@@ -435,25 +437,25 @@ class Parts:
                     tree.append([self._submit(combine, *group) for group in groups])
                 (root,) = tree[-1]
                 submitted = [network, *itertools.chain(*tree)]
-                while self._goes_on(submitted):
+                while self._makes_progress(submitted):
                     for leaf in [leaf for leaf in pending if leaf.done()]:
                         del pending[leaf]
                     passed = self.count - sum(pending.values())
-                    if passed > finished:  # not those of a second attempt
+                    if passed > finished:  # do not count those of a second attempt
                         on_images(passed - finished)
                         finished = passed
                     if root.done():
-                        with suppress(NotYet):  # its worker has died since
+                        with suppress(NotYet):  # its worker has died in the meantime
                             return root.result(timeout=self.cluster.patience)
                 failures += 1
                 if failures > ALLOWED_FAILURES:
                     raise ClusterError(f"{DEADLY}: all workers died {failures} times in one step")
                 self.parts.clear()
 
-    def _goes_on(self, submitted: list[Future]) -> bool:
+    def _makes_progress(self, submitted: list[Future]) -> bool:
         """Wait a moment; return whether a task is done or being computed. If all workers have died, Dask may hang.
 
-        When the last worker dies, some tasks stay assigned to it, even when other workers join.
+        When the last worker dies, some tasks stay assigned to it, even after new workers join.
         """
         unfinished = [future for future in submitted if not future.done()]
         if not unfinished:
@@ -473,7 +475,7 @@ class Parts:
         return self.ranges[last - 1].stop - self.ranges[first].start
 
     def _deal(self) -> None:
-        """Give each worker its shards; those that have not changed stay as they are."""
+        """Assign the shards to the workers; parts that have not changed are kept."""
         dealt = deal(len(self.ranges), self.cluster.threads())
         workers = {shards: worker for worker, shards in dealt.items() if shards[0] < shards[1]}
         for shards in [shards for shards, (worker, _) in self.parts.items() if workers.get(shards) != worker]:
@@ -482,19 +484,19 @@ class Parts:
             self._place(workers[shards], shards)
 
     def _place(self, worker: str, shards: Node) -> None:
-        """Have a worker prepare shards, or another if it dies."""
+        """Submit the preparation of shards to a worker, or to another one if it dies."""
         sources = [source(*shards) for source in self.sources]
         place = {"workers": [worker], "allow_other_workers": True}
         self.parts[shards] = worker, self._submit(prepare, *sources, shards, self.count, *self.form, **place)
 
     def _source(self, array: NDArray) -> Callable[[int, int], Any]:
-        """A function from a range of shards to what a worker gets of an array."""
+        """A function from a range of shards to a worker's share of an array."""
         if isinstance(array, np.memmap):
-            found = self.cluster.digests(array)
+            hashes = self.cluster.digests(array)
 
             def hashed(first: int, last: int) -> Hashed:
                 rows = slice(self.ranges[first].start, self.ranges[last - 1].stop)
-                return Hashed(Mapped.rows(array, rows), found[DIGEST * first : DIGEST * last])
+                return Hashed(Mapped.rows(array, rows), hashes[DIGEST * first : DIGEST * last])
 
             return hashed
         self.sent += (futures := [self._submit(send, array[rows]) for rows in self.ranges])
@@ -507,7 +509,7 @@ class Parts:
 
 
 class LeaveSignalsToClient(WorkerPlugin):
-    """Ctrl-C reaches all processes of a terminal, but only the client should handle it."""
+    """Ctrl-C reaches all processes in a terminal, but only the client should handle it."""
 
     def setup(self, worker: Any) -> None:
         """Ignore them."""
@@ -524,25 +526,25 @@ def connect(scheduler: str | None, workers: int | None = None, threads: int = 1)
     scheduler
         Address of a running scheduler, as in ``tcp://HOST:8786``; None starts a cluster on this machine.
     workers, threads
-        Worker processes of the new cluster, and the threads that they share.
+        Number of worker processes in the new cluster, and of threads that they share.
 
     Raises
     ------
     ClusterError
-        If there is no scheduler, or `Cluster` raises it.
+        If there is no scheduler, or no usable worker (see `Cluster`).
     """
     with ExitStack() as stack:
-        logging.disable(logging.CRITICAL)  # Dask logs tracebacks of what `explained` says in one line
+        logging.disable(logging.CRITICAL)  # Dask logs tracebacks of errors that `explained` turns into one line
         stack.callback(logging.disable, logging.NOTSET)
         address: Any = scheduler
         if scheduler is None:
             share = max(1, threads // (workers or 1))
-            with warnings.catch_warnings():  # the dashboard then takes another port, which its link says
+            with warnings.catch_warnings():  # the dashboard then uses another port, shown in its link
                 warnings.filterwarnings("ignore", "Port .* is already in use")
                 address = stack.enter_context(LocalCluster(n_workers=workers, threads_per_worker=share))
         try:
             if scheduler is not None:
-                get_address_host_port(scheduler)  # with a wrong one, a client would hang at its end
+                get_address_host_port(scheduler)  # with a malformed address, the client would hang at exit
             client = stack.enter_context(Client(address, set_as_default=False))
         except (OSError, ValueError) as error:
             raise ClusterError(

@@ -20,8 +20,8 @@ VARIABLES = ("OPENBLAS_", "MKL_", "OMP_", "GOMP_", "NUMBA_", "XLA_", "TORCH")
 
 
 def environment() -> dict[str, Any]:
-    """CPU, cores, caches in bytes, versions of Python and packages, git commit, and variables that tune them."""
-    from llvmlite import binding  # only here, as training on NumPy does not need it
+    """CPU, cores, caches in bytes, versions, commit, and the environment variables that affect timings."""
+    from llvmlite import binding  # imported here, as training on NumPy does not need it
 
     cpu = cpuinfo.get_cpu_info()
     every_blas = [library for library in threadpool_info() if library["user_api"] == "blas"]
@@ -51,10 +51,10 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of the project's files, with "-dirty" if one has changed since; None where git cannot tell.
+    """The commit of the project's files, with "-dirty" if a file has changed since; None where git cannot tell.
 
-    A repository that merely contains the project's folder, as after unpacking an archive inside it, says nothing about
-    the project. Changed results do not count, as measuring itself changes them.
+    A repository that merely contains the project's folder, as after unpacking an archive inside it, does not count.
+    Neither do changed results, as measuring writes them.
     """
     try:
         if not os.path.samefile(_git("rev-parse", "--show-toplevel"), ROOT):
@@ -67,7 +67,7 @@ def _commit() -> str | None:
 
 
 def _git(*arguments: str) -> str:
-    """The output of git in the project's folder, whatever repository the environment names, as it does in a hook."""
+    """The output of git in the project's folder, ignoring a repository set in the environment, as in a git hook."""
     command = ["git", "-C", str(ROOT), *arguments]
     variables = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     return subprocess.run(command, capture_output=True, text=True, check=True, env=variables).stdout.strip()

@@ -12,7 +12,7 @@ from unittest import mock
 
 import numpy as np
 
-# A notebook's MPLBACKEND may name a module that is not installed here, and then Matplotlib cannot even be imported.
+# A notebook's MPLBACKEND may name a module that is not installed here, in which case importing Matplotlib fails.
 with mock.patch.dict(os.environ):
     os.environ.pop("MPLBACKEND", None)
     import matplotlib
@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from model.extras.files import write_whole
 from model.published import PUBLISHED, full_batch_histories
 
-# Okabe and Ito's palette, which the colour-blind can tell apart: one colour for a backend, in every figure.
+# Okabe and Ito's palette, which is safe for colour-blind readers. A backend has the same colour in every figure.
 COLOURS = {
     "naive": "#CC79A7",
     "numpy": "#0072B2",
@@ -31,7 +31,7 @@ COLOURS = {
     "PyTorch": "#D55E00",
     "torch.compile": "#56B4E9",
     "PyTorch by hand": "#882255",
-    "JAX": "#F0E442",
+    "JAX": "#7A7A1F",
     "scikit-learn": "#999999",
     "SciPy CSR": "#999999",
     "PyTorch CSR": "#D55E00",
@@ -53,16 +53,16 @@ _STYLE: Any = {
 
 
 def colour(name: str) -> str:
-    """The colour of a backend; unknown ones share a few others, chosen by name."""
+    """The colour of a backend; others get one of a few spare colours, chosen by name."""
     return COLOURS.get(name) or OTHER_COLOURS[sum(name.encode()) % len(OTHER_COLOURS)]
 
 
 @contextmanager
 def figure_file(file: Path, **size: Any) -> Iterator[Figure]:
-    """A new figure in the common style, written to `file` (PNG, atomically) if the block raises nothing.
+    """A new figure in the common style, written to `file` (PNG, atomically) if the block raises no exception.
 
-    It ignores the user's matplotlibrc and MPLBACKEND, and needs no GUI. Warnings, such as of characters that no font
-    has, are silenced: they must not end a run.
+    It ignores the user's matplotlibrc and MPLBACKEND, and needs no GUI. Warnings, such as missing glyphs, are silenced:
+    they must not end a run.
     """
     with warnings.catch_warnings(), matplotlib.rc_context():
         warnings.simplefilter("ignore")
@@ -81,23 +81,23 @@ def title(figure: Figure, text: str) -> None:
 
 
 def print_small(figure: Figure, text: str) -> None:
-    """Write small print, the origin of the results, below everything."""
+    """Add a footer in small print: where the results come from."""
     figure.supxlabel(text, fontsize=6.5, color=BOUND_COLOUR, x=0.01, ha="left")
 
 
-def draw_curves(file: Path, found: dict[str, Any], small_print: str = "") -> None:
-    """Draw train and test accuracy of each backend, a band over random starts, and the published points.
+def draw_curves(file: Path, report: dict[str, Any], small_print: str = "") -> None:
+    """Draw train and test accuracy of each backend, a band over random seeds, and the published points.
 
     Parameters
     ----------
     file
         Where to write the PNG.
-    found
-        What `model.published.reproduce` returned, with full-batch runs.
+    report
+        From `model.published.reproduce`, with full-batch runs.
     small_print
-        The origin of the results.
+        Where the results come from.
     """
-    histories, starts = full_batch_histories(found), found["starts"]
+    histories, starts = full_batch_histories(report), report["starts"]
     final = [100 * history.accuracies("test")[-1] for history in histories.values()]
     reached = " to ".join(dict.fromkeys(f"{accuracy:.2f}" for accuracy in (min(final), max(final))))
     panels = {"train": "Training images, before each update", "test": "Test images, after each update"}
@@ -105,7 +105,7 @@ def draw_curves(file: Path, found: dict[str, Any], small_print: str = "") -> Non
         for index, (axes, kind) in enumerate(zip(figure.subplots(1, 2, sharey=True), panels)):
             band = {key: 100 * np.array(starts[kind][key]) for key in ("low", "high")}
             epochs = np.arange(1, len(band["low"]) + 1)
-            axes.fill_between(epochs, *band.values(), color="#BBBBBB", label=f"{starts['count']} random starts")
+            axes.fill_between(epochs, *band.values(), color="#BBBBBB", label=f"{starts['count']} random seeds")
             for order, (name, history) in enumerate(histories.items()):
                 axes.plot(
                     epochs,
@@ -124,7 +124,7 @@ def draw_curves(file: Path, found: dict[str, Any], small_print: str = "") -> Non
         figure.axes[0].set_ylabel("accuracy (%)")
         title(
             figure,
-            f"{', '.join(histories)}: {reached} % test accuracy on {found['dataset']}; published, on MNIST: "
+            f"{', '.join(histories)}: {reached} % test accuracy on {report['dataset']}; published, on MNIST: "
             f"{PUBLISHED[max(PUBLISHED)][1]} %",
         )
         print_small(figure, small_print)

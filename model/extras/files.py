@@ -1,4 +1,4 @@
-"""Atomic writes: a file is written completely or not at all, by one process at a time."""
+"""Atomic writes and file locks: a file is written completely or not at all, by one process at a time."""
 
 import contextlib
 import glob
@@ -11,15 +11,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-try:  # not filelock, which takes a twentieth of a second to import and leaves its lock files behind
+try:  # not filelock, which takes a twentieth of a second to import and leaves lock files behind
     import fcntl
 except ModuleNotFoundError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-PATIENCE = 5.0  # seconds that a writer waits for another, which takes a few milliseconds
+PATIENCE = 5.0  # seconds to wait for another writer, which takes a few milliseconds
 MAX_REPORT_BYTES = 2**28
 
-_held = threading.local()  # the locks that each thread holds, so that it can lock again
+_held = threading.local()  # the locks that each thread holds, which makes them reentrant
 
 
 def make_folder(folder: Path) -> None:
@@ -37,7 +37,7 @@ def make_folder(folder: Path) -> None:
 
 
 def check_writable(file: Path) -> None:
-    """Raise an OSError, before any work is done, if `file` could not be written when it is finished."""
+    """Raise an OSError, before any work is lost, if `file` cannot be written."""
     folder = resolved(file).parent
     if not folder.is_dir():
         raise OSError(f"cannot write {file}: there is no folder {folder}; create it first")
@@ -54,7 +54,7 @@ def check_writable(file: Path) -> None:
 
 
 def check_replaceable(file: Path, key: str) -> None:
-    """Raise an OSError, before any work is done, if `file` exists and is not a report: a JSON object with `key`."""
+    """Raise an OSError, before any work is lost, if `file` exists and is not a report, a JSON object with `key`."""
     if not file.exists():
         return
     try:
@@ -62,11 +62,13 @@ def check_replaceable(file: Path, key: str) -> None:
     except (ValueError, RecursionError):
         content = None
     if not (isinstance(content, dict) and key in content):
-        raise OSError(f"{file} exists and is no earlier report (JSON with {key!r}): name another file, or move it away")
+        raise OSError(
+            f"{file} exists and is not an earlier report (JSON with {key!r}): name another file, or move it away"
+        )
 
 
 def same_file(one: Path, other: Path) -> bool:
-    """Whether two names mean the same file, existing or not: by another spelling, a symbolic link or a hard link."""
+    """Whether two paths are the same file, existing or not, even if spelled differently or through links."""
     with contextlib.suppress(OSError):
         if os.path.samefile(one, other):
             return True
@@ -74,7 +76,7 @@ def same_file(one: Path, other: Path) -> bool:
 
 
 def resolved(file: Path) -> Path:
-    """The absolute path, with symbolic links resolved; a loop of links is left as it is."""
+    """The absolute path, with symbolic links resolved; a loop of links is left unresolved."""
     return Path(os.path.realpath(file))
 
 
@@ -82,20 +84,20 @@ def resolved(file: Path) -> Path:
 def locked(file: Path, patience: float = 0.0) -> Iterator[None]:
     """Within the block, only this thread writes `file`.
 
-    The lock is on a file beside it. The system releases it when the process ends, however that happens, and the next
-    owner reuses the lock file. Where the system or the file system has no locks, there is none.
+    The lock is an flock on a file beside it. The system releases it when the process ends, for whatever reason, and the
+    next owner reuses the lock file. Without system or file system support for locks, there is no lock.
 
     Parameters
     ----------
     file
         Need not exist, but its folder must.
     patience
-        Seconds to wait while another holds the lock.
+        Seconds to wait while another owner holds the lock.
 
     Raises
     ------
     OSError
-        If another process or thread holds it, or no file can be created beside it.
+        If another process or thread holds the lock, or no file can be created beside `file`.
     """
     lock = _beside(resolved(file), "lock")
     held: dict[Path, bool] = _held.__dict__.setdefault("locks", {})
@@ -113,32 +115,32 @@ def locked(file: Path, patience: float = 0.0) -> Iterator[None]:
 
 
 def write_whole(file: Path, content: bytes) -> None:
-    """Write atomically, to a temporary file that is then renamed: a killed process leaves the old file or the new one.
+    """Write atomically, by renaming a temporary file: a killed process leaves either the old file or the new one.
 
     Temporary files of killed processes are removed. Symbolic links are followed.
 
     Raises
     ------
     OSError
-        If it cannot be written. Then `file` is unchanged, and no temporary file is left.
+        If it cannot be written. `file` is then unchanged, and no temporary file is left.
     """
     file = resolved(file)
     part = _beside(file, f"{os.getpid()}.part")
     with locked(file, PATIENCE):
-        alone = _held.locks[_beside(file, "lock")]  # if so, the writers of all other parts are dead
-        for left_over in file.parent.glob(f".{glob.escape(file.name)}.*.part") if alone else [part]:
-            left_over.unlink(missing_ok=True)
+        alone = _held.locks[_beside(file, "lock")]  # if so, all other temporary files are of dead writers
+        for leftover in file.parent.glob(f".{glob.escape(file.name)}.*.part") if alone else [part]:
+            leftover.unlink(missing_ok=True)
         try:
             with part.open("xb") as stream:
                 stream.write(content)
                 stream.flush()
-                os.fsync(stream.fileno())  # before renaming: some file systems reorder the two
+                os.fsync(stream.fileno())  # before renaming, as some file systems reorder the two
             part.replace(file)
         except OSError as error:
-            raise OSError(f"cannot write {file}: {error.strerror}; what was there before is untouched") from error
+            raise OSError(f"cannot write {file}: {error.strerror}; the previous content is untouched") from error
         finally:
             part.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # not every system can sync folders
+    with contextlib.suppress(OSError):  # not every system can sync directories
         folder = os.open(file.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -166,20 +168,20 @@ def _acquired(lock: Path, file: Path, patience: float) -> tuple[IO[bytes], bool]
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(stream.fileno()), lock.stat()):
-                with contextlib.suppress(OSError):  # on a full disk, others' messages lack the process number
+                with contextlib.suppress(OSError):  # on a full disk, others' error messages lack the process ID
                     stream.truncate(0)
                     stream.write(b"%d" % os.getpid())
                     stream.flush()
                 return stream, True
         except FileNotFoundError:
-            pass  # its owner removed it between our opening and locking it: try again
+            pass  # its owner removed it after we opened it: try again
         except (BlockingIOError, PermissionError) as error:
             if time.monotonic() >= deadline:
                 with stream:
                     stream.seek(0)
                     owner = stream.read(20).decode("ascii", "replace") or "another"
                 raise OSError(
-                    f"{file} is in use, process {owner} writes it: wait until that has ended, or name another file"
+                    f"{file} is in use by process {owner}: wait until it has ended, or name another file"
                 ) from error
             time.sleep(0.01)
         except (AttributeError, OSError):

@@ -1,4 +1,4 @@
-"""Memory maps of files, and what happens if a file is truncated meanwhile."""
+"""Memory maps of files, and a clear error if a mapped file is truncated."""
 
 import ctypes
 import functools
@@ -13,14 +13,28 @@ from numpy.typing import NDArray
 
 
 def map_bytes(file: Path, offset: int, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    """A read-only memory map of a part of a file. If the file is truncated later, the process ends with one line.
+    """A read-only memory map of part of a file. If the file is truncated later, the process ends with a one-line error.
+
+    Parameters
+    ----------
+    file
+        The file to map.
+    offset
+        Bytes to skip at the start of the file.
+    shape
+        Shape of the array.
+
+    Returns
+    -------
+    ndarray
+        uint8, read-only.
 
     Raises
     ------
     OSError, ValueError
         If the file cannot be mapped, or is too short.
     """
-    _end_when_cut_short()
+    _end_when_truncated()
     array = np.memmap(file, np.uint8, "r", offset, shape)
     _mapped[file] = max(offset + array.nbytes, _mapped.get(file, 0))
     return array
@@ -31,10 +45,10 @@ _mapped: dict[Path, int] = {}
 
 
 @functools.cache
-def _end_when_cut_short() -> Any:
+def _end_when_truncated() -> Any:
     """Handle SIGBUS, where it exists: the system sends it to a thread that reads a page beyond the end of its file.
 
-    Python runs its own handlers later, but the thread cannot continue. So this handler is called by the C library, in
+    Python defers its handlers, but the thread cannot continue. So this one is installed in the C library and runs in
     the reading thread, which is in the middle of a kernel and holds no lock that the handler would need.
     """
     if not hasattr(signal, "SIGBUS"):
@@ -43,11 +57,11 @@ def _end_when_cut_short() -> Any:
     set_handler = ctypes.CDLL(None).signal
     set_handler.restype, set_handler.argtypes = ctypes.c_void_p, (ctypes.c_int, type(handler))
     set_handler(signal.SIGBUS, handler)
-    return handler  # which the cache keeps alive
+    return handler  # the cache keeps it alive
 
 
 def _end(number: int) -> None:
     short = [file for file, end in _mapped.items() if not file.exists() or file.stat().st_size < end]
-    line = f"error: {short[0] if short else 'a mapped file'} was cut short while it was read: put back the whole file\n"
+    line = f"error: {short[0] if short else 'a mapped file'} was truncated while in use: restore the complete file\n"
     os.write(2, b"\n" * sys.stderr.isatty() + line.encode())
     os._exit(2)

@@ -9,7 +9,7 @@ import pytest
 
 from bench.measure import interleave
 from bench.measure.records import Comparison
-from bench.peers import PEERS, best_form, competitor, expected_parameters, update_error, verified
+from bench.peers import PEERS, Form, best_form, competitor, expected_parameters, update_error, verified
 from bench.peers.pytorch import PyTorch, PyTorchByHand
 from bench.peers.task import Competitor, Learner, Task, UnavailableError, tolerance
 from bench.studies import head_to_head, memory, mini_batches, time_to_accuracy
@@ -182,6 +182,7 @@ def without_frameworks(monkeypatch):
     monkeypatch.setattr("bench.peers.task.importlib", SimpleNamespace(import_module=import_module))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_frameworks")
 def test_head_to_head_says_who_is_missing(tmp_path):
     found = head_to_head.measure(noisy_patterns(784, train=600), quick=True)
@@ -351,6 +352,33 @@ def test_time_to_accuracy_is_drawn(tmp_path):
     )
     time_to_accuracy.draw(found, "", tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("numba", "title"),
+    [
+        ([2.5, 3.0], "92.21% test accuracy in 1.5 s: sparse"),
+        ([1.9, 9.0], "To 92.21% test accuracy, the ranges of sparse, numba overlap"),
+    ],
+)
+def test_overlapping_ranges_are_not_ranked(numba, title):
+    times = Comparison("", {"sparse": [1.0, 2.0], "numba": numba})
+    found = time_to_accuracy.Found(0.9221, {}, {}, times, {}, [], {})
+    assert time_to_accuracy._title(found) == title
+
+
+def test_bfloat16_is_another_category_with_its_error(tmp_path, monkeypatch):
+    words = []
+    monkeypatch.setattr(head_to_head, "label", lambda axes, text, *place: words.append(text))
+    steps = Comparison(
+        "", {"numpy": [3.0], "sparse": [1.0], "PyTorch bfloat16": [0.5], head_to_head.BIG_PRODUCTS: [2.0]}
+    )
+    forms = {"dense": ["numpy"], "sparse": ["sparse"], "bfloat16": ["PyTorch bfloat16"]}
+    tried = {"PyTorch bfloat16": {"autocast": Form(error=0.0017)}}
+    found = head_to_head.Found(forms, steps, tried)
+    head_to_head.draw(found, "", tmp_path / "figure.png")
+    assert words[-1] == "dense in bfloat16: another category, its updates off by 1.7e-03 of their norm"
+    assert head_to_head.fastest_framework(found) is None
 
 
 def test_mini_batches_are_drawn(tmp_path):

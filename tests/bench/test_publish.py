@@ -1,5 +1,6 @@
 """Records, folders of results, claims, figures and the report."""
 
+import dataclasses
 import errno
 import os
 import re
@@ -7,16 +8,18 @@ import signal
 import subprocess
 import sys
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import pytest
 
 from bench.measure.machine import caches, machine
 from bench.measure.records import Comparison, Conditions, RecordError, Rounds, Run, Section, read, write
+from bench.peers import pytorch
 from bench.publish import claims
 from bench.publish.folder import Folder, existing_run, read_folder, save
-from bench.publish.report import write_report
+from bench.publish.report import CAPTIONS, write_report
 from bench.publish.tables import PUBLISHED_RESULTS, ROOT, folders, main_folder
-from bench.studies import epochs
+from bench.studies import STUDIES, epochs, roofline, study
 from tests.support.claims import CLAIMED
 from tests.support.systems import needs_posix
 
@@ -83,6 +86,44 @@ def test_a_verdict_needs_all_runs(tmp_path, numba, verdict):
     assert (cell.low, cell.high, cell.verdict) == (min(numba), max(numba), verdict)
     words = claims.where(claims.BY_KEY["numba-numpy"], [folder])
     assert words == ("on " if verdict == "faster" else "not on ") + folder.machine.name
+
+
+def test_the_peak_bounds_a_ratio(tmp_path):
+    """10 GFLOP/s: a product of 2 · 1024³ operations takes 0.21 s at least; without a peak, nothing is said."""
+    slow = dataclasses.replace(machine(), peak_gflop_per_second=10.0)
+    claim = claims.BY_KEY["product-1024-1"]
+    assert claim.at_peak(Folder(tmp_path, slow, [])) == pytest.approx(2 * 1024**3 / 1e10)
+    unknown = dataclasses.replace(slow, peak_gflop_per_second=None)
+    assert claim.at_peak(Folder(tmp_path, unknown, [])) is None
+    assert claims.BY_KEY["sparse-numpy"].at_peak(Folder(tmp_path, slow, [])) is None
+
+
+def test_the_step_of_sparse_is_bound_by_its_non_zeros(tmp_path):
+    """A fifth of 60,000 images' pixels are not zero."""
+    dense = 60_000 * claims.FLOP_OF_IMAGE
+    placed = [
+        roofline.Placed(name, which, dense // share, 1.0, Rounds([1.0]))
+        for name, share in (("numba", 1), ("sparse", 5))
+        for which in ("forward", "backward")
+    ]
+    run = Run({"roofline": Section(CONDITIONS, roofline.Found(10.0, {}, dense, placed))})
+    folder = Folder(tmp_path, dataclasses.replace(machine(), peak_gflop_per_second=10.0), [run])
+    numba, sparse = (claims.BY_KEY[f"batch-{key}-128"].at_peak(folder) for key in ("numba-torch", "sparse-torch"))
+    assert numba == pytest.approx(128 * 2 * claims.FLOP_OF_IMAGE / 1e10)
+    assert sparse == pytest.approx(numba / 5)
+
+
+def test_every_figure_has_a_caption():
+    drawn = [name for name in STUDIES if hasattr(study(name), "draw")]
+    assert set(CAPTIONS) == {"claims", *drawn}
+
+
+def test_what_mkl_says_of_itself(monkeypatch):
+    said = "MKL_VERBOSE oneMKL 2024.0 for AVX2, Lnx\nMKL_VERBOSE SGEMM(N,N,64)\n"
+    monkeypatch.setattr(pytorch.subprocess, "run", lambda *command, **options: SimpleNamespace(stdout=said))
+    assert pytorch.mkl_code_path.__wrapped__() == "oneMKL 2024.0 for AVX2, Lnx"
+    said = ""  # without PyTorch
+    assert pytorch.mkl_code_path.__wrapped__() is None
 
 
 def test_caches_are_those_of_the_system(tmp_path):

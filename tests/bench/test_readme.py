@@ -33,7 +33,7 @@ def test_every_table_is_used_and_every_marker_known():
 
 
 def test_speed_is_claimed_by_the_claim_table_alone():
-    """What stands between markers is generated, quantifier included."""
+    """Text between markers is generated, including the quantifier."""
     text = re.sub(r"<!-- ([\w-]+) -->.*?<!-- /\1 -->", "", README.read_text(), flags=re.DOTALL)
     assert CLAIMED.findall(text) == []
 

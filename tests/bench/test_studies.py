@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from bench.benchmarks.bench_epoch import FLOP_OF_PRODUCTS
-from bench.measure.records import Rounds
+from bench.measure.records import Comparison, Rounds
+from bench.peers.task import UnavailableError
 from bench.publish import style
-from bench.studies import break_even, roofline, scaling, workers
+from bench.studies import break_even, products, roofline, scaling, workers
 from kernels import get_backend, simd
 from model import published
 from model.data import limited, load_idx
@@ -44,9 +45,20 @@ def test_mini_batches_train_as_the_trainer_does(digits28, size):
     few, mlp, timed = limited(digits28, 50), MLP(), MLP()
     train(mlp, get_backend("numpy"), few, epochs=1, batch_size=size, learning_rate=scaling.LEARNING_RATE)
     with thread_pool(1) as run:
-        scaling.mini_batches(run, "numpy", timed, few, size)()
+        scaling.mini_batches(run, "numpy", timed, few, size, count=-(-50 // size))()
     for ours, theirs in zip(timed.parameters, mlp.parameters):
         np.testing.assert_array_equal(ours, theirs)
+
+
+def test_batches_of_the_scaling_study_change():
+    seen = []
+    take = scaling.take_batches(lambda rows: seen.append(rows.tolist()), images=10, size=4, count=2)
+    for _ in range(3):
+        take()
+    assert [len(rows) for rows in seen] == [4, 4, 2, 4, 4, 2]
+    epochs = [[row for rows in seen[start : start + 3] for row in rows] for start in (0, 3)]
+    assert [sorted(rows) for rows in epochs] == [list(range(10))] * 2
+    assert epochs[0] != epochs[1]
 
 
 def test_a_part_of_an_epoch_is_scaled_up(monkeypatch):
@@ -98,6 +110,56 @@ def test_multiply_adds_are_done():
     values = np.full(simd.REGISTER_BYTES // 4, 0.5, np.float32)
     roofline.run_chains(values, 3)
     assert set(values) == {sum(range(roofline.CHAINS)) + 3 * 0.25 * roofline.CHAINS}
+
+
+@pytest.mark.parametrize("transposes", products.TRANSPOSES)
+@pytest.mark.parametrize("shape", [(2, 30, 7), (5, 64, 33)])
+def test_products_in_all_transposes(shape, transposes):
+    """Every library there is, verified; the operands lie in memory as their names say."""
+    m, k, n = shape
+    a, b = products.operands(shape, transposes)
+    assert (a.shape, b.shape) == ((m, k), (k, n))
+    assert (not a.flags.c_contiguous) == ("Aᵀ" in transposes)
+    assert (not b.flags.c_contiguous) == ("Bᵀ" in transposes)
+    libraries, skipped = products.torch_libraries()
+    found = products.swept(shape, transposes, libraries, rounds=1)
+    assert list(found.seconds.seconds) == ["numba", "OpenBLAS", *libraries]
+    assert {*libraries, *skipped} == {"MKL", "oneDNN"}
+
+
+def test_a_wrong_product_is_not_timed():
+    def wrong(a, b):
+        return lambda: a[:, :-1] @ b[:-1]
+
+    with pytest.raises(AssertionError, match=r"wrong, AB at \(3, 40, 5\)"):
+        products.swept((3, 40, 5), "AB", {"wrong": wrong}, rounds=1)
+
+
+def test_sums_of_the_largest_operands_are_exact():
+    deepest = max(k for shapes in products.SHAPES.values() for _, k, _ in shapes)
+    assert 8 * 8 * deepest < 2**24
+
+
+def test_the_weakest_shape_is_in_the_title(tmp_path, monkeypatch):
+    titles = []
+    monkeypatch.setattr("matplotlib.figure.Figure.suptitle", lambda self, text, **look: titles.append(text))
+    sweep = [
+        products.Swept(shape, transposes, Comparison("", {"numba": [seconds], "OpenBLAS": [1.0]}))
+        for shape in ((1, 2, 3), (4, 5, 6))
+        for transposes, seconds in zip(products.TRANSPOSES, (0.5, 0.75, 1.5 if shape == (4, 5, 6) else 1.0, 0.9))
+    ]
+    products.draw(products.Found([], sweep), "", tmp_path / "products.png")
+    assert titles == ["numba's weakest shape: ABᵀ at 4 × 5 × 6, 1.50 × OpenBLAS's time"]
+    products.draw(products.Found([]), "", tmp_path / "nothing.png")
+    assert not (tmp_path / "nothing.png").exists()
+
+
+def test_without_pytorch_its_libraries_are_skipped(monkeypatch):
+    def package(name):
+        raise UnavailableError("torch is not installed")
+
+    monkeypatch.setattr(products, "package", package)
+    assert products.torch_libraries() == ({}, dict.fromkeys(("MKL", "oneDNN"), "torch is not installed"))
 
 
 def test_break_even():

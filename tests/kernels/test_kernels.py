@@ -24,7 +24,7 @@ shares = st.sampled_from([0.01, 0.1, 0.5])
 
 
 def laid_out(array, layout):
-    """A view equal to `array`, with another memory layout."""
+    """A view equal to `array`, with a different memory layout."""
     if layout == "transposed":
         return np.ascontiguousarray(array.T).T
     if layout == "every second":
@@ -51,7 +51,7 @@ def random_images(rng, shape, density):
 
 
 def with_special_values(rng, shape, dtype, share):
-    """Ordinary numbers, and among them zeros of both signs, denormals, infinities and NaN."""
+    """Ordinary numbers mixed with zeros of both signs, denormals, infinities and NaN."""
     tiny = np.finfo(dtype).smallest_subnormal
     special = rng.choice(np.array([0.0, -0.0, 3 * tiny, -tiny, np.inf, -np.inf, np.nan], dtype), shape)
     return np.where(rng.random(shape) < share, special, random_matrix(rng, shape, dtype))
@@ -99,8 +99,8 @@ def test_products_of_prepared_images(backend, n, pixels, m, density, dtype, layo
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_products_of_the_network(backend, dtype, record_property):
-    """The shapes of a step, at 30 images for the sake of pure Python; the largest errors are recorded."""
+def test_products_at_the_networks_shapes(backend, dtype, record_property):
+    """The shapes of a step, with 30 images so that pure Python can keep up; the largest errors are recorded."""
     rng = np.random.default_rng(0)
     x = rng.random((30, 784)).astype(dtype) * (rng.random((30, 784)) < 0.2)
     weights_1, weights_2 = random_matrix(rng, (784, 128), dtype), random_matrix(rng, (128, 10), dtype)
@@ -141,7 +141,7 @@ def test_relu_and_its_gradient(backend, n, m, dtype, layout, other, seed):
 @property_test
 @given(n=sizes, classes=st.integers(1, 20), dtype=dtypes, layout=layouts, seed=seeds)
 def test_softmax_grad(backend, n, classes, dtype, layout, seed):
-    """Rows of very different size in one batch: a maximum that is not the row's own would underflow or overflow."""
+    """Rows of very different magnitude in one batch: subtracting another row's maximum would underflow or overflow."""
     rng = np.random.default_rng(seed)
     row_scales = rng.choice([0.0, 1e-40, 1.0, 30.0, 1e4], (n, 1))
     offsets = rng.choice([0.0, 1e4, -1e4], (n, 1))
@@ -173,7 +173,7 @@ def test_matmul_of_special_values(backend, n, k, m, dtype, layout, share, seed, 
 @given(n=sizes, pixels=sizes, m=sizes, density=st.floats(0, 1), dtype=dtypes, share=shares, seed=seeds)
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_products_of_prepared_images_with_special_values(backend, n, pixels, m, density, dtype, share, seed):
-    """What sparse promises is that a pixel of 0 adds nothing to a sum, whatever it is multiplied with."""
+    """On sparse, a pixel of 0 adds nothing to a sum, whatever its factor."""
     rng = np.random.default_rng(seed)
     images = random_images(rng, (n, pixels), density)
     exact, x = np.divide(images, 255, dtype=dtype), backend.prepare(images, dtype)
@@ -194,7 +194,7 @@ def test_softmax_grad_of_special_values(backend, n, classes, dtype, layout, shar
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_repeated_rows(backend, dtype):
-    """Views in which all rows are the same memory."""
+    """Views with a row stride of 0."""
     row, labels = np.linspace(-1, 1, 40, dtype=dtype), np.broadcast_to(np.int64(3), 9)
     rows = np.broadcast_to(row, (9, 40))
     assert_product(backend.matmul(rows, rows.T), rows, rows.T)
@@ -207,7 +207,7 @@ def test_repeated_rows(backend, dtype):
 
 
 @pytest.mark.parametrize("images", [0, 1])
-def test_batches_of_no_and_of_one_image(backend, images):
+def test_empty_batch_and_single_image(backend, images):
     rng = np.random.default_rng(0)
     mlp = MLP((30, 20, 10), dtype=np.float64)
     pixels, labels = random_images(rng, (images, 30), 0.5), rng.integers(0, 10, images)
@@ -219,7 +219,7 @@ def test_batches_of_no_and_of_one_image(backend, images):
     assert loss > 0 if images else loss == correct == 0
 
 
-def test_arguments_are_left_alone(backend):
+def test_arguments_are_not_modified(backend):
     rng = np.random.default_rng(0)
     z, upstream = random_matrix(rng, (6, 7), np.float32), random_matrix(rng, (6, 7), np.float32)
     labels = np.arange(6)
@@ -273,7 +273,7 @@ def test_wrong_arguments(call, message):
 
 
 def test_prepared_images_of_a_wrong_shape(backend):
-    """Each backend has its own form of them."""
+    """Each backend has its own format."""
     x = backend.prepare(np.ones((2, 3), np.uint8))
     with pytest.raises(ValueError, match=r"a \(2, 3\) by b \(4, 5\)"):
         backend.matmul(x, floats(4, 5))

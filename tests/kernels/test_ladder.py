@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from kernels.ladder.assembly import hottest_block, machine_code
+from kernels.ladder.mca import TRIPLES, loops_of, newest_analyzer
 from kernels.ladder.steps import STEPS, in_threads
 from tests.support.reference import assert_product
 
@@ -50,8 +51,8 @@ def test_vectors_appear_with_the_third_step(step):
     assert bool(re.search(packed, block)) == (step != "compiled"), block
 
 
-def run_ladder(*arguments):
-    command = [sys.executable, "-m", "kernels.ladder", *arguments]
+def run_ladder(*arguments, module="kernels.ladder"):
+    command = [sys.executable, "-m", module, *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
@@ -76,3 +77,31 @@ def test_errors_are_one_line_and_exit_code_2(arguments, message):
     assert (result.returncode, result.stdout) == (2, "")
     assert re.fullmatch(r"error: .*\n", result.stderr), result.stderr
     assert message in result.stderr
+
+
+# AVX2; AVX-512 on old and new Intel, and on AMD; NEON.
+CPUS = [(TRIPLES[0], cpu) for cpu in ("haswell", "skylake-avx512", "sapphirerapids", "znver4")]
+CPUS.append((TRIPLES[1], "neoverse-n1"))
+
+
+@pytest.mark.slow
+def test_accumulators_stay_in_registers_on_other_cpus():
+    for (_, cpu), compiled in zip(CPUS, loops_of(CPUS)):
+        for loop in compiled:
+            code = "\n".join(loop.instructions)
+            assert loop.multiply_adds >= 8, (cpu, code)
+            spills = re.findall(r"vmov.*\(%rsp\)|vmov\w+\s+%[xyz]mm\d+, %[xyz]mm\d+|\[sp|mov\s+v\d+", code)
+            assert not spills, (cpu, code)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(newest_analyzer() is None, reason="llvm-mca, a part of LLVM, is not installed")
+def test_predictions_for_other_cpus():
+    result = run_ladder("neoverse-n1", "haswell", module="kernels.ladder.mca")
+    assert result.returncode == 0, result.stderr
+    dense = [int(share) for share in re.findall(r"(?:neoverse-n1|haswell) +\S+ +\S+ +(\d+)%", result.stdout)]
+    assert len(dense) == 2
+    assert dense[0] >= 95, result.stdout
+    unknown = run_ladder("no-such-cpu", module="kernels.ladder.mca")
+    assert unknown.returncode == 2
+    assert re.fullmatch(r"error: .*LLVM knows no CPU called 'no-such-cpu'.*\n", unknown.stderr)

@@ -1,4 +1,4 @@
-"""The compiled kernels stay inside their arrays, are right at every edge, and never run stale code."""
+"""The compiled kernels stay inside their arrays, are correct at every edge, and never run stale code."""
 
 import importlib.util
 import itertools
@@ -37,7 +37,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def shapes(dtype):
-    """(m, k, n) with nothing, one, and one more or less than what fits, in each dimension."""
+    """(m, k, n) with 0, 1, and one more or less than a multiple of the block, in each dimension."""
     width, edge = TILE_BYTES // dtype().itemsize, EDGE_BYTES // dtype().itemsize
     columns = [0, 1, edge + 1, width, 2 * width - 1]
     yield from itertools.product([0, 1, MR - 1, 2 * MR + 1], [0, 1, 5], columns)
@@ -70,30 +70,23 @@ def test_matmul_stays_inside_its_arrays(layout_a, layout_b, place, dtype):
 @every_dtype
 @every_place
 @pytest.mark.parametrize("layout", ["row-major", "misaligned"])
-def test_relu_stays_inside_its_arrays(layout, place, dtype):
+@pytest.mark.parametrize(
+    ("kernel", "inputs", "expected"),
+    [
+        (numba_backend.relu, 1, lambda z: np.maximum(z, 0)),
+        (numba_backend.relu_grad, 2, lambda upstream, activations: np.where(activations > 0, upstream, 0)),
+    ],
+    ids=["relu", "relu_grad"],
+)
+def test_relu_and_its_gradient_stay_inside_their_arrays(kernel, inputs, expected, layout, place, dtype):
     for size in range(70):
-        z = Guarded(integers((1, size), dtype), layout, place)
+        arguments = [Guarded(integers((1, size), dtype, seed), layout, place) for seed in range(inputs)]
         out = Guarded(np.full((1, size), np.nan, dtype), place=place)
-        numba_backend.relu(z.read_only(), out.array)
-        z.assert_unchanged()
+        kernel(*(argument.read_only() for argument in arguments), out.array)
+        for argument in arguments:
+            argument.assert_unchanged()
         out.assert_canaries_live()
-        np.testing.assert_array_equal(out.array, np.maximum(z.array, 0))
-
-
-@needs_mprotect
-@every_dtype
-@every_place
-@pytest.mark.parametrize("layout", ["row-major", "misaligned"])
-def test_relu_grad_stays_inside_its_arrays(layout, place, dtype):
-    for size in range(70):
-        upstream = Guarded(integers((1, size), dtype, 1), layout, place)
-        activations = Guarded(integers((1, size), dtype, 2), layout, place)
-        out = Guarded(np.full((1, size), np.nan, dtype), place=place)
-        numba_backend.relu_grad(upstream.read_only(), activations.read_only(), out.array)
-        upstream.assert_unchanged()
-        activations.assert_unchanged()
-        out.assert_canaries_live()
-        np.testing.assert_array_equal(out.array, np.where(activations.array > 0, upstream.array, 0))
+        np.testing.assert_array_equal(out.array, expected(*(argument.array for argument in arguments)))
 
 
 @needs_mprotect
@@ -121,7 +114,7 @@ def test_softmax_grad_stays_inside_its_arrays(layout, place, dtype):
 
 @every_dtype
 @pytest.mark.parametrize("kind", [np.matrix, np.memmap])
-def test_subclasses_are_read_as_plain_arrays(kind, dtype):
+def test_array_subclasses_are_read_as_plain_arrays(kind, dtype):
     backend, plain = get_backend("numba"), integers((5, 5), dtype)
     array = plain.view(kind)
     np.testing.assert_array_equal(backend.relu(array), np.maximum(plain, 0))
@@ -133,7 +126,7 @@ def test_subclasses_are_read_as_plain_arrays(kind, dtype):
         np.testing.assert_array_equal(mine, other)
 
 
-def test_what_is_no_array_is_refused():
+def test_non_arrays_are_refused():
     with pytest.raises(TypeError):
         get_backend("numba").matmul(get_backend("sparse").prepare(np.ones((2, 3), np.uint8)), np.ones((3, 2), "f4"))
 
@@ -150,7 +143,7 @@ def assert_product(m, k, n, dtype, layout="C"):
 
 
 @every_dtype
-def test_every_remainder_of_a_tile(dtype):
+def test_products_are_right_for_every_remainder_of_a_tile(dtype):
     width = TILE_BYTES // dtype().itemsize
     for m, n in itertools.product(range(1, 2 * MR + 2), range(1, 2 * width + 2)):
         assert_product(m, 3, n, dtype)
@@ -158,7 +151,7 @@ def test_every_remainder_of_a_tile(dtype):
 
 @every_dtype
 @pytest.mark.parametrize("layout", ["C", "F"])
-def test_remainders_of_blocks(layout, dtype):
+def test_products_are_right_around_the_ends_of_blocks(layout, dtype):
     nc, width = NC_BYTES // dtype().itemsize, TILE_BYTES // dtype().itemsize
     for k in [0, 1, KC - 1, KC, KC + 1, 2 * KC + 1]:
         assert_product(MR + 1, k, width + 1, dtype, layout)
@@ -170,7 +163,7 @@ def test_remainders_of_blocks(layout, dtype):
 
 
 @every_dtype
-def test_rounding_errors_are_those_of_fused_sums(dtype):
+def test_rounding_errors_are_those_of_fused_multiply_adds(dtype):
     generator = np.random.default_rng(0)
     a, b = (generator.standard_normal(shape).astype(dtype) for shape in [(70, 1000), (1000, 70)])
     exact = a.astype(np.longdouble) @ b.astype(np.longdouble)
@@ -181,7 +174,7 @@ def test_rounding_errors_are_those_of_fused_sums(dtype):
 
 @every_dtype
 @pytest.mark.parametrize("layout", ["C", "F"])
-def test_a_row_has_the_same_bits_in_any_company(layout, dtype):
+def test_bits_of_a_row_do_not_depend_on_other_rows(layout, dtype):
     generator = np.random.default_rng(0)
     a, b, bias = (generator.standard_normal(shape).astype(dtype) for shape in [(150, 900), (900, 10), 10])
     whole = get_backend("numba").matmul(np.asarray(a, order=layout), b, bias)
@@ -193,8 +186,8 @@ def test_a_row_has_the_same_bits_in_any_company(layout, dtype):
 @every_dtype
 @pytest.mark.parametrize("layout_b", ["C", "F"])
 @pytest.mark.parametrize("layout_a", ["C", "F"])
-def test_bits_do_not_depend_on_how_a_product_is_cut(layout_a, layout_b, dtype):
-    """Few rows, copied columns and packed squares give what the same rows have in other company, or one by one."""
+def test_bits_do_not_depend_on_blocking(layout_a, layout_b, dtype):
+    """Few rows, copied columns and packed blocks give the same bits as the rows in a larger product, or one by one."""
     generator = np.random.default_rng(0)
     k, n = 2 * KC + 3, 4 * TILE_BYTES // dtype().itemsize + 5
     a, b, bias = (generator.standard_normal(shape).astype(dtype) for shape in [(PACK_ROWS + 9, k), (k, n), n])
@@ -296,13 +289,17 @@ def finish(probe):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("cpu", "features", "register_bytes"), [("generic", "", 16), ("haswell", "+avx,+avx2,+fma", 32)]
+    ("settings", "register_bytes"),
+    [
+        ({"NUMBA_CPU_NAME": "generic"}, 16),
+        ({"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx,+avx2,+fma"}, 32),
+    ],
+    ids=["generic", "haswell"],
 )
-def test_narrower_vectors(cpu, features, register_bytes, tmp_path):
+def test_products_are_right_on_a_cpu_with_narrower_vectors(settings, register_bytes):
     if register_bytes > simd.REGISTER_BYTES:
         pytest.skip("this CPU has no vectors as wide")
-    probe = start_probe("f4", "f8", NUMBA_CPU_NAME=cpu, NUMBA_CPU_FEATURES=features, NUMBA_CACHE_DIR=str(tmp_path))
-    assert finish(probe)[1:] == (register_bytes, True, 0, 0.5)
+    assert finish(start_probe("f4", "f8", **settings))[1:] == (register_bytes, True, 0, 0.5)
 
 
 OTHERS = {
@@ -315,7 +312,7 @@ OTHERS = {
 
 @pytest.fixture(scope="module", params=OTHERS.values(), ids=OTHERS)
 def other(request, tmp_path_factory):
-    """The module as it is compiled for other vector registers; LLVM makes what this CPU lacks of what it has."""
+    """The module compiled for other vector registers; LLVM emulates instructions that this CPU lacks."""
     for dtype in np.float32, np.float64:  # compile for this CPU what results are compared with
         one = np.ones((1, 1), dtype)
         get_backend("numba").softmax_grad(get_backend("numba").matmul(one, one), np.zeros(1, int))
@@ -332,7 +329,7 @@ def other(request, tmp_path_factory):
 @pytest.mark.slow
 @every_dtype
 def test_products_for_other_cpus_have_the_same_bits(other, dtype):
-    """An element is the same chain of multiply-adds, however wide a vector and however large a tile."""
+    """An element is the same chain of multiply-adds for any vector width and tile size."""
     generator = np.random.default_rng(0)
     mr, deep = other.MR, max(other.KC_TRANSPOSED, other.KC_FEW)
     width, edge = (size // dtype().itemsize for size in (other.TILE_BYTES, other.EDGE_BYTES))
@@ -354,7 +351,7 @@ def test_products_for_other_cpus_have_the_same_bits(other, dtype):
 @pytest.mark.slow
 @every_dtype
 @pytest.mark.parametrize("classes", [1, 2, 9, 10, 33])
-def test_softmax_for_other_cpus(other, classes, dtype):
+def test_softmax_for_other_cpus_agrees_within_rounding(other, classes, dtype):
     """Its sums are added in another order, so they may differ by the rounding of as many terms."""
     logits = np.random.default_rng(0).standard_normal((7, classes)).astype(dtype)
     labels = np.arange(7) % classes
@@ -368,7 +365,7 @@ def test_softmax_for_other_cpus(other, classes, dtype):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chosen_by_user", [False, True])
-def test_no_stale_code_after_an_edit(chosen_by_user, tmp_path):
+def test_an_edit_of_either_file_compiles_anew(chosen_by_user, tmp_path):
     shutil.copytree(ROOT / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
     environment = {"NUMBA_CACHE_DIR": str(tmp_path / "cache")} if chosen_by_user else {}
 
@@ -392,18 +389,19 @@ def test_no_stale_code_after_an_edit(chosen_by_user, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_start_on_an_empty_cache(tmp_path):
-    both = [start_probe(*dtypes, NUMBA_CACHE_DIR=str(tmp_path)) for dtypes in [("f4", "f8"), ("f8", "f4")]]
-    for seconds, _, right, relu, gradient in map(finish, both):
+def test_two_processes_that_start_on_an_empty_cache_fill_it_together(tmp_path):
+    """They compile the same kernels at the same time; whoever comes later finds them."""
+    both = [start_probe(NUMBA_CACHE_DIR=str(tmp_path)) for _ in range(2)]
+    for seconds, *_, relu, gradient in map(finish, both):
         assert seconds > 0
-        assert (right, relu, gradient) == (True, 0, 0.5)
-    seconds, _, right, *_ = finish(start_probe("f4", "f8", NUMBA_CACHE_DIR=str(tmp_path)))
-    assert right
+        assert (relu, gradient) == (0, 0.5)
+    seconds, *_, relu, gradient = finish(start_probe(NUMBA_CACHE_DIR=str(tmp_path)))
     assert seconds == 0
+    assert (relu, gradient) == (0, 0.5)
 
 
 @pytest.mark.slow
-def test_a_cache_that_cannot_be_written_is_done_without(tmp_path):
+def test_an_unwritable_cache_is_no_error(tmp_path):
     (tmp_path / "file").touch()
     seconds, *_, relu, gradient = finish(start_probe(NUMBA_CACHE_DIR=str(tmp_path / "file" / "folder")))
     assert seconds > 0
@@ -412,7 +410,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path):
 
 @pytest.mark.slow
 def test_settings_that_change_the_code_do_not_share_a_cache(tmp_path):
-    """Each run finds a cache that the runs with other settings have filled, and compiles; the first finds its own."""
+    """Each run sees a cache filled under other settings, and compiles; a repeated setting reuses its own entry."""
     settings = {
         "NUMBA_OPT": "0",
         "NUMBA_BOUNDSCHECK": "1",
@@ -434,7 +432,7 @@ def test_settings_that_change_the_code_do_not_share_a_cache(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_damaged_cache_is_compiled_anew(tmp_path):
+def test_a_damaged_cache_file_is_compiled_again(tmp_path):
     def run():
         seconds, *_, relu, gradient = finish(start_probe(NUMBA_CACHE_DIR=str(tmp_path)))
         assert (relu, gradient) == (0, 0.5)
@@ -458,7 +456,7 @@ def test_a_damaged_cache_is_compiled_anew(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("full_at", ["write_bytes", "mkdir"])
-def test_a_full_disk_is_done_without(full_at, tmp_path):
+def test_a_full_disk_gives_one_warning(full_at, tmp_path):
     """As if the disk were full at the first write, or at the first folder."""
     code = textwrap.dedent(f"""
         import errno, os, pathlib
@@ -476,8 +474,8 @@ def test_a_full_disk_is_done_without(full_at, tmp_path):
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_kernels_need_the_compiler():
-    """One line that names the variable, where a backend is asked for as well as where a kernel first runs."""
+def test_without_the_compiler_one_line_names_the_variable():
+    """Where a backend is asked for as well as where a kernel first runs."""
     code = textwrap.dedent("""
         import os
         from kernels import get_backend

@@ -1,4 +1,4 @@
-"""The sparse form of images, and the products with it: nothing lost, nothing touched outside, nothing to notice."""
+"""The sparse format of images and its products: lossless, in bounds, equal to dense products."""
 
 import itertools
 import subprocess
@@ -32,7 +32,7 @@ def random_images(shape, density, seed=0):
 
 
 def decode(nonzeros, shape, group=GROUP):
-    """The matrix of bytes, from the description of the form alone."""
+    """The matrix of bytes, decoded by the documented format alone."""
     n, k = shape
     matrix = np.zeros((n + 1, k), np.uint8)
     values = iter(nonzeros.values.tolist())
@@ -86,7 +86,7 @@ def test_transpose(sparse):
 
 
 def test_only_non_zeros_take_memory(sparse):
-    """A byte for a non-zero, and 12 bytes for each row of a block that has any, or of the first block."""
+    """A byte per non-zero, and 12 bytes per row in each block where it has any, and in the first block."""
     images = random_images((512, 784), 0.19)
     x = sparse.prepare(images)
     for form in x.nonzeros, x.transposed:
@@ -95,7 +95,7 @@ def test_only_non_zeros_take_memory(sparse):
     assert sparse.prepare(np.zeros_like(images)).nbytes <= 12 * sum(images.shape) + 1000
 
 
-def test_rows_are_visited_from_the_fullest_to_the_emptiest(sparse):
+def test_rows_are_sorted_by_non_zeros(sparse):
     """So the trip count of the innermost loop repeats, and its exit branch predicts well."""
     nonzeros = sparse.prepare(random_images((130, 3 * BLOCK), 0.3)).nonzeros
     for masks in np.split(nonzeros.masks, np.cumsum(nonzeros.groups)[:-1] * GROUP):
@@ -142,7 +142,7 @@ def test_strided_arguments(sparse, dtype):
     assert_product(sparse.matmul(x.T, weights[::-1][:11]), exact.T, weights[::-1][:11])
 
 
-def test_more_pixels_than_two_bytes_can_count(sparse):
+def test_more_pixels_than_16_bits_can_count(sparse):
     images = random_images((3, 70_000), 0.01)
     x, exact = sparse.prepare(images), np.divide(images, 255, dtype=np.float32)
     weights, upstream = (np.random.default_rng(0).standard_normal((n, 5)).astype(np.float32) for n in (70_000, 3))
@@ -151,7 +151,7 @@ def test_more_pixels_than_two_bytes_can_count(sparse):
 
 
 @pytest.mark.parametrize(("n", "pixels", "hidden"), [(0, 5, 3), (3, 5, 0), (3, 0, 4), (0, 0, 0)])
-def test_nothing_to_multiply(sparse, n, pixels, hidden):
+def test_empty_products(sparse, n, pixels, hidden):
     x = sparse.prepare(np.ones((n, pixels), np.uint8))
     bias = np.arange(hidden, dtype=np.float32)
     result = sparse.matmul(x, np.ones((pixels, hidden), np.float32), bias)
@@ -173,8 +173,8 @@ def test_results_stay_with_their_images(sparse):
 
 
 @every_dtype
-def test_a_row_depends_on_itself_alone(sparse, dtype):
-    """Bit for bit: neither on the rows it is visited with nor on its place among them, down to the sign of a zero."""
+def test_bits_of_a_row_do_not_depend_on_other_rows(sparse, dtype):
+    """Bit for bit, including the sign of zeros, for any other rows in its group and any position among them."""
     rng = np.random.default_rng(0)
     images = np.concatenate([random_images((40, 150), density, seed) for seed, density in enumerate([0, 0.1, 0.3, 1])])
     staircase = 9 * np.tri(40, 150, -1, dtype=np.uint8)  # no two rows visited together have as many non-zeros
@@ -192,7 +192,7 @@ def test_a_row_depends_on_itself_alone(sparse, dtype):
 
 @every_dtype
 @pytest.mark.parametrize("nasty", [np.nan, np.inf, -np.inf])
-def test_weights_that_are_not_finite_reach_only_images_with_ink_there(sparse, dtype, nasty):
+def test_non_finite_weights_reach_only_images_with_ink_there(sparse, dtype, nasty):
     images = random_images((65, 200), 0.3)
     images[::7] = 0
     images[3] = 0
@@ -270,7 +270,7 @@ def test_encode_stays_inside_its_arrays(layout, place, monkeypatch):
     scope="module", params=[(16, 16, False), (16, 32, False), (64, 32, True)], ids=["SSE", "NEON", "AVX-512"]
 )
 def other(request, tmp_path_factory):
-    """The backend as it is compiled for other vector registers; LLVM makes what this CPU lacks of what it has."""
+    """The backend compiled for other vector registers; LLVM emulates instructions that this CPU lacks."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(numba.config, "CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         for name, value in zip(("REGISTER_BYTES", "REGISTERS", "HAS_COMPRESS"), request.param):
@@ -296,15 +296,15 @@ def test_images_are_kept_exactly_on_other_cpus(other, digits28):
 def test_products_on_other_cpus(other, dtype):
     for hidden in HIDDEN:
         test_products_of_every_size(other, hidden, dtype)
-    test_a_row_depends_on_itself_alone(other, dtype)
-    test_weights_that_are_not_finite_reach_only_images_with_ink_there(other, dtype, np.nan)
+    test_bits_of_a_row_do_not_depend_on_other_rows(other, dtype)
+    test_non_finite_weights_reach_only_images_with_ink_there(other, dtype, np.nan)
 
 
 # Dense images ------------------------------------------------------------------------------------------------------
 
 
-def test_dense_images_are_worth_one_warning():
-    """In a new process, as it is given once; sparse images, and few dense ones, are not worth any."""
+def test_dense_images_give_one_warning():
+    """In a new process, as it appears only once; sparse images, or few dense ones, give none."""
     program = textwrap.dedent("""
         import warnings
         from concurrent.futures import ThreadPoolExecutor

@@ -58,7 +58,7 @@ def in_threads(function):
 
 @pytest.fixture
 def blas_on_one_thread():
-    """As in training: OpenBLAS rounds differently on several."""
+    """As in training: with several threads, OpenBLAS rounds differently."""
     with threadpool_limits(1, user_api="blas"):
         yield
 
@@ -77,7 +77,7 @@ def test_threads_do_not_disturb_each_other(backend):
 @pytest.mark.slow
 @pytest.mark.usefixtures("blas_on_one_thread")
 def test_first_calls_from_many_threads(backend):
-    """In a new process, where all of them find that the kernels have yet to be compiled, or loaded from the cache."""
+    """In a new process, where all threads race to compile the kernels or load them from the cache."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         results = process.submit(first_calls, backend.name).result(SECONDS)
     assert results == [work(backend, 0)] * THREADS
@@ -106,7 +106,7 @@ def forks(test):
 
 @forks
 def test_a_fork_waits_for_a_kernel_that_is_being_compiled():
-    """Else its child, which lacks the thread that compiles, would wait for that for ever."""
+    """Otherwise the child, which lacks the compiling thread, would wait for it for ever."""
     compiling, finish, codes = threading.Event(), threading.Event(), []
 
     def wait_while_compiling(dtype):
@@ -129,7 +129,7 @@ def test_a_fork_waits_for_a_kernel_that_is_being_compiled():
 
 
 def kernel_that_does_nothing(parameter):
-    """Without a file of its own in the cache: its source is no file."""
+    """Without a file in the cache, as its source is not a file."""
     namespace = {}
     exec("def nothing(x): pass", namespace)
     return simd.kernel(parameter)(namespace["nothing"])

@@ -1,4 +1,4 @@
-"""Checkpoints: a resumed run ends with the bits of an uninterrupted one, and no accident or forgery does any harm."""
+"""Checkpoints: a resumed run ends with the bits of an uninterrupted one, and no crash or forgery does any harm."""
 
 import errno
 import json
@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-import model.cli
 import model.cli.train as command_line
 from kernels.numpy_backend import NumpyBackend
 from model.data import limited
@@ -36,7 +35,7 @@ CONFIG = Config("numpy", "tiny", "0" * 64, None, 6, 0.3, 1200, 0, 2, 2)
 
 @pytest.fixture
 def file(tmp_path):
-    """A checkpoint in the middle of the second epoch, beside nothing else."""
+    """A checkpoint in the middle of the second epoch, alone in its folder."""
     mlp, state = MLP(SIZES), State.start(0)
     state.history.epochs = [checkpoint.Epoch(1, 2.3, 0.1, None, 0.5), checkpoint.Epoch(2, 2.2, 0.2, 0.25, 0.5)]
     state.steps, state.loss, state.correct, state.seconds = 3, 1.1, 7, 0.1
@@ -44,13 +43,13 @@ def file(tmp_path):
     return tmp_path / "run.safetensors"
 
 
-# Going on
+# Resuming
 
 
 @pytest.mark.parametrize("batch_size", [None, 600])
-def test_a_resumed_run_ends_bitwise_where_the_uninterrupted_one_does(backend, tiny, tmp_path, batch_size):
-    """From before the first step, after each, and after each epoch; and on another number of threads."""
-    mlp, files, dataset = MLP(SIZES), [], limited(tiny, 2600)
+def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(backend, tiny, tmp_path, batch_size):
+    """Resumed before the first step, after each step and each epoch, on a different number of threads."""
+    mlp, files, dataset = MLP(SIZES), [], limited(tiny, 2100)  # two shards
     options = {"epochs": 2, "batch_size": batch_size, "eval_every": 2}
 
     def on_step(state):
@@ -58,7 +57,7 @@ def test_a_resumed_run_ends_bitwise_where_the_uninterrupted_one_does(backend, ti
         save(files[-1], mlp, state, CONFIG)
 
     train(mlp, backend, dataset, **options, threads=1, on_step=on_step)
-    assert len(files) == (5 if batch_size is None else 13)
+    assert len(files) == (5 if batch_size is None else 11)
     expected = load(files[-1])
     for stopped in files[:-1]:
         run = load(stopped)
@@ -68,8 +67,8 @@ def test_a_resumed_run_ends_bitwise_where_the_uninterrupted_one_does(backend, ti
 
 
 @pytest.mark.parametrize(("meant", "done", "epochs"), [(3, 3, 5), (3, 3, 6), (5, 3, 3), (5, 4, 5), (5, 5, 5)])
-def test_going_on_to_another_number_of_epochs_ends_as_if_it_had_been_meant_so(tiny, meant, done, epochs):
-    """The test accuracy after the last epoch included, which is measured though it is not every second one."""
+def test_resuming_with_more_epochs_equals_one_longer_run(tiny, meant, done, epochs):
+    """Includes the test accuracy after the last epoch, which is measured even if `eval_every` skips that epoch."""
     run, expected = (Checkpoint(MLP(SIZES), State.start(0), CONFIG) for _ in range(2))
     options = {"batch_size": 1200, "eval_every": 2}
 
@@ -84,7 +83,7 @@ def test_going_on_to_another_number_of_epochs_ends_as_if_it_had_been_meant_so(ti
     assert_same(run, expected)
 
 
-def test_what_is_saved_is_loaded(file):
+def test_save_and_load_round_trip(file):
     first = load(file)
     again = file.with_name("again")
     save(again, *first)
@@ -98,16 +97,16 @@ def test_what_is_saved_is_loaded(file):
         assert ours.flags.writeable
 
 
-def test_a_state_of_another_run_is_an_error(tiny):
+def test_a_state_from_another_run_is_an_error(tiny):
     state = State.start(0)
     state.steps = 6
-    with pytest.raises(ValueError, match="after step 6 of an epoch, which has only 5"):
+    with pytest.raises(ValueError, match="after step 6 of an epoch that has only 5"):
         train(MLP(SIZES), NumpyBackend(), tiny, epochs=2, batch_size=1200, state=state)
     state.steps, state.history.epochs = 0, [checkpoint.Epoch(1, 0, 0, 0, 0)] * 3
-    with pytest.raises(ValueError, match="3 epochs are done or begun already: epochs must not be less, not 2"):
+    with pytest.raises(ValueError, match="3 epochs are done or begun already: epochs must be at least that, not 2"):
         train(MLP(SIZES), NumpyBackend(), tiny, epochs=2, state=state)
     state.steps = 1
-    with pytest.raises(ValueError, match="4 epochs are done or begun already: epochs must not be less, not 3"):
+    with pytest.raises(ValueError, match="4 epochs are done or begun already: epochs must be at least that, not 3"):
         train(MLP(SIZES), NumpyBackend(), tiny, epochs=3, batch_size=1200, state=state)
 
 
@@ -127,7 +126,7 @@ def test_a_full_disk_leaves_the_old_file(file, monkeypatch, function):
     run.state.steps += 1
     fail_to(function, monkeypatch)
     with pytest.raises(
-        OSError, match=r"cannot write .*run\.safetensors: No space left on device; what was there before is untouched"
+        OSError, match=r"cannot write .*run\.safetensors: No space left on device; the previous content is untouched"
     ):
         save(file, *run)
     assert file.read_bytes() == before
@@ -135,7 +134,7 @@ def test_a_full_disk_leaves_the_old_file(file, monkeypatch, function):
 
 
 @needs_posix
-def test_a_file_that_may_not_grow_leaves_the_old_one(file):
+def test_a_file_size_limit_leaves_the_old_file(file):
     import resource
 
     before, run = file.read_bytes(), load(file)
@@ -152,8 +151,8 @@ def test_a_file_that_may_not_grow_leaves_the_old_one(file):
 
 @needs_posix
 @pytest.mark.parametrize(("function", "steps"), [("os.fsync", 3), ("pathlib.Path.replace", 3), ("os.open", 4)])
-def test_killed_inside_a_write(file, function, steps):
-    """Before the new file is safe on the disk, before it gets its name, and right after."""
+def test_killed_during_a_write(file, function, steps):
+    """Before the new file is synced to disk, before it is renamed, and right after."""
     kill = "lambda *_: os.kill(os.getpid(), signal.SIGKILL)"
     code = f"run.state.steps += 1; {function} = {kill}; save(file, *run)"
     imports = "import os, pathlib, signal; from model.extras.checkpoint import load, save"
@@ -166,7 +165,7 @@ def test_killed_inside_a_write(file, function, steps):
     assert list(file.parent.iterdir()) == [file]
 
 
-def test_saving_what_could_not_be_loaded_is_an_error(file):
+def test_saving_a_non_finite_parameter_is_an_error(file):
     before, run = file.read_bytes(), load(file)
     run.mlp.layers[1][0][2, 3] = np.nan
     with pytest.raises(CheckpointError, match=r"cannot save .*: layers\.1\.weights is not finite"):
@@ -206,8 +205,8 @@ def test_parameters_in_any_layout_are_saved(file, change):
         (lambda array: array.astype(np.float64), "layers.0.weights is float64, not float32"),
         (lambda array: array.astype(np.float16), "layers.0.weights is float16, not float32"),
         (lambda array: array.astype(np.int32), "layers.0.weights is int32, not float32"),
-        (lambda array: array[:1], "layers.0.weights has the shape (1, 6), not (1, 1)"),
-        (lambda array: array[None], "layers.0.weights has the shape"),
+        (lambda array: array[:1], "layers.0.weights has shape (1, 6), not (1, 1)"),
+        (lambda array: array[None], "layers.0.weights has shape"),
     ],
 )
 def test_parameters_that_could_not_be_loaded_are_refused(file, change, message):
@@ -219,7 +218,7 @@ def test_parameters_that_could_not_be_loaded_are_refused(file, change, message):
     assert file.read_bytes() == before
 
 
-def test_numpy_numbers_are_saved_as_pythons(file):
+def test_numpy_scalars_are_saved_as_python_numbers(file):
     expected = load(file)
     numbers = {"hidden": np.int64(6), "learning_rate": np.float32(0.5), "batch_size": np.uint16(1200)}
     numbers |= {"seed": np.int32(0), "epochs": np.int8(2), "eval_every": np.int64(2)}
@@ -234,8 +233,8 @@ def test_numpy_numbers_are_saved_as_pythons(file):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dataset": os.fsencode("x")}, "b'x' is of the type bytes, which a checkpoint cannot hold"),
-        ({"seed": np.arange(3)}, "is of the type ndarray"),
+        ({"dataset": os.fsencode("x")}, "a checkpoint cannot hold b'x', of type bytes"),
+        ({"seed": np.arange(3)}, ", of type ndarray"),
         ({"seed": 2**63}, "its seed is not a whole number"),
         ({"hidden": 7}, "its layer sizes are not those"),
         ({"learning_rate": float("nan")}, "its learning_rate is not a finite number"),
@@ -251,7 +250,7 @@ def test_settings_that_could_not_be_loaded_are_refused(file, changes, message):
     assert file.read_bytes() == before
 
 
-# Two who write one file
+# Concurrent writers
 
 
 HOLD = """if True:
@@ -265,7 +264,7 @@ HOLD = """if True:
 
 @pytest.fixture
 def holder(file):
-    """A process that has the file locked."""
+    """A process that holds the lock."""
     command = [sys.executable, "-c", HOLD, str(file)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "locked\n"
@@ -273,18 +272,18 @@ def holder(file):
         process.kill()
 
 
-def test_a_file_that_another_process_writes_is_left_alone(file, holder, monkeypatch):
+def test_a_file_locked_by_another_process_is_not_written(file, holder, monkeypatch):
     before, run = file.read_bytes(), load(file)
     part = file.with_name(f".{file.name}.{holder.pid}.part")
     part.touch()
     monkeypatch.setattr(files, "PATIENCE", 0.1)
-    with pytest.raises(OSError, match=rf"run\.safetensors is in use, process {holder.pid} writes it: wait until"):
+    with pytest.raises(OSError, match=rf"run\.safetensors is in use by process {holder.pid}: wait until"):
         save(file, *run)
     assert part.exists()
     assert file.read_bytes() == before
 
 
-def test_a_killed_process_leaves_nothing_locked(file, holder):
+def test_a_killed_process_leaves_no_lock(file, holder):
     run = load(file)
     holder.kill()
     holder.wait()
@@ -292,7 +291,7 @@ def test_a_killed_process_leaves_nothing_locked(file, holder):
     assert list(file.parent.iterdir()) == [file]
 
 
-def test_a_writer_waits_for_another(file, holder):
+def test_a_writer_waits_for_the_lock(file, holder):
     run = load(file)
     threading.Timer(0.3, holder.kill).start()
     save(file, *run)
@@ -308,7 +307,7 @@ def test_threads_that_save_to_one_file_take_turns(file):
     assert list(file.parent.iterdir()) == [file]
 
 
-def test_whoever_has_the_lock_may_write(file):
+def test_the_lock_is_reentrant(file):
     run = load(file)
     with locked(file), locked(file.parent / "x" / ".." / file.name):
         save(file, *run)
@@ -316,8 +315,8 @@ def test_whoever_has_the_lock_may_write(file):
     assert list(file.parent.iterdir()) == [file]
 
 
-def test_where_there_are_no_locks_files_are_written_all_the_same(file, monkeypatch):
-    """Some network file systems have none; a part there may be of a living process."""
+def test_files_are_written_without_lock_support(file, monkeypatch):
+    """Some network file systems have no locks, so a temporary file there may be of a live process."""
 
     def flock(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
@@ -329,7 +328,7 @@ def test_where_there_are_no_locks_files_are_written_all_the_same(file, monkeypat
     assert sorted(file.parent.iterdir()) == [part, file]
 
 
-def test_a_link_is_followed(file):
+def test_a_symbolic_link_is_followed(file):
     link = file.with_name("latest")
     link.symlink_to(file)
     run = load(link)
@@ -383,10 +382,10 @@ def altered(array, value):
         ({"layers__0__bias": MISSING}, "its tensors are not those"),
         ({"layers__2__bias": BIAS}, "its tensors are not those"),
         ({"history": HISTORY[:, :3].copy()}, "its tensors are not those"),
-        ({"history": altered(HISTORY, 1.5)}, "its history is not one of a run"),
-        ({"history": altered(HISTORY, np.nan)}, "its history is not one of a run"),
-        ({"history": -HISTORY}, "its history is not one of a run"),
-        ({"history": HISTORY * np.inf}, "its history is not one of a run"),
+        ({"history": altered(HISTORY, 1.5)}, "its history is implausible"),
+        ({"history": altered(HISTORY, np.nan)}, "its history is implausible"),
+        ({"history": -HISTORY}, "its history is implausible"),
+        ({"history": HISTORY * np.inf}, "its history is implausible"),
         ({"epochs_done": 10**15}, "its tensors are not those"),
         ({"layer_sizes": [25, 6, 10**12]}, "its tensors are not those"),
         ({"layer_sizes": [10**15, 6, 10]}, "its tensors are not those"),
@@ -415,7 +414,7 @@ def altered(array, value):
         ({"run": "[" * 50_000}, "its metadata are damaged"),
         ({"run": "[]"}, "its metadata are incomplete"),
         ({"run": "no JSON"}, "its metadata are damaged"),
-        ({"format": "vectorization-study checkpoint 3"}, "it has another format"),
+        ({"format": "vectorization-study checkpoint 3"}, "its format is not"),
     ],
 )
 def test_a_forged_checkpoint_is_refused(file, changes, message):
@@ -423,7 +422,7 @@ def test_a_forged_checkpoint_is_refused(file, changes, message):
     assert_refused(file, message)
 
 
-def test_a_forgery_without_a_change_is_not_refused(file):
+def test_an_unchanged_forgery_is_accepted(file):
     before = load(file)
     forged(file)
     assert_same(load(file), before)
@@ -465,7 +464,7 @@ def test_a_foreign_file_is_refused(tmp_path, content, message):
     assert_refused(tmp_path / "file", message)
 
 
-def test_a_truncated_or_longer_file_is_refused(file):
+def test_a_truncated_or_extended_file_is_refused(file):
     content = file.read_bytes()
     for length in [*range(0, len(content), 97), len(content) - 1]:
         file.write_bytes(content[:length])
@@ -474,8 +473,8 @@ def test_a_truncated_or_longer_file_is_refused(file):
     assert_refused(file, "not a checkpoint, or damaged")
 
 
-def test_every_flipped_bit_is_noticed(file):
-    """In the parameters, too, where any value would do: without the checksum, the run would go on elsewhere."""
+def test_every_flipped_bit_is_detected(file):
+    """In the parameters, too, where any value is valid: without the checksum, the run would silently diverge."""
     content = bytearray(file.read_bytes())
     for position in [*range(0, 8), *range(8, len(content), 13)]:
         content[position] ^= 1 << position % 8
@@ -487,9 +486,14 @@ def test_every_flipped_bit_is_noticed(file):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("nowhere", "there is no file"), (".", "there is no file"), ("a\0b", "there is no file"), ("a" * 300, "too long")],
+    [
+        ("nowhere", "no such file"),
+        (".", "no such file"),
+        ("a\0b", "no such file"),
+        ("a" * 300, "too long"),
+    ],
 )
-def test_no_file(tmp_path, name, message):
+def test_a_missing_file_is_refused(tmp_path, name, message):
     assert_refused(tmp_path / name, message)
 
 
@@ -504,25 +508,12 @@ def test_a_file_of_terabytes_is_refused_unread(file):
 TRAIN = ("train", "--dataset", "digits28", "--limit", 300, "--hidden", 8, "--batch-size", 50, "--eval-every", 3)
 
 
-def run_main(monkeypatch, capsys, *arguments):
-    """Exit code, stdout and stderr of the command line in this process."""
-    monkeypatch.setattr(sys, "argv", ["model", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stopped:
-        model.cli.main()
-    return stopped.value.code or 0, *capsys.readouterr()
-
-
-@pytest.fixture
-def main(monkeypatch, capsys):
-    return lambda *arguments: run_main(monkeypatch, capsys, *arguments)
-
-
 def test_resume(main, tmp_path):
     short, long = tmp_path / "short", tmp_path / "long"
     assert main(*TRAIN, "--epochs", 6, "--checkpoint", long)[0] == 0
     assert main(*TRAIN, "--epochs", 4, "--checkpoint", short, "--threads", 1)[0] == 0
     code, shown, error = main("train", "--resume", short)
-    assert (code, error) == (0, f"{short} is finished: all 4 epochs are done; for more, raise --epochs\n")
+    assert (code, error) == (0, f"{short} is finished: all 4 epochs are done; raise --epochs to train further\n")
     assert "checkpoint written" in shown
     assert main("train", "--resume", short, "--epochs", 6, "--threads", 2)[0] == 0
     assert_same(load(short), load(long))
@@ -542,7 +533,7 @@ def test_resume_into_another_file(main, tmp_path):
 
 
 def test_two_runs_do_not_share_a_file(main, trained, tmp_path):
-    """Neither a checkpoint that both go on with, nor a new one, nor a history."""
+    """Neither a resumed checkpoint, nor a new one, nor a history."""
     file, history, other = tmp_path / "run", tmp_path / "history.json", tmp_path / "other"
     file.write_bytes(trained.read_bytes())
     process = start("train", "--resume", file, "--epochs", 10**6, "--json", history)
@@ -550,11 +541,11 @@ def test_two_runs_do_not_share_a_file(main, trained, tmp_path):
     for arguments in (["--checkpoint", other, "--json", history], ["--json", tmp_path / "." / "history.json"]):
         code, shown, error = main(*TRAIN, *arguments)
         assert (code, shown) == (2, "")
-        assert error.startswith(f"error: {history} is in use, process {process.pid} writes it: ")
+        assert error.startswith(f"error: {history} is in use by process {process.pid}: ")
     assert not other.exists()
     code, shown, error = main("train", "--resume", file, "--epochs", 2)
     assert (code, shown) == (2, "")
-    assert error.startswith(f"error: {file} is in use, process {process.pid} writes it: wait until that has ended")
+    assert error.startswith(f"error: {file} is in use by process {process.pid}: wait until it has ended")
     process.kill()
     process.communicate()
     assert main("train", "--resume", file, "--epochs", 10**6 + 1, "--json", history, "--learning-rate", 0)[0] == 2
@@ -583,20 +574,19 @@ def test_the_history_does_not_replace_the_checkpoint(main, trained, tmp_path, mo
     assert (file.exists() and file.read_bytes()) == before
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"notes", b"[]", b"{}", b'{"runs": {}}', b"[" * 100_000, b"\xff\xfe", b"\0" * 100]
-)
-def test_only_an_earlier_history_is_replaced(main, tmp_path, monkeypatch, content):
+def test_only_an_earlier_history_is_replaced(main, tmp_path, monkeypatch):
     file = tmp_path / "history.json"
     assert main(*TRAIN, "--epochs", 1, "--json", file)[0] == 0
     assert main(*TRAIN, "--epochs", 2, "--json", file)[0] == 0
     assert len(json.loads(file.read_text())["history"]) == 2
     monkeypatch.setattr("model.cli.train.load_dataset", lambda *_: pytest.fail("work began"))
-    file.write_bytes(content)
-    code, shown, error = main(*TRAIN, "--json", file)
-    assert (code, shown) == (2, "")
-    assert error.startswith(f"error: {file} exists and is no earlier report (JSON with 'history'): name another file")
-    assert file.read_bytes() == content
+    for content in (b"", b"notes", b"[]", b"{}", b'{"runs": {}}', b"[" * 100_000, b"\xff\xfe", b"\0" * 100):
+        file.write_bytes(content)
+        code, shown, error = main(*TRAIN, "--json", file)
+        assert (code, shown) == (2, "")
+        message = f"error: {file} exists and is not an earlier report (JSON with 'history'): name another file"
+        assert error.startswith(message), content[:20]
+        assert file.read_bytes() == content
 
 
 def test_a_link_to_the_resumed_checkpoint_is_that_checkpoint(main, trained, tmp_path):
@@ -623,13 +613,13 @@ def trained(tmp_path_factory):
         (["--resume", "{file}", "--limit", 400, "--batch-size", 51], "limit 300, not 400; batch_size 50, not 51"),
         (["--resume", "{file}", "--learning-rate", 0.1], "learning_rate 0.3, not 0.1"),
         (["--resume", "{file}", "--eval-every", 2], "eval_every 3, not 2"),
-        (["--resume", "/no/such/file"], "there is no file"),
+        (["--resume", "/no/such/file"], "there is no such file"),
         (["--resume", "README.md"], "README.md: it is not a checkpoint, or damaged"),
         (["--checkpoint", "{file}"], "exists: resume it with --resume "),
         (["--checkpoint", "/no/such/folder/x"], "there is no folder /no/such/folder"),
         (["--checkpoint", "/"], "it is a folder"),
         pytest.param(["--checkpoint", "/proc/run"], "cannot write /proc/run", marks=needs_proc),
-        (["--checkpoint-every", 2], "--checkpoint-every goes with --checkpoint"),
+        (["--checkpoint-every", 2], "--checkpoint-every needs --checkpoint"),
         (["--checkpoint", "x", "--checkpoint-every", 0], "Invalid value for '--checkpoint-every'"),
     ],
 )
@@ -652,7 +642,7 @@ def test_a_read_only_folder_is_an_error_before_training(main, tmp_path, monkeypa
     assert not list(tmp_path.iterdir())
 
 
-def test_other_images_are_another_run(main, trained, monkeypatch):
+def test_changed_images_are_another_run(main, trained, monkeypatch):
     dataset = command_line.load_dataset("digits28")
     images = dataset.test_images.copy()
     images[-1, -1] ^= 1
@@ -672,13 +662,13 @@ def test_a_checkpoint_does_not_choose_what_is_imported(main, trained, tmp_path):
     assert "this" not in sys.modules
 
 
-def test_a_backend_of_ones_own_can_be_resumed(main, tmp_path):
+def test_a_custom_backend_can_be_resumed(main, tmp_path):
     own = ["--backend", "kernels.numpy_backend:NumpyBackend"]
     assert main(*TRAIN, *own, "--epochs", 1, "--checkpoint", tmp_path / "run")[0] == 0
     assert main("train", *own, "--resume", tmp_path / "run", "--epochs", 2)[0] == 0
 
 
-def test_when_it_is_saved(main, monkeypatch, tmp_path):
+def test_save_schedule(main, monkeypatch, tmp_path):
     saved = []
     monkeypatch.setattr(command_line, "save", lambda _, __, state, ___: saved.append(stand(state)))
     main(*TRAIN, "--epochs", 5, "--checkpoint", tmp_path / "x")
@@ -719,8 +709,8 @@ def wait_for(file, process):
         pytest.param("SIGHUP", 129, marks=pytest.mark.slow),
     ],
 )
-def test_a_signal_saves_after_the_running_step(main, tmp_path, name, exit_code):
-    """Sent twice at once, as some process managers do, it still counts as one."""
+def test_a_signal_is_deferred_to_the_end_of_the_step_and_saves(main, tmp_path, name, exit_code):
+    """Sent twice in quick succession, as some process managers do, it counts once."""
     file = tmp_path / "run"
     process = start(*TRAIN, "--epochs", 10**6, "--checkpoint", file)
     wait_for(file, process)
@@ -761,8 +751,8 @@ def test_a_second_signal_stops_at_once(tmp_path, number, exit_code):
 
 
 @needs_posix
-def test_signals_are_ignored_once_the_program_ends_and_where_they_were():
-    """The user's impatience must not break what is unwound, nor a Ctrl-C for others a background job."""
+def test_signals_are_ignored_during_exit_and_if_they_were_before():
+    """An impatient second Ctrl-C must not interrupt the cleanup, and Ctrl-C must not stop a background job."""
     program = """if True:
         import os, signal
         from model.cli.signals import Stopped, stoppable
@@ -782,7 +772,7 @@ def test_signals_are_ignored_once_the_program_ends_and_where_they_were():
 @needs_posix
 @pytest.mark.filterwarnings("ignore:.*JAX is multithreaded:RuntimeWarning")  # where other tests have imported it
 def test_a_closed_terminal_saves(tmp_path):
-    """Its system sends SIGHUP, and nothing can be written to it any more."""
+    """The system sends SIGHUP, and writing to the terminal fails."""
     import pty
 
     file = tmp_path / "run"
@@ -799,7 +789,7 @@ def test_a_closed_terminal_saves(tmp_path):
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_parameters_that_have_overflowed_are_not_called_a_damaged_checkpoint(main, tmp_path):
+def test_overflowed_parameters_are_not_reported_as_a_damaged_checkpoint(main, tmp_path):
     file = tmp_path / "run"
     options = ["--checkpoint", file, "--checkpoint-every", 1, "--epochs", 3, "--learning-rate", 3e40]
     code, _, error = main(*TRAIN[:-4], "--eval-every", 3, *options)

@@ -9,13 +9,15 @@ import sys
 
 import pytest
 
+from model.data import limited
+from tests.support.idx import write_idx
 from tests.support.runs import run_model
 from tests.support.systems import needs_posix
 
 TRAIN = ("train", "--dataset", "digits28", "--limit", "600", "--epochs", "3", "--backend", "numpy")
 
 
-def test_train(tmp_path):
+def test_train_writes_settings_and_history(tmp_path):
     file = tmp_path / "history.json"
     result = run_model(*TRAIN, "--json", file, "--threads", 2, "--eval-every", 2, "--hidden", 16)
     assert result.returncode == 0, result.stderr
@@ -53,7 +55,7 @@ def test_a_long_history_stays_readable():
 
 
 @needs_posix
-def test_progress_bar_on_a_terminal():
+def test_a_terminal_shows_a_progress_bar():
     import pty
 
     main, terminal = pty.openpty()
@@ -82,18 +84,23 @@ def test_progress_bar_on_a_terminal():
         (["--seed", "-1"], "Invalid value for '--seed'"),
         (["--threads", "0"], "threads must be at least 1"),
         (["--dataset", "cifar"], "Unknown dataset 'cifar'"),
-        (["--dataset", "mnist", "--data", "/nowhere"], "/nowhere: there is no folder of this name"),
+        (["--dataset", "mnist", "--data", "/nowhere"], "/nowhere: no such folder"),
         (["--json", "/no/such/folder/x.json"], "there is no folder /no/such/folder"),
         (["--json", "/"], "it is a folder"),
         (["--frobnicate"], "No such option: --frobnicate"),
     ],
 )
-def test_errors_are_one_line_and_exit_code_2(arguments, message):
-    result = run_model(*TRAIN, *arguments)
-    assert result.returncode == 2
-    assert result.stdout == ""
-    assert re.fullmatch(r"error: .*\n", result.stderr), result.stderr
-    assert message in result.stderr
+def test_errors_are_one_line_and_exit_code_2(main, arguments, message):
+    code, shown, error = main(*TRAIN, *arguments)
+    assert (code, shown) == (2, "")
+    assert re.fullmatch(r"error: .*\n", error), error
+    assert message in error
+
+
+def test_an_error_is_all_that_a_process_prints():
+    result = run_model(*TRAIN, "--learning-rate", "1e30")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert re.fullmatch(r"error: .* try a smaller learning rate\n", result.stderr)
 
 
 @needs_posix
@@ -124,8 +131,8 @@ def test_interrupt_ends_cleanly(arguments, number, exit_code):
 
 @needs_posix
 @pytest.mark.parametrize("program", ["model", "bench"])
-def test_ctrl_c_during_the_imports(tmp_path, program):
-    """A module that waits takes Typer's place: the signal arrives while it is imported."""
+def test_ctrl_c_during_the_imports_ends_quietly(tmp_path, program):
+    """A module that blocks replaces Typer, so the signal arrives during its import."""
     (tmp_path / "typer.py").write_text("print(flush=True); import time; time.sleep(60)")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     command = [sys.executable, "-m", program]
@@ -138,8 +145,8 @@ def test_ctrl_c_during_the_imports(tmp_path, program):
 
 
 @needs_posix
-@pytest.mark.parametrize("name", ["run[bold].json", "run:100:.json", "x[/run].json", "run[red]\u2588.json", "\udce9"])
-def test_file_names_are_printed_as_they_are(tmp_path, name):
+@pytest.mark.parametrize("name", ["run[bold]:100:\u2588.json", "x[/run].json", "\udce9"])
+def test_file_names_are_printed_verbatim(tmp_path, name):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     result = subprocess.run(
         [sys.executable, "-m", "model", *TRAIN, "--checkpoint", name, "--json", f"{name}.json"],
@@ -155,18 +162,18 @@ def test_file_names_are_printed_as_they_are(tmp_path, name):
 
 
 @needs_posix
-def test_a_loop_of_links(tmp_path):
+def test_a_loop_of_links_is_one_line(main, tmp_path):
     loop = tmp_path / "loop"
     loop.symlink_to("loop")
     for option in ("--checkpoint", "--json", "--resume"):
-        result = run_model(*TRAIN, option, loop)
-        assert (result.returncode, result.stdout) == (2, "")
-        assert re.fullmatch(r"error: .*loop.*\n", result.stderr)
+        code, shown, error = main(*TRAIN, option, loop)
+        assert (code, shown) == (2, "")
+        assert re.fullmatch(r"error: .*loop.*\n", error)
     assert loop.is_symlink()
 
 
 @pytest.mark.parametrize("columns", ["0", "10", "40"])
-def test_narrow_terminals_cut_nothing(columns):
+def test_narrow_terminals_truncate_nothing(columns):
     command = [sys.executable, "-m", "model", *TRAIN]
     environment = {**os.environ, "COLUMNS": columns}
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -175,8 +182,8 @@ def test_narrow_terminals_cut_nothing(columns):
     assert rows == ["1", "2", "3"]
 
 
-def test_help_shows_defaults_in_brackets():
-    shown = run_model("train", "--help").stdout
+def test_help_shows_defaults_in_brackets(main):
+    _, shown, _ = main("train", "--help")
     assert "[default: $MNIST_DIR" in " ".join(shown.split())
 
 
@@ -187,18 +194,21 @@ def read_terminal(terminal):
         return b""
 
 
-def test_help_is_for_newcomers():
-    for command in ([], ["train"], ["reproduce"]):
-        result = run_model(*command, "--help")
-        assert result.returncode == 0
-        assert "--help" in result.stdout
+def test_every_command_has_help(main):
+    for command in ([], ["train"], ["reproduce"], ["predict"]):
+        code, shown, _ = main(*command, "--help")
+        assert code == 0
+        assert "--help" in shown
 
 
 @pytest.mark.slow
-def test_reproduce(tmp_path):
-    result = run_model("reproduce", "--backend", "sparse", "--starts", 2, "--dataset", "digits28", "--output", tmp_path)
+def test_reproduce_shows_both_tables_and_writes_report_and_figure(tmp_path, digits28):
+    """250 epochs from two starts, over a thousand images."""
+    write_idx(tmp_path, limited(digits28, 1000))
+    data = ("--dataset", "idx", "--data", tmp_path)
+    result = run_model("reproduce", "--backend", "sparse", "--starts", 2, *data, "--output", tmp_path)
     assert result.returncode == 0, result.stderr
-    for text in ("train, published", "test, published", "92.21", "fitted", "digits28"):
+    for text in ("train, published", "test, published", "92.21", "fitted", "This run used idx"):
         assert text in result.stdout
     content = json.loads((tmp_path / "reproduction.json").read_text())
     assert len(content["runs"]["sparse"]["history"]) == 250

@@ -1,4 +1,4 @@
-"""What a report says about the machine and the project it was made with."""
+"""The description of machine and project in a report."""
 
 import shutil
 import subprocess
@@ -30,7 +30,7 @@ def project(tmp_path, monkeypatch):
     return folder
 
 
-def test_the_commit_of_a_repository_around_the_project_is_not_its_own(project):
+def test_the_commit_of_an_enclosing_repository_is_not_reported(project):
     assert environment.environment()["commit"] is None
 
 

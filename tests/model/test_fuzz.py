@@ -20,7 +20,7 @@ def test_sample(name):
 @pytest.mark.parametrize("name", READERS)
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(random=st.randoms(use_true_random=False))
-def test_mutants_made_by_hypothesis(name, random):
+def test_mutants_from_hypothesis(name, random):
     reader = READERS[name]
     content = reader.mutant(random)
     with little_memory(reader.memory):
@@ -28,7 +28,7 @@ def test_mutants_made_by_hypothesis(name, random):
 
 
 @needs_proc
-def test_findings_are_found(monkeypatch):
+def test_the_fuzzer_reports_findings(monkeypatch):
     """Input that raises an unexpected error, takes too much memory, or gives a wrong result."""
 
     def read(content):

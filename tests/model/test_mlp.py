@@ -23,7 +23,7 @@ def problem():
 
 
 def network_loss(xp, parameters, x, labels, log_sum_exp):
-    """The same network written once more from its definition, for the array library `xp`."""
+    """The same network, written again from its definition for the array library `xp`."""
     for weights, bias in zip(parameters[:-2:2], parameters[1:-2:2]):
         x = xp.maximum(x @ weights + bias, xp.zeros_like(bias))
     logits = x @ parameters[-2] + parameters[-1]
@@ -112,7 +112,7 @@ def test_one_layer_is_logistic_regression(backend):
     assert [part.shape for part in mlp.gradients(backend, x, np.arange(3))[2]] == [(20, 5), (5,)]
 
 
-def test_it_shows_itself_in_a_line():
+def test_repr():
     assert repr(MLP()) == "<MLP 784-128-10: 101,770 parameters, float32>"
     assert repr(MLP((3, 2), dtype=np.float64)) == "<MLP 3-2: 8 parameters, float64>"
 

@@ -25,11 +25,11 @@ BATCH = 250
 
 
 def main(
-    inputs: Annotated[int, typer.Option(help="How many, in all.")] = 1_000_000,
-    seed: Annotated[int, typer.Option(help="Another seed makes other inputs.")] = 0,
-    repeat: Annotated[str, typer.Option(help="Try only this one, as in picture:17.")] = "",
+    inputs: Annotated[int, typer.Option(help="Number of inputs.")] = 1_000_000,
+    seed: Annotated[int, typer.Option(help="Seed for the inputs.")] = 0,
+    repeat: Annotated[str, typer.Option(help="Run only this input, as in picture:17.")] = "",
 ) -> None:
-    """Try mutants of valid files on everything that reads files from outside."""
+    """Feed mutants of valid files to all code that reads untrusted files."""
     print(f"seed {seed}")
     if repeat:
         name, _, number = repeat.partition(":")

@@ -1,13 +1,13 @@
-"""Train for thousands of epochs in one process: memory stays flat and the backends stay together.
+"""Train for thousands of epochs in one process: memory stays flat, and the backends do not diverge.
 
-``python -m tests.soak.long_run`` trains every backend but pure Python for 2,000 epochs on 2,000 images, in float32 and
-in float64 (Linux only; some minutes).
+``python -m tests.soak.long_run`` trains every backend except pure Python for 2,000 epochs on 2,000 images, in float32
+and in float64 (Linux only; a few minutes).
 
-All later steps carry a step's roundings on and amplify them, so how far apart the backends may end does not follow
-from the unit roundoff u. Measured were 39,000 u in float32 and 100 u in float64, and from 7,400 to 26,000 u and up to
-220 u when sums had other orders; 100,000 are allowed, which is 0.006 in float32 and 1.1e-11 in float64, for parameters
-of up to 1.0. One epoch more or less moves them by 0.0001. Memory grew by 2.5 MiB at most, the history included, between
-a tenth of the epochs and the end, and by no more in 8,000 epochs.
+Later steps amplify the rounding errors of earlier ones, so the unit roundoff u gives no bound on how far the backends
+drift apart. The measured difference was 39,000 u in float32 and 100 u in float64, and 7,400 to 26,000 u and up to 220 u
+with other summation orders. The limit is 100,000 u, which is 0.006 in float32 and 1.1e-11 in float64, for parameters of
+up to 1.0. One more epoch changes them by 0.0001. Between a tenth of the epochs and the end, memory grew by at most
+2.5 MiB, history included, and by no more over 8,000 epochs.
 """
 
 import argparse
@@ -28,7 +28,7 @@ MAX_GROWTH = 4.0  # MiB
 
 
 class LongRun(NamedTuple):
-    """How a run ended."""
+    """Results of a run."""
 
     mlp: MLP
     loss: float
@@ -50,7 +50,7 @@ def long_run(backend: str, dtype: type, epochs: int, images: int, hidden: int) -
 
 
 def resident_mib() -> float:
-    """Memory that this process holds now."""
+    """Resident memory of this process, in MiB."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 

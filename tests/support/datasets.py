@@ -1,7 +1,5 @@
-"""The data sets that tests of accuracy run on: MNIST only where it is."""
+"""The data set for tests of accuracy: MNIST if it is available, else digits28."""
 
 import os
 
-DATASETS = ["digits28"]
-if os.environ.get("MNIST_DIR") or os.environ.get("REQUIRE_MNIST"):
-    DATASETS.append("mnist")
+DATASET = "mnist" if os.environ.get("MNIST_DIR") or os.environ.get("REQUIRE_MNIST") else "digits28"

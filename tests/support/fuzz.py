@@ -1,8 +1,8 @@
 """Hostile input: random mutants of valid files, for everything that reads files from outside.
 
-Each mutant has to be refused, with one line and the reader's own error, or to give a result that is all that the reader
-promises: whatever else is raised, memory beyond a bound, or time beyond a limit is a finding. Mutants are numbered, and
-each depends on the seed and its number alone, so a finding can be repeated.
+Each mutant must either be refused, with the reader's exception and a one-line message, or give a result that keeps the
+reader's promises. Any other exception, too much memory or too much time is a finding. Mutants are numbered, and each
+depends only on the seed and its number, so a finding can be repeated.
 """
 
 import faulthandler
@@ -47,7 +47,7 @@ SMALL, LARGE = 8_000_000, 500_000_000  # bytes; Python itself asks for a megabyt
 
 
 def mutated(content: bytes, others: list[bytes], random: Random) -> bytes:
-    """One to four mutations of what a file holds, half of them near its beginning."""
+    """Apply one to four mutations to the content of a file, half of them near its beginning."""
     for _ in range(random.randrange(1, 5)):
         at = random.randrange(min(len(content), random.choice([32, len(content)])) + 1)
         content = random.choice(MUTATIONS)(content, at, others, random)
@@ -59,7 +59,7 @@ def with_flipped_bit(content, at, others, random):
 
 
 def with_number(content, at, others, random):
-    """With another number in it, as a length would be: at a limit, near one, or any."""
+    """Overwrite a number, such as a length: with a limit, a value next to one, or any value."""
     size = random.choice([1, 2, 4, 8])
     number = random.choice([0, 1, 2 ** (8 * size - 1), 2 ** (8 * size) - 1, random.getrandbits(8 * size)])
     number = max(0, min(2 ** (8 * size) - 1, number + random.randrange(-1, 2)))
@@ -91,25 +91,25 @@ def spliced(content, at, others, random):
 MUTATIONS = [with_flipped_bit, with_number, truncated, shortened, with_repetition, with_noise, spliced]
 
 
-# What reads them ----------------------------------------------------------------------------------------------------
+# Readers -------------------------------------------------------------------------------------------------------------
 
 
 class Reader(NamedTuple):
-    """Something that reads files from outside."""
+    """Code that reads untrusted files."""
 
     mutant: Callable[[Random], bytes]
     read: Callable[[bytes], None]
-    """Reads it and checks that the result keeps what is promised."""
+    """Reads the content and checks the promises about the result."""
     error: type[Exception]
     memory: int
-    """Bytes that it may allocate at most."""
+    """Maximum bytes that it may allocate."""
     share: int
-    """Of the inputs, in percent."""
+    """Share of the inputs, in percent."""
 
 
 @cache
 def folder() -> Path:
-    """A folder of this process for files to read."""
+    """The folder, one per process, for the files to read."""
     folder.keep = tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR", SCRATCH))  # type: ignore[attr-defined]  it goes with the process
     return Path(folder.keep.name)  # type: ignore[attr-defined]
 
@@ -127,7 +127,7 @@ def read_idx(content):
 
 
 def gzip_mutant(random):
-    """Of the compressed file, or of what is in it."""
+    """Mutate the compressed file, or its content."""
     samples = list(GZIP.values())
     if random.randrange(2):
         return mutated(GZIP[f"{TRAIN_IMAGES}.gz"], samples, random)
@@ -135,7 +135,7 @@ def gzip_mutant(random):
 
 
 def read_mnist(content):
-    """The checksum lets nothing through but the original."""
+    """The checksum accepts only the original."""
     if not (folder() / f"{TRAIN_IMAGES}.gz").exists():
         write(folder(), GZIP)
     write(folder(), {f"{TRAIN_IMAGES}.gz": content})
@@ -145,7 +145,7 @@ def read_mnist(content):
 
 @cache
 def checkpoints() -> list[tuple[dict, dict, bytes]]:
-    """Texts, tensors and content of some files."""
+    """Metadata, tensors and content of some checkpoints."""
     files = []
     for layer_sizes, batch_size, epochs in (((4, 3, 2), None, 3), ((5, 2), 7, 0), ((3, 2, 2, 4), 1, 12)):
         config = Config("numpy", "MNIST", "0" * 64, 600, layer_sizes[1], 0.3, batch_size, 0, 20, 1)
@@ -160,14 +160,14 @@ def checkpoints() -> list[tuple[dict, dict, bytes]]:
 
 
 def in_order(content: bytes) -> bytes:
-    """The same file with its header sorted: safetensors writes the metadata in another order each time."""
+    """The same file with a sorted header, as safetensors writes the metadata in a different order each time."""
     end = 8 + int.from_bytes(content[:8], "little")
     header = json.dumps(json.loads(content[8:end]), sort_keys=True).encode()
     return len(header).to_bytes(8, "little") + header + content[end:]
 
 
 def checkpoint_mutant(random):
-    """Of the file, or of something in it, with the right checksum."""
+    """Mutate the file, or a part of it with a matching checksum."""
     texts, tensors, content = random.choice(checkpoints())
     if random.randrange(2):
         return mutated(content, [content for _, _, content in checkpoints()], random)
@@ -204,7 +204,7 @@ def read_checkpoint(content):
 
 
 def picture_mutant(random):
-    """Of the file, or, if it is a PNG, of its chunks, with the right checksums."""
+    """Mutate the file, or the chunks of a PNG with matching checksums."""
     pngs, jpegs = list(PICTURES.values()), list(JPEGS.values())
     if random.randrange(2):
         return mutated(random.choice(pngs + jpegs), pngs + jpegs, random)
@@ -239,11 +239,11 @@ READERS = {
 }
 
 
-# Trying them --------------------------------------------------------------------------------------------------------
+# Running them -------------------------------------------------------------------------------------------------------
 
 
 def outcome(reader: Reader, content: bytes) -> str:
-    """Return "accepted" or "refused", or raise whatever else comes of it."""
+    """Return "accepted" or "refused", or raise any other exception."""
     message = ""
     try:
         reader.read(content)
@@ -255,7 +255,7 @@ def outcome(reader: Reader, content: bytes) -> str:
 
 @contextmanager
 def little_memory(size: int) -> Iterator[None]:
-    """Limit how many more bytes this process may allocate, where the system tells how many it has."""
+    """Limit the additional memory of this process, where /proc shows how much it has."""
     statistics = Path("/proc/self/statm")
     if not statistics.exists():
         yield
@@ -272,7 +272,7 @@ def little_memory(size: int) -> Iterator[None]:
 
 
 def try_inputs(name: str, seed: int, numbers: range) -> tuple[Counter[tuple[str, str]], list[str]]:
-    """Outcomes, counted, and findings, each with how to repeat it."""
+    """Counts of the outcomes, and the findings, each with a command to repeat it."""
     reader, outcomes, findings = READERS[name], Counter[tuple[str, str]](), []
     for number in numbers:
         content = reader.mutant(Random(f"{seed} {name} {number}"))

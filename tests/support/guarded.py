@@ -1,6 +1,7 @@
-"""Arrays beside forbidden pages: whoever reads or writes past their ends dies."""
+"""Arrays next to guard pages: reading or writing past their ends crashes the process."""
 
 import ctypes
+import functools
 import mmap
 import os
 
@@ -17,7 +18,7 @@ needs_mprotect = pytest.mark.skipif(os.name != "posix", reason="guard pages are 
 
 
 class Guarded:
-    """An array at the start or end of memory whose neighbouring pages kill whoever touches them.
+    """An array at the start or end of memory between guard pages; touching these crashes the process.
 
     Bytes of that memory that belong to no element are canaries, which read as NaN.
     """
@@ -62,9 +63,14 @@ class Guarded:
         np.testing.assert_array_equal(self.array, self._values)
 
 
+@functools.cache
+def libc():
+    return ctypes.CDLL(None, use_errno=True)
+
+
 def forbid(address):
     page = ctypes.c_void_p(address), ctypes.c_size_t(mmap.PAGESIZE)
-    if ctypes.CDLL(None, use_errno=True).mprotect(*page, 0) != 0:
+    if libc().mprotect(*page, 0) != 0:
         raise OSError(ctypes.get_errno(), "mprotect failed")
 
 

@@ -1,9 +1,9 @@
 """Kill training runs with SIGKILL at random moments, resume them, and compare how they end.
 
-A case trains with one backend, full batch or mini-batch, and saves after every epoch. A run is killed while it starts,
-while it trains and while it writes; after each kill its checkpoint has to be whole and not older than at the kill
-before. A run that gets to its end has to end with the very bits of one that nobody killed, parameters and history; then
-another one begins, until the kills are spent and the last run has ended.
+A case trains with one backend, full batch or mini-batch, and saves after every epoch. A run is killed during start-up,
+training or a write. After each kill its checkpoint must be complete, and no older than after the previous kill. A run
+that finishes must have the same bits, in parameters and history, as one that was never killed. Then another run begins,
+until all kills are used and the last run has finished.
 """
 
 import random
@@ -28,7 +28,7 @@ class Case(NamedTuple):
     batch_size: int | None
 
     def command(self, *options: object) -> list[str]:
-        """A run of a second, most of which goes into its checkpoints."""
+        """A run of a second, mostly spent on writing checkpoints."""
         limit, hidden, epochs = (16, 4, 100) if self.backend == "naive" else (300, 16, 100)
         settings = ["--backend", self.backend, "--limit", limit, "--hidden", hidden, "--epochs", epochs]
         settings += ["--dataset", "digits28", "--eval-every", epochs, "--learning-rate", 0.1, "--threads", 2]
@@ -93,7 +93,7 @@ def changed(file: Path) -> int:
 
 
 def run(cases: list[Case], kills: int, seed: int) -> Counter:
-    """Share the kills among the cases, as many at a time as there are cores."""
+    """Divide the kills among the cases, and run one case per core at a time."""
     shares = [kills * (index + 1) // len(cases) - kills * index // len(cases) for index in range(len(cases))]
     total: Counter = Counter()
     with ThreadPoolExecutor(available_cores()) as pool:

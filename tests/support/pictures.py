@@ -1,4 +1,4 @@
-"""Pictures of one digit, in every way that files store them, and what holds of each once it is prepared."""
+"""Pictures of one digit in every file format variant, and the properties of each after preparation."""
 
 import io
 import struct
@@ -11,7 +11,7 @@ from model.extras.picture import decode, prepare
 
 
 def encoded(image, kind="PNG", **options):
-    """The content of a file of the picture."""
+    """The content of an image file."""
     stream = io.BytesIO()
     image.save(stream, kind, **options)
     return stream.getvalue()
@@ -22,7 +22,7 @@ def prepared(content):
 
 
 def assert_prepared(image):
-    """What holds of every result: the strongest ink is 255, in a box of 20 x 20, whose mass is in the middle."""
+    """Check the properties of every result: peak 255, a box of 20 x 20, centre of mass in the middle."""
     assert (image.shape, image.dtype, image.max()) == ((28, 28), np.uint8, 255)
     for axis in (0, 1):
         inked = np.flatnonzero(image.any(axis=axis))

@@ -1,4 +1,4 @@
-"""Runs of the command line, and whether two ended alike."""
+"""Runs of the command line, and a comparison of their results."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ def run_model(*arguments, **options):
 
 
 def assert_same(ours: Checkpoint, theirs: Checkpoint) -> None:
-    """Equal bits in all but the measured times."""
+    """Check for equal bits in everything except measured times."""
     assert [one.tobytes() for one in ours.mlp.parameters] == [other.tobytes() for other in theirs.mlp.parameters]
     first, second = ([epoch._replace(seconds=0) for epoch in run.state.history.epochs] for run in (ours, theirs))
     assert first == second

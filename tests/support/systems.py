@@ -1,4 +1,4 @@
-"""What not every operating system has: a test that needs it is skipped, with the reason."""
+"""Features that some operating systems lack: tests that need them are skipped, with the reason."""
 
 import os
 import sys
@@ -19,7 +19,7 @@ needs_long_double = pytest.mark.skipif(
 
 
 def peak_memory() -> int:
-    """Bytes that this process has held at most; 0 where the system does not tell."""
+    """Peak resident memory of this process in bytes; 0 where the system does not report it."""
     if os.name != "posix":
         return 0
     import resource

@@ -1,0 +1,75 @@
+"""The report in a browser: headless Chromium opens it without a network."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from bench.publish.report import write_report
+from bench.publish.tables import PUBLISHED_RESULTS, main_folder
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium: install it to test the report in a browser"),
+]
+
+# Runs after the page's own script, sorts the claims by their ratios, and writes down what a reader would see.
+PROBE = """
+<script>
+const column = (table, n) => [...table.tBodies[0].rows].map(row => row.cells[n].textContent);
+const claims = document.querySelector("table"), buttons = claims.querySelectorAll("th button");
+const found = {width: innerWidth, content: document.documentElement.scrollWidth, rows: claims.tBodies[0].rows.length};
+found.images = [...document.images].map(image => [image.naturalWidth, image.getBoundingClientRect().right]);
+buttons[1].click(); found.up = column(claims, 1);
+buttons[1].click(); found.down = column(claims, 1);
+buttons[0].click(); found.names = column(claims, 0);
+found.sorted = claims.querySelectorAll("th[aria-sort]").length;
+document.body.append(Object.assign(document.createElement("pre"), {id: "found", textContent: JSON.stringify(found)}));
+</script>
+"""
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    report = write_report(main_folder(PUBLISHED_RESULTS), folder, lambda line: None, {})
+    probed = folder / "probed.html"
+    probed.write_text(report.read_text().replace("</body>", f"{PROBE}</body>"))
+    return probed
+
+
+def chromium(page, *options):
+    command = [CHROMIUM, "--headless", "--disable-gpu", "--hide-scrollbars", "--host-resolver-rules=MAP * ~NOTFOUND"]
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        command.append("--no-sandbox")  # Chromium refuses to run as root otherwise
+    command += [f"--user-data-dir={page.parent / 'profile'}", *options, page.as_uri()]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+
+
+@pytest.mark.parametrize("width", [390, 1200])
+def test_nothing_sticks_out_and_tables_sort(page, width):
+    """On a phone and on a screen."""
+    text = chromium(page, f"--window-size={width},900", "--dump-dom")
+    found = json.loads(re.search(r'<pre id="found">(.*?)</pre>', text, re.DOTALL)[1])
+    assert found["width"] <= max(width, 500)  # some versions make no window that is narrower
+    assert found["content"] <= found["width"]
+    assert len(found["images"]) > 2
+    assert all(natural > 0 and right <= found["width"] for natural, right in found["images"])
+    ratios = [float(text.split()[0]) for text in found["up"]]
+    assert ratios == sorted(ratios)
+    assert len(ratios) == found["rows"] > 5
+    down = [float(text.split()[0]) for text in found["down"]]
+    assert down == sorted(ratios, reverse=True)
+    competitors = [name.split()[0] for name in found["names"]]
+    assert competitors == sorted(competitors)
+    assert found["sorted"] == 1
+
+
+def test_it_prints(page, tmp_path):
+    chromium(page, f"--print-to-pdf={tmp_path / 'report.pdf'}")
+    assert (tmp_path / "report.pdf").read_bytes().startswith(b"%PDF")
