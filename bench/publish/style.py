@@ -81,10 +81,12 @@ def end_labels(axes: Axes, ends: list[tuple[str, float, float, str]], fontsize: 
         In points.
     """
     heights = [-np.inf]
+    anchor = 0.0  # of names that push each other up: the layout still moves places, but not the points between them
     for text, x, y, shade in sorted(ends, key=lambda end: end[2]):
-        height = points_up(axes, x, y)
-        heights.append(max(height, heights[-1] + 1.35 * fontsize))
-        label(axes, text, x, y, fontsize, above=heights[-1] - height, shade=shade)
+        height, lowest = points_up(axes, x, y), heights[-1] + 1.35 * fontsize
+        heights.append(max(height, lowest))
+        anchor = y if height >= lowest else anchor
+        label(axes, text, x, anchor, fontsize, above=heights[-1] - points_up(axes, x, anchor), shade=shade)
     return heights[1:]
 
 
