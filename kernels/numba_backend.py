@@ -102,8 +102,11 @@ KC_TRANSPOSED = TUNING.transposed_depth
 NC_BYTES_TRANSPOSED = 2048 if TUNING.copies else NC_BYTES
 COPIES = TUNING.copies
 
-# B is packed if at least this many rows of A amortize it.
+# B is packed if at least this many rows of A amortize it. More than FEW_ROWS do where each row of B is on another page,
+# as a panel in place takes more entries than the dTLB has. On Zen 3, this takes 32 x 1024 times 1024 x 1024 from 1.8 to
+# 1.2 times the time of OpenBLAS.
 PACK_ROWS = 16 * MR
+PAGE = 4096
 
 # With at most this many rows of A, and B larger than a block, the product is bound by reading B. So B is read once,
 # from left to right and KC_FEW rows at a time, as many streams as the hardware prefetcher can track. Tiles have as many
@@ -116,6 +119,10 @@ FEW_VECTORS = 4
 FEW_BYTES = FEW_VECTORS * REGISTER_BYTES
 KC_FEW = 8
 FEW_BLOCK_BYTES = 32 * 1024
+
+# A single row of A, whatever the size of B, takes tiles of as many vectors as hide the latency of a multiply-add.
+ONE_VECTORS = 8
+ONE_BYTES = ONE_VECTORS * REGISTER_BYTES
 
 
 # Micro-kernels ----------------------------------------------------------------------------------------------
@@ -162,6 +169,13 @@ def few_tile(typing_context, a, i, rows, panels, p, bias, out, j, first):
     """Like `tile`, for panels of FEW_VECTORS vectors and at most FEW_MR rows."""
     signature = types.void(a, i, rows, panels, p, bias, out, j, first)
     return signature, functools.partial(_emit_tile, most=FEW_MR, width=FEW_VECTORS)
+
+
+@intrinsic
+def one_tile(typing_context, a, i, rows, panels, p, bias, out, j, first):
+    """Like `tile`, for panels of ONE_VECTORS vectors and one row."""
+    signature = types.void(a, i, rows, panels, p, bias, out, j, first)
+    return signature, functools.partial(_emit_tile, most=1, width=ONE_VECTORS)
 
 
 def _emit_tile(context, builder, signature, arguments, most, width, ragged=False, copy=None):
@@ -309,7 +323,10 @@ def matmul(a, b, bias, out):
     rows, k = left.shape
     columns = right.shape[1]
     is_large = right.size * b.itemsize > KC * NC_BYTES
-    is_few = rows <= FEW_ROWS and right.strides[1] == b.itemsize and columns * b.itemsize >= FEW_BYTES and is_large
+    is_few = right.strides[1] == b.itemsize and (
+        (rows <= FEW_ROWS and is_large and columns * b.itemsize >= FEW_BYTES)
+        or (rows == 1 and columns * b.itemsize >= ONE_BYTES)
+    )
     if is_few:
         most, nc = max(KC_FEW, FEW_BLOCK_BYTES // (columns * b.itemsize)), columns
     elif left.strides[0] == left.itemsize != left.strides[1]:
@@ -352,13 +369,16 @@ def add_block(a, b, bias, out, first):
 def add_few(a, b, bias, out, first):
     """Like `add_block`, for at most FEW_ROWS rows of A, which share each panel of B while it is in L1."""
     m, n = out.shape
-    width = FEW_BYTES // b.itemsize
+    width = (ONE_BYTES if m == 1 else FEW_BYTES) // b.itemsize
     edge = n - n % width
     panels = panels_of(b[:, :edge], width, m)
     step = -(-m // -(-m // FEW_MR)) if m else 1  # tiles of equal height, give or take a row
     for p in range(len(panels)):
-        for i in range(0, m, step):
-            few_tile(a, i, min(step, m - i), panels, p, bias, out, p * width, first)
+        if m == 1:
+            one_tile(a, 0, 1, panels, p, bias, out, p * width, first)
+        else:
+            for i in range(0, m, step):
+                few_tile(a, i, min(step, m - i), panels, p, bias, out, p * width, first)
     add_edge(a, b, bias, out, edge, first)
 
 
@@ -379,7 +399,8 @@ def panels_of(b, width, m):
     """Panels of `width` columns for `m` rows of A, (panel, k, column): in place, or packed and zero-padded."""
     k, n = b.shape
     contiguous = b.strides[1] == b.itemsize
-    if contiguous and m < PACK_ROWS and n % width == 0:
+    pack_rows = PACK_ROWS if b.strides[0] < PAGE else FEW_ROWS + 1
+    if contiguous and m < pack_rows and n % width == 0:
         return as_strided(b, (n // width, k, width), (width * b.itemsize, b.strides[0], b.itemsize))
     panels = np.empty((-(-n // width), k, width), b.dtype)
     for p in range(len(panels)):

@@ -23,7 +23,9 @@ from kernels.numba_backend import (
     KC_TRANSPOSED,
     MR,
     NC_BYTES,
+    ONE_BYTES,
     PACK_ROWS,
+    PAGE,
     TILE_BYTES,
 )
 from tests.support.guarded import Guarded, every_dtype, every_place, integers, needs_mprotect
@@ -45,6 +47,7 @@ def shapes(dtype):
     yield (2 * MR + 1, KC_TRANSPOSED + 1, 3 * width + edge + 1)  # three panels share a copy of A's columns
     few = FEW_BYTES // dtype().itemsize
     yield from [(rows, 2 * KC, few * -(-NC_BYTES // FEW_BYTES) + edge + 1) for rows in (1, FEW_ROWS - 1)]
+    yield from [(1, 9, 2 * ONE_BYTES // dtype().itemsize + edge + 1), (FEW_ROWS + 1, 3, PAGE // dtype().itemsize + 1)]
 
 
 @needs_mprotect
@@ -160,6 +163,10 @@ def test_products_are_right_around_the_ends_of_blocks(layout, dtype):
     for m in [PACK_ROWS - 1, PACK_ROWS, PACK_ROWS + 1, width - 1, width, width + 1]:
         for n in [width - 1, width, width + 1]:
             assert_product(m, 3, n, dtype, layout)
+    for m in [1, FEW_ROWS, FEW_ROWS + 1]:
+        for size in [ONE_BYTES, PAGE]:
+            for n in range(size // dtype().itemsize - 1, size // dtype().itemsize + 2):
+                assert_product(m, 5, n, dtype, layout)
 
 
 @every_dtype
