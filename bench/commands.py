@@ -68,9 +68,9 @@ def measure_into(folder: Path, name: str, dataset: str, quick: bool) -> None:
     if busy := busy_now():
         out.print(f"warning: {busy}; the timings will be marked")
     out.print(f"{name} ...")
-    found, conditions = under_conditions(lambda: study(name).measure(images, quick), images.name, quick)
+    result, conditions = under_conditions(lambda: study(name).measure(images, quick), images.name, quick)
     before = existing_run(folder)
-    sections = {**before.sections, name: Section(conditions, found)}
+    sections = {**before.sections, name: Section(conditions, result)}
     save(folder, with_rates(machine(), sections), dataclasses.replace(before, sections=sections))
 
 
@@ -78,11 +78,11 @@ def with_rates(here: Machine, sections: dict[str, Section]) -> Machine:
     """The machine with its peak and bandwidths, where they have been measured."""
     if "roofline" not in sections:
         return here
-    found = sections["roofline"].found
+    roofline = sections["roofline"].found
     return dataclasses.replace(
         here,
-        peak_gflop_per_second=found.peak_gflop_per_second,
-        bandwidth_gb_per_second=found.bandwidth_gb_per_second,
+        peak_gflop_per_second=roofline.peak_gflop_per_second,
+        bandwidth_gb_per_second=roofline.bandwidth_gb_per_second,
     )
 
 
@@ -114,14 +114,14 @@ def results(
         options = ["--dataset", dataset, "--output", str(scratch), "--no-report", *["--quick"] * quick]
         subprocess.run(_bench("run", *names, *options))
         measured = scratch / "quick" if quick else scratch
-        found = existing_run(measured)
-        skipped = {name: "the study failed" for name in names if name not in found.sections}
+        measured_run = existing_run(measured)
+        skipped = {name: "the study failed" for name in names if name not in measured_run.sections}
         failures |= skipped
-        if not found.sections:
+        if not measured_run.sections:
             continue
-        date = min(section.conditions.date for section in found.sections.values())[:10]
+        date = min(section.conditions.date for section in measured_run.sections.values())[:10]
         same_day = len(list(folder.glob(f"run-{date}-*.json")))
-        write(folder / f"run-{date}-{same_day + 1}.json", dataclasses.replace(found, skipped=skipped))
+        write(folder / f"run-{date}-{same_day + 1}.json", dataclasses.replace(measured_run, skipped=skipped))
         write(folder / MACHINE, read(Machine, measured / MACHINE))
     DEFAULT.mkdir(parents=True, exist_ok=True)
     out.print(f"to publish: python -m bench.publish.tables, and commit {folder}")

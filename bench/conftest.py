@@ -66,8 +66,8 @@ def record(request, name, dataset, quick, **options):
     if busy := busy_now():
         reporter = config.pluginmanager.get_plugin("terminalreporter")
         reporter.write_line(f"\nwarning: {busy}; the timings will be marked")
-    found, conditions = under_conditions(lambda: study(name).measure(dataset, quick, **options), dataset.name, quick)
-    config.stash[SECTIONS][name] = Section(conditions, found)
+    result, conditions = under_conditions(lambda: study(name).measure(dataset, quick, **options), dataset.name, quick)
+    config.stash[SECTIONS][name] = Section(conditions, result)
 
 
 def selected(request, fixture, parameter):

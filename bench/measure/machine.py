@@ -62,10 +62,10 @@ def machine() -> Machine:
 
     cpu, llvm_name = cpuinfo.get_cpu_info(), binding.get_host_cpu_name()
     flags = set(cpu.get("flags", ()))
-    found = environment()
+    software = environment()
     return Machine(
         name=NAMES.get(llvm_name, llvm_name),
-        cpu=found["cpu"],
+        cpu=software["cpu"],
         llvm_name=llvm_name,
         family=cpu.get("family"),
         model=cpu.get("model"),
@@ -74,8 +74,8 @@ def machine() -> Machine:
         threads_per_core=len(cpus) if (cpus := _cpus("cpu0/topology/thread_siblings_list")) else None,
         caches=caches(),
         hypervisor=_hypervisor(flags),
-        system=found["system"],
-        blas=", ".join(found["blas"]) or None,
+        system=software["system"],
+        blas=", ".join(software["blas"]) or None,
         mkl=mkl_code_path(),
     )
 
@@ -83,13 +83,13 @@ def machine() -> Machine:
 def caches(core: Path = CPU / "cpu0") -> list[Cache]:
     """Data caches of a core, from the nearest on."""
     units = {"K": 2**10, "M": 2**20, "G": 2**30}
-    found = []
+    levels = []
     for index in sorted(core.glob("cache/index*")):
         size = re.fullmatch(r"(\d+)([KMG])", _text(index / "size"))
         if size and _text(index / "type") in ("Data", "Unified"):
             shared = len(_parse_cpus(_text(index / "shared_cpu_list")))
-            found.append(Cache(int(_text(index / "level")), int(size[1]) * units[size[2]], shared))
-    return found
+            levels.append(Cache(int(_text(index / "level")), int(size[1]) * units[size[2]], shared))
+    return levels
 
 
 def _text(file: Path) -> str:
@@ -167,12 +167,12 @@ def under_conditions(measure: Callable[[], Value], dataset: str, quick: bool) ->
     """What `measure` returns, and the conditions that it met."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     date = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-    found: dict[str, Any] = environment()
+    software: dict[str, Any] = environment()
     before, start = times(), time.monotonic()
     value = measure()
     steal, busy = disturbance(before, times())
     seconds = time.monotonic() - start
-    return value, Conditions(date, dataset, quick, found["commit"], load, steal, seconds, busy, found)
+    return value, Conditions(date, dataset, quick, software["commit"], load, steal, seconds, busy, software)
 
 
 def cpu_words(machine: Machine) -> str:

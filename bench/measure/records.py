@@ -134,10 +134,10 @@ def _bootstrap(statistic: Any, *samples: list[float]) -> Interval:
     if all(len(set(sample)) == 1 for sample in samples):  # equal rounds have no distribution to resample
         value = float(statistic(*samples))
         return value, value
-    found = bootstrap(
+    interval = bootstrap(
         samples, statistic, paired=len(samples) > 1, n_resamples=2000, method="percentile", rng=0
     ).confidence_interval
-    return float(found.low), float(found.high)
+    return float(interval.low), float(interval.high)
 
 
 # Runs and machines -------------------------------------------------------------------------------------------------
@@ -249,11 +249,11 @@ def read(kind: type[Record], file: Path) -> Record:
             raise KeyError("its kind is another")
         record = TypeAdapter(kind).validate_python(content)
         if isinstance(record, Run):
-            from bench.studies import found_class  # the studies import this module
+            from bench.studies import result_class  # the studies import this module
 
             for name, section in record.sections.items():
-                found = TypeAdapter[Any](found_class(name)).validate_python(section.found)
-                record.sections[name] = dataclasses.replace(section, found=found)
+                result = TypeAdapter[Any](result_class(name)).validate_python(section.found)
+                record.sections[name] = dataclasses.replace(section, found=result)
     except (ValueError, KeyError) as error:
         why = str(error)
         if isinstance(error, ValidationError):

@@ -36,13 +36,13 @@ class Claim:
 
     def ratio(self, run: Run) -> Ratio | None:
         """As a run measured it; None where it did not."""
-        found = self.pick(run)
-        if found is None or self.competitor not in found:
+        comparison = self.pick(run)
+        if comparison is None or self.competitor not in comparison:
             return None
         base: str | None = self.base
         if base == FASTEST:
-            base = min((name for name in FRAMEWORKS if name in found), key=found.median, default=None)
-        return found.ratio(self.competitor, base) if base and base in found else None
+            base = min((name for name in FRAMEWORKS if name in comparison), key=comparison.median, default=None)
+        return comparison.ratio(self.competitor, base) if base and base in comparison else None
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,9 @@ def _command(run: Run) -> Comparison | None:
 
 def _product(start: str, one: bool) -> Pick:
     def pick(run: Run) -> Comparison | None:
-        found = run.sections["products"].found.products if "products" in run.sections else []
+        comparisons = run.sections["products"].found.products if "products" in run.sections else []
         ends_one = ", 1 thread"
-        return next((c for c in found if c.what.startswith(start) and c.what.endswith(ends_one) == one), None)
+        return next((c for c in comparisons if c.what.startswith(start) and c.what.endswith(ends_one) == one), None)
 
     return pick
 
@@ -121,8 +121,8 @@ def _small_step(size: int) -> Pick:
 
 def _climb(product: str) -> Pick:
     def pick(run: Run) -> Comparison | None:
-        found = run.sections["ladder"].found.climbs if "ladder" in run.sections else []
-        return next((c.seconds_per_gflop for c in found if (c.product, c.threads) == (product, 1)), None)
+        climbs = run.sections["ladder"].found.climbs if "ladder" in run.sections else []
+        return next((c.seconds_per_gflop for c in climbs if (c.product, c.threads) == (product, 1)), None)
 
     return pick
 
@@ -131,8 +131,8 @@ def _peak(folder: Folder, one: bool) -> float | None:
     """Operations per second, on one thread or on all."""
     if one:
         return 1e9 * folder.machine.peak_gflop_per_second if folder.machine.peak_gflop_per_second else None
-    found = folder.found("scaling")
-    return 1e9 * found.peak_gflop_per_second[found.threads] if found else None
+    result = folder.result("scaling")
+    return 1e9 * result.peak_gflop_per_second[result.threads] if result else None
 
 
 def _product_bound(flop: float, one: bool) -> Bound:
@@ -147,19 +147,19 @@ def _step_bound(backend: str, images: int | None = None) -> Bound:
     """Of its big products over all images on all threads, or some on one; for sparse, of the non-zero pixels alone."""
 
     def seconds(folder: Folder) -> float | None:
-        peak, found = _peak(folder, one=images is not None), folder.found("roofline")
-        if not peak or not found:
+        peak, result = _peak(folder, one=images is not None), folder.result("roofline")
+        if not peak or not result:
             return None
-        share = images * FLOP_OF_IMAGE / found.dense_flop if images else 1
-        return share * sum(product.flop for product in found.products if product.backend == backend) / peak
+        share = images * FLOP_OF_IMAGE / result.dense_flop if images else 1
+        return share * sum(product.flop for product in result.products if product.backend == backend) / peak
 
     return seconds
 
 
 def _climb_bound(product: str) -> Bound:
     def seconds(folder: Folder) -> float | None:
-        found = folder.found("ladder")
-        return 1 / found.climb(product, 1).peak_gflop_per_second if found else None
+        result = folder.result("ladder")
+        return 1 / result.climb(product, 1).peak_gflop_per_second if result else None
 
     return seconds
 
@@ -237,19 +237,19 @@ def cell(claim: Claim, folder: Folder) -> Cell | None:
 
 def cells(claim: Claim, folders: Iterable[Folder]) -> dict[str, Cell]:
     """The evidence by machine, where the claim was measured."""
-    return {folder.machine.name: found for folder in folders if (found := cell(claim, folder))}
+    return {folder.machine.name: evidence for folder in folders if (evidence := cell(claim, folder))}
 
 
-def cell_text(found: Cell | None, what_base: str) -> str:
+def cell_text(evidence: Cell | None, what_base: str) -> str:
     """The smallest and largest ratio, the base's seconds, and whether it holds."""
-    if not found:
+    if not evidence:
         return ""
-    low, high = two_digits(found.low), two_digits(found.high)
+    low, high = two_digits(evidence.low), two_digits(evidence.high)
     span = low if low == high else f"{low} to {high}"
-    name = f" ({found.bases})" if what_base == FASTEST else ""
-    runs = "" if len(found.ratios) > 1 else ", 1 run"
-    mark = {"faster": "✓", "slower": "✗", "undecided": "≈"}[found.verdict]
-    return f"{mark} {span} × {short(found.base_seconds)} s{name}{runs}"
+    name = f" ({evidence.bases})" if what_base == FASTEST else ""
+    runs = "" if len(evidence.ratios) > 1 else ", 1 run"
+    mark = {"faster": "✓", "slower": "✗", "undecided": "≈"}[evidence.verdict]
+    return f"{mark} {span} × {short(evidence.base_seconds)} s{name}{runs}"
 
 
 def two_digits(ratio: float) -> str:
@@ -258,23 +258,23 @@ def two_digits(ratio: float) -> str:
 
 def where(claim: Claim, folders: Iterable[Folder]) -> str:
     """The quantifier: on how many machines it holds, and on which."""
-    found = cells(claim, folders)
-    holding = [name for name, each in found.items() if each.holds]
-    if not found:
+    evidence = cells(claim, folders)
+    holding = [name for name, each in evidence.items() if each.holds]
+    if not evidence:
         return "on no machine measured so far"
-    if len(found) == 1:
-        return f"on {next(iter(found))}" if holding else f"not on {next(iter(found))}"
-    if len(holding) == len(found):
-        return "on both machines" if len(found) == 2 else f"on all {len(found)} machines"
-    return f"on {len(holding)} of {len(found)} machines" + (f" ({', '.join(holding)})" if holding else "")
+    if len(evidence) == 1:
+        return f"on {next(iter(evidence))}" if holding else f"not on {next(iter(evidence))}"
+    if len(holding) == len(evidence):
+        return "on both machines" if len(evidence) == 2 else f"on all {len(evidence)} machines"
+    return f"on {len(holding)} of {len(evidence)} machines" + (f" ({', '.join(holding)})" if holding else "")
 
 
 def sentence(claim: Claim, folders: Iterable[Folder]) -> str:
     """The claim in words, with where it holds and the range of the ratios, machine by machine."""
     folders = list(folders)
     spans = []
-    for name, found in cells(claim, folders).items():
-        low, high = two_digits(found.low), two_digits(found.high)
+    for name, evidence in cells(claim, folders).items():
+        low, high = two_digits(evidence.low), two_digits(evidence.high)
         spans.append(f"{name} {low if low == high else f'{low} to {high}'}")
     if not spans:
         return f"How `{claim.competitor}` compares with `{claim.base}` has not been measured yet."
@@ -300,12 +300,12 @@ def draw(folders: list[Folder], file: Path) -> None:
             commit = ", ".join(folder.commits[:1])
             axes.plot([], [], "o", color=shade, markersize=5, label=f"{folder.machine.name} (commit {commit})")
             for row, claim in enumerate(rows):
-                if found := cell(claim, folder):
-                    middle = float(np.median([ratio.ratio for ratio in found.ratios]))
-                    axes.plot([found.low, found.high], [row + shift] * 2, color=shade, linewidth=2)
+                if each := cell(claim, folder):
+                    middle = float(np.median([ratio.ratio for ratio in each.ratios]))
+                    axes.plot([each.low, each.high], [row + shift] * 2, color=shade, linewidth=2)
                     axes.plot(middle, row + shift, "o", color=shade, markersize=4.5)
                     if seconds := claim.at_peak(folder):
-                        axes.plot(seconds / found.base_seconds, row + shift, "|", color=shade, alpha=0.5, markersize=8)
+                        axes.plot(seconds / each.base_seconds, row + shift, "|", color=shade, alpha=0.5, markersize=8)
         axes.set(xscale="log", xlabel="× the time of the base (log scale)")
         ticks = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3]
         low, high = axes.get_xlim()

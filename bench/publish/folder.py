@@ -22,7 +22,7 @@ class Folder:
         """A study's section of the first run that has it; None if there is none."""
         return next((run.sections[study] for run in self.runs if study in run.sections), None)
 
-    def found(self, study: str) -> Any:
+    def result(self, study: str) -> Any:
         """The record of :meth:`section`, or None."""
         section = self.section(study)
         return section.found if section else None

@@ -133,15 +133,15 @@ def write_report(folder: Folder, output: Path, say: Callable[[str], None], missi
 def _claims(folder: Folder) -> TableOf:
     rows = []
     for claim in CLAIMS:
-        if found := cell(claim, folder):
-            span = dict.fromkeys((two_digits(found.low), two_digits(found.high)))
-            interval = found.ratios[0].interval
+        if evidence := cell(claim, folder):
+            span = dict.fromkeys((two_digits(evidence.low), two_digits(evidence.high)))
+            interval = evidence.ratios[0].interval
             rows.append(
                 [
-                    f"{claim.competitor} / {found.bases}: {claim.what}",
+                    f"{claim.competitor} / {evidence.bases}: {claim.what}",
                     " to ".join(span),
-                    found.verdict,
-                    f"{found.base_seconds:.4g}",
+                    evidence.verdict,
+                    f"{evidence.base_seconds:.4g}",
                     f"{interval[0]:.2f} to {interval[1]:.2f}" if interval else "",
                 ]
             )
@@ -154,22 +154,22 @@ def _timings(folder: Folder) -> list[TableOf]:
     """A table of seconds for the comparisons that people look up."""
     tables = []
     comparisons: list[tuple[str, Comparison]] = []
-    if found := folder.found("epochs"):
-        comparisons.append(("Seconds per epoch", found.epochs))
-    if found := folder.found("head_to_head"):
-        comparisons.append(("Seconds per full-batch step", found.steps))
-    if found := folder.found("time_to_accuracy"):
-        comparisons.append((f"Seconds to {found.target:.2%} test accuracy", found.times))
+    if result := folder.result("epochs"):
+        comparisons.append(("Seconds per epoch", result.epochs))
+    if result := folder.result("head_to_head"):
+        comparisons.append(("Seconds per full-batch step", result.steps))
+    if result := folder.result("time_to_accuracy"):
+        comparisons.append((f"Seconds to {result.target:.2%} test accuracy", result.times))
     for title, comparison in comparisons:
         rows = [
             [name, f"{times.median:.4g}", _span(times), str(len(times.seconds))]
             for name, times in comparison.rounds.items()
         ]
         tables.append(TableOf(title, "Medians of the first run.", ["", "seconds", "95 % interval", "rounds"], rows))
-    if found := folder.found("kernels"):
+    if result := folder.result("kernels"):
         rows = [
-            [kernel, name, short(1e6 * times.median), short(found.flop[kernel] / times.median / 1e9)]
-            for kernel, comparison in found.per_image.items()
+            [kernel, name, short(1e6 * times.median), short(result.flop[kernel] / times.median / 1e9)]
+            for kernel, comparison in result.per_image.items()
             for name, times in comparison.rounds.items()
         ]
         columns = ["kernel", "backend", "µs per image", "GFLOP/s, zeros counted"]
@@ -185,20 +185,20 @@ def _conditions(folder: Folder) -> TableOf:
     rows = []
     for number, run in enumerate(folder.runs, 1):
         for name, section in run.sections.items():
-            found = section.conditions
-            environment: dict[str, Any] = found.environment
+            conditions = section.conditions
+            environment: dict[str, Any] = conditions.environment
             versions = ", ".join(f"{key} {value}" for key, value in environment.get("packages", {}).items())
             variables = " ".join(f"{key}={value}" for key, value in environment.get("variables", {}).items())
             rows.append(
                 [
                     str(number),
                     name,
-                    found.date,
-                    found.dataset,
-                    found.commit or "unknown",
-                    f"{found.seconds:.0f}" if found.seconds is not None else "",
-                    f"{found.load:.2f}" if found.load is not None else "",
-                    f"{found.steal:.1%}" if found.steal is not None else "",
+                    conditions.date,
+                    conditions.dataset,
+                    conditions.commit or "unknown",
+                    f"{conditions.seconds:.0f}" if conditions.seconds is not None else "",
+                    f"{conditions.load:.2f}" if conditions.load is not None else "",
+                    f"{conditions.steal:.1%}" if conditions.steal is not None else "",
                     f"Python {environment.get('python')}, {versions}; {variables}",
                 ]
             )
@@ -209,5 +209,5 @@ def _conditions(folder: Folder) -> TableOf:
 def _skipped(folder: Folder, missing: dict[str, str]) -> TableOf:
     rows = [[name, reason] for name, reason in missing.items()]
     for study in sorted(folder.studies):
-        rows += [[f"{study}: {name}", reason] for name, reason in getattr(folder.found(study), "skipped", {}).items()]
+        rows += [[f"{study}: {name}", reason] for name, reason in getattr(folder.result(study), "skipped", {}).items()]
     return TableOf("Skipped", "What is not here, and why.", ["what", "why"], rows)

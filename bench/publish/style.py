@@ -117,18 +117,18 @@ def in_seconds(seconds: float) -> str:
 
 def small_print(conditions: Conditions, machine: Machine) -> str:
     """The origin of results, in two lines."""
-    found = conditions.environment
-    packages = found["packages"]
+    environment = conditions.environment
+    packages = environment["packages"]
     versions = ", ".join(f"{name} {packages[name]}" for name in ("numpy", "numba", "llvmlite") if name in packages)
     first = [
         "QUICK RUN, not for quoting" * conditions.quick,
         "BUSY MACHINE" * bool(conditions.busy),
         conditions.note or "",
-        f"{conditions.dataset}; {machine.name} ({machine.cpu}), {found['cores']} threads; float32",
+        f"{conditions.dataset}; {machine.name} ({machine.cpu}), {environment['cores']} threads; float32",
         "medians with 95 % intervals",
     ]
     return (
         f"{'; '.join(filter(None, first))}\n"
-        f"Python {found['python']}, {versions}, {', '.join(found['blas'])}; "
+        f"Python {environment['python']}, {versions}, {', '.join(environment['blas'])}; "
         f"commit {conditions.commit or 'unknown'}, {conditions.date[:10]}"
     )

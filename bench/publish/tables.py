@@ -80,12 +80,12 @@ def main_folder(results: Path) -> Folder:
     return max(folders(results), key=rank)
 
 
-def found_in(results: Path, study: str) -> Any:
+def result_of(results: Path, study: str) -> Any:
     """A study's record on the main machine."""
-    found = main_folder(results).found(study)
-    if found is None:
+    result = main_folder(results).result(study)
+    if result is None:
         raise MissingError(study)
-    return found
+    return result
 
 
 def origin(results: Path, study: str) -> str:
@@ -101,12 +101,12 @@ def claim_table(results: Path, products: bool = False) -> str:
     columns = [f"{folder.machine.name}, at {', '.join(folder.commits)}" for folder in every]
     table = Table("time of / relative to", *columns, "holds on", box=MARKDOWN)
     for claim in CLAIMS:
-        found = cells(claim, every) if claim.key.startswith("product-") == products else {}
-        if found:
-            holding = sum(each.holds for each in found.values())
+        evidence = cells(claim, every) if claim.key.startswith("product-") == products else {}
+        if evidence:
+            holding = sum(each.holds for each in evidence.values())
             texts = [cell_text(cell(claim, folder), claim.base) for folder in every]
             name = f"{claim.competitor} / {claim.base}, {claim.what}"
-            table.add_row(name, *texts, f"{holding} of {len(found)}")
+            table.add_row(name, *texts, f"{holding} of {len(evidence)}")
     return (
         f"{_markdown(table)}\n\nThe range of ratios over all runs × the base's seconds. "
         "✓ every run takes less time, ✗ every run takes more, ≈ the runs disagree or cannot tell. "
@@ -116,23 +116,23 @@ def claim_table(results: Path, products: bool = False) -> str:
 
 def speed_table(results: Path) -> str:
     """Seconds per epoch of each backend, interleaved, relative to NumPy and to the big products."""
-    found = found_in(results, "epochs")
+    result = result_of(results, "epochs")
     table = Table("backend", "seconds per epoch", "95 % interval", "× numpy", "× big products", box=MARKDOWN)
-    for name in ordered(name for name in found.epochs.seconds if name != BIG_PRODUCTS):
-        times = found.epochs.rounds[name]
-        scaled = f"scaled up from {found.extrapolated[name]} images" if name in found.extrapolated else ""
-        relative = [short(found.epochs.ratio(name, base).ratio) for base in ("numpy", BIG_PRODUCTS)]
+    for name in ordered(name for name in result.epochs.seconds if name != BIG_PRODUCTS):
+        times = result.epochs.rounds[name]
+        scaled = f"scaled up from {result.extrapolated[name]} images" if name in result.extrapolated else ""
+        relative = [short(result.epochs.ratio(name, base).ratio) for base in ("numpy", BIG_PRODUCTS)]
         table.add_row(f"`{name}`", short(times.median), scaled or f"{times.low:.3f} to {times.high:.3f}", *relative)
     return f"{_markdown(table)}\n\n{origin(results, 'epochs')}"
 
 
 def accuracy_table(results: Path) -> str:
     """The published accuracies beside ours, and pure Python's after its mini-batches."""
-    found = found_in(results, "reproduction").reproduced
-    table = _markdown(comparison_table(full_batch_histories(found), found["dataset"], MARKDOWN))
-    if "naive" not in found["runs"]:
+    reproduced = result_of(results, "reproduction").reproduced
+    table = _markdown(comparison_table(full_batch_histories(reproduced), reproduced["dataset"], MARKDOWN))
+    if "naive" not in reproduced["runs"]:
         return table
-    (naive,) = history(found["runs"]["naive"]).epochs
+    (naive,) = history(reproduced["runs"]["naive"]).epochs
     words = f"{naive.test_accuracy:.2%} test accuracy after {naive.seconds:.0f} s of pure Python."
     return f"{table}\n\n`naive`, in mini-batches: {words}"
 
@@ -165,31 +165,31 @@ def _range(values: list[float]) -> str:
 
 def competitor_table(results: Path) -> str:
     """Seconds of a step, memory and compilation of every backend and peer, and who is missing."""
-    found, memory = found_in(results, "head_to_head"), found_in(results, "memory")
+    result, memory = result_of(results, "head_to_head"), result_of(results, "memory")
     table = Table("", "form", "seconds per step", "95 % interval", "peak memory (MB)", "compilation (s)", box=MARKDOWN)
-    known = {name: form for form, names in found.forms.items() for name in names}
-    for name, times in found.steps.rounds.items():
+    known = {name: form for form, names in result.forms.items() for name in names}
+    for name, times in result.steps.rounds.items():
         peak = f"{memory.peak_bytes[name] / 1e6:.0f}" if name in memory.peak_bytes else memory.skipped.get(name, "")
-        seconds = found.compile_seconds.get(name)
+        seconds = result.compile_seconds.get(name)
         interval = f"{times.low:.3f} to {times.high:.3f}" if times.interval else ""
         form = known.get(name, "reference")
         table.add_row(name, form, f"{times.median:.3f}", interval, peak, short(seconds) if seconds else "")
-    for name, reason in found.skipped.items():
+    for name, reason in result.skipped.items():
         table.add_row(name, f"skipped: {reason}")
     return f"{_markdown(table)}\n\n{origin(results, 'head_to_head')}"
 
 
 def ablation_table(results: Path) -> str:
     """Milliseconds of both products without each idea of the sparse backend."""
-    found = found_in(results, "ablation")
+    result = result_of(results, "ablation")
     table = Table("variant", box=MARKDOWN)
     for column in ("forward", "backward", "both, relative to BLAS", "MB, both forms"):
         table.add_column(column, justify="right")
-    seconds = {name: (found.forward.median(name), found.backward.median(name)) for name in found.megabytes}
+    seconds = {name: (result.forward.median(name), result.backward.median(name)) for name in result.megabytes}
     blas = sum(next(iter(seconds.values())))
     for name, (forward, backward) in seconds.items():
         times = short(1e3 * forward), short(1e3 * backward), f"{(forward + backward) / blas:.2f}"
-        table.add_row(name, *times, f"{found.megabytes[name]:.0f}")
+        table.add_row(name, *times, f"{result.megabytes[name]:.0f}")
     return _markdown(table)
 
 
@@ -198,7 +198,7 @@ def workers_table(results: Path) -> str:
     table = Table("workers", "MB through the client", "tasks", "overhead (s)", box=MARKDOWN)
     for column in table.columns:
         column.justify = "right"
-    for row in found_in(results, "workers").traffic:
+    for row in result_of(results, "workers").traffic:
         megabytes, tasks = short(row.client_bytes / 1e6), f"{row.tasks:.0f}"
         table.add_row(f"{row.workers}", megabytes, tasks, short(row.overhead) if row.overhead else "0")
     return _markdown(table)
@@ -209,7 +209,7 @@ def growth_table(results: Path) -> str:
     table = Table("images", "µs per image", "memory of the process (MB)", box=MARKDOWN)
     for column in table.columns:
         column.justify = "right"
-    for row in found_in(results, "workers").growth:
+    for row in result_of(results, "workers").growth:
         table.add_row(f"{row.images:,}", short(row.microseconds), f"{row.own_bytes / 1e6:.0f}")
     return _markdown(table)
 
@@ -220,21 +220,21 @@ def billion_table(results: Path) -> str:
     for column in table.columns:
         column.justify = "right"
     for workers in (16, 128, 1024):
-        table.add_row(f"{workers:,}", *map(short, calculation(found_in(results, "workers"), workers, 1e9).values()))
+        table.add_row(f"{workers:,}", *map(short, calculation(result_of(results, "workers"), workers, 1e9).values()))
     return _markdown(table)
 
 
 def picture_table(results: Path) -> str:
     """Kinds of pictures, and how often they are recognised, or refused as they should be."""
-    found = found_in(results, "pictures")
+    result = result_of(results, "pictures")
     table = Table("kind", "right (%)", "blank pages refused (%)", box=MARKDOWN)
     for column in table.columns[1:]:
         column.justify = "right"
-    for name, right in found.right.items():
-        blank = found.blank_refused.get(name)
+    for name, right in result.right.items():
+        blank = result.blank_refused.get(name)
         table.add_row(name, f"{right:.0f}", "" if blank is None else f"{blank:.0f}")
-    table.add_row("two digits: refused", f"{found.pairs_refused:.0f}", "")
-    return f"{_markdown(table)}\n\n{found.pictures} pictures of each kind."
+    table.add_row("two digits: refused", f"{result.pairs_refused:.0f}", "")
+    return f"{_markdown(table)}\n\n{result.pictures} pictures of each kind."
 
 
 def machine_table(results: Path) -> str:
@@ -279,11 +279,11 @@ def _step_gain(product: str, step: str, base: str, base_product: str = "") -> Ca
 
 
 def _nanoseconds(results: Path) -> str:
-    return short(2 / found_in(results, "ladder").climb("MLP", 1).rate("loops"))
+    return short(2 / result_of(results, "ladder").climb("MLP", 1).rate("loops"))
 
 
 def _lines(results: Path, step: str) -> int:
-    return found_in(results, "ladder").lines[step]
+    return result_of(results, "ladder").lines[step]
 
 
 def _compiled_naive_accuracy(results: Path) -> str:
@@ -292,26 +292,26 @@ def _compiled_naive_accuracy(results: Path) -> str:
 
 
 def _break_even(results: Path, start: str) -> str:
-    starts = found_in(results, "break_even").starts
+    starts = result_of(results, "break_even").starts
     epochs = break_even(starts[start], starts["numpy"])
     return f"{math.ceil(epochs)}" if epochs < math.inf else "no number of"
 
 
 def _command(results: Path, seconds: bool) -> str:
-    command = found_in(results, "break_even").command
+    command = result_of(results, "break_even").command
     return short(command.median("sparse") if seconds else command.ratio("sparse", "numpy").ratio)
 
 
 def _peak_megabytes(results: Path, limit: int | None) -> str:
-    (peak,) = (row.peak_bytes for row in found_in(results, "workers").memory if row.limit == limit)
+    (peak,) = (row.peak_bytes for row in result_of(results, "workers").memory if row.limit == limit)
     return f"{peak / 1e6:,.0f}"
 
 
 def _ratio_range(results: Path, key: str) -> str:
-    found = cell(BY_KEY[key], main_folder(results))
-    if not found:
+    evidence = cell(BY_KEY[key], main_folder(results))
+    if not evidence:
         raise MissingError(key)
-    return _range([row.ratio for row in found.ratios])
+    return _range([row.ratio for row in evidence.ratios])
 
 
 # Numbers within sentences.

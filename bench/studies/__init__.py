@@ -1,7 +1,7 @@
 """Studies: measurements that take more than a benchmark, one module each.
 
-A study has a dataclass `Found` whose ``kind`` is the study's name (its parts are in `bench.measure.records`), a
-``measure(dataset, quick)`` that returns one, and usually a ``draw(found, small_print, file)``. ``python -m bench run``
+A study has a dataclass `Result` whose ``kind`` is the study's name (its parts are in `bench.measure.records`), a
+``measure(dataset, quick)`` that returns one, and usually a ``draw(result, small_print, file)``. ``python -m bench run``
 runs studies, ``python -m bench draw`` draws their results again.
 """
 
@@ -33,7 +33,7 @@ def study(name: str) -> ModuleType:
     return importlib.import_module(f"bench.studies.{name}")
 
 
-def found_class(name: str) -> type:
+def result_class(name: str) -> type:
     """The record class of a study.
 
     Raises
@@ -43,4 +43,4 @@ def found_class(name: str) -> type:
     """
     if name not in STUDIES:
         raise KeyError(f"there is no study {name}")
-    return study(name).Found
+    return study(name).Result

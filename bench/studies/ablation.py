@@ -32,8 +32,8 @@ UNITS = 128
 
 
 @dataclass(frozen=True)
-class Found:
-    """What the study found."""
+class Result:
+    """The study's record."""
 
     forward: Comparison
     """Seconds of the forward product over the data set, by variant."""
@@ -44,7 +44,7 @@ class Found:
     kind: Literal["ablation"] = "ablation"
 
 
-def measure(dataset: Dataset, quick: bool) -> Found:
+def measure(dataset: Dataset, quick: bool) -> Result:
     """Milliseconds of both products over the data set, by variant, and megabytes of its images in both forms."""
     images = dataset.train_images[: CHUNKS * CHUNK]
     chunks = np.array_split(images, -(-len(images) // CHUNK))
@@ -80,7 +80,7 @@ def measure(dataset: Dataset, quick: bool) -> Found:
         name: scale * sum(nbytes(x) for x in xs) / 1e6
         for name, (_, xs) in track(variants.items(), "memory", transient=True)
     }
-    return Found(forward, backward, megabytes)
+    return Result(forward, backward, megabytes)
 
 
 def prepared(backend: Backend, chunks: list[NDArray]) -> tuple[Backend, list[Any]]:

@@ -43,8 +43,8 @@ class Start:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What the study found."""
+class Result:
+    """The study's record."""
 
     starts: dict[str, Start]
     command: Comparison
@@ -52,7 +52,7 @@ class Found:
     kind: Literal["break_even"] = "break_even"
 
 
-def measure(dataset: Dataset, quick: bool) -> Found:
+def measure(dataset: Dataset, quick: bool) -> Result:
     """Seconds of a short run, its epochs, and what comes before and after them; and of the whole 250 epochs.
 
     Runs are timed from the start of the process to its end: loading, preparing, compiling if nothing is cached, and
@@ -74,7 +74,7 @@ def measure(dataset: Dataset, quick: bool) -> Found:
         long = {start: partial(train, start, *LONG) for start in ("numpy", "sparse")}
         long_totals = interleave(long, 1, warmup=0)
     epochs = {start: float(np.median(seconds[start.removesuffix(FIRST_RUN)])) for start in STARTS}
-    return Found(
+    return Result(
         starts={start: Start(Rounds.of(totals[start]), epochs[start], EPOCHS) for start in STARTS},
         command=Comparison.of("250 epochs, from the start of the process", long_totals),
     )
@@ -95,9 +95,9 @@ def break_even(ours: Start, theirs: Start) -> float:
     return max(0.0, late / gain) if gain > 0 else 0.0 if late <= 0 else math.inf
 
 
-def draw(found: Found, small_print: str, file: Path) -> None:
+def draw(result: Result, small_print: str, file: Path) -> None:
     """Total seconds against epochs, and where the lines cross NumPy's."""
-    starts = found.starts
+    starts = result.starts
     points = {start: break_even(starts[start], starts["numpy"]) for start in starts if start != "numpy"}
     most = 1.3 * max([10.0, *(point for point in points.values() if point < 250)])
     with figure_file(file, figsize=(8, 4.2)) as figure:
@@ -118,7 +118,7 @@ def draw(found: Found, small_print: str, file: Path) -> None:
                 axes.plot(epochs, total, "o", color="black", markersize=5, markerfacecolor="white", zorder=6)
             ends.append((start if start == "numpy" else f"{start}: {_ahead(epochs)}", most, end, shade))
         end_labels(axes, ends)
-        title(figure, _title(points, found.command.ratio("sparse", "numpy")))
+        title(figure, _title(points, result.command.ratio("sparse", "numpy")))
         print_small(figure, small_print)
 
 

@@ -23,8 +23,8 @@ CHUNKS = 4
 
 
 @dataclass(frozen=True)
-class Found:
-    """What the study found: seconds per image, all interleaved."""
+class Result:
+    """Seconds per image; all points are interleaved."""
 
     percent: list[int]
     """Of pixels that are not zero, in random images."""
@@ -39,7 +39,7 @@ class Found:
     kind: Literal["density"] = "density"
 
 
-def measure(dataset: Dataset, quick: bool) -> Found:
+def measure(dataset: Dataset, quick: bool) -> Result:
     """Seconds per image of both products, by backend; of sparse by percent of non-zero pixels."""
     rng = np.random.default_rng(0)
     pixels = dataset.train_images.shape[1]
@@ -59,7 +59,7 @@ def measure(dataset: Dataset, quick: bool) -> Found:
             5 if quick else 40,
         )
     per_image = {name: Rounds.of(times / (CHUNKS * CHUNK)) for name, times in seconds.items()}
-    return Found(
+    return Result(
         percent=list(PERCENT),
         sparse=[per_image[f"sparse {percent}"] for percent in PERCENT],
         dense={name: per_image[name] for name in ("numpy", "numba")},
@@ -75,25 +75,25 @@ def in_turn(functions: list[Callable[[], Any]]) -> None:
         function()
 
 
-def break_even(found: Found, backend: str) -> float:
+def break_even(result: Result, backend: str) -> float:
     """Percent of non-zero pixels at which sparse takes as long as `backend`, between measured points; 100 if never."""
-    difference = np.array([timing.median for timing in found.sparse]) - found.dense[backend].median
+    difference = np.array([timing.median for timing in result.sparse]) - result.dense[backend].median
     if not (difference > 0).any():
         return 100.0
     after = int(np.argmax(difference > 0))
-    return float(np.interp(0, difference[after - 1 : after + 1], found.percent[after - 1 : after + 1]))
+    return float(np.interp(0, difference[after - 1 : after + 1], result.percent[after - 1 : after + 1]))
 
 
-def draw(found: Found, small_print: str, file: Path) -> None:
+def draw(result: Result, small_print: str, file: Path) -> None:
     """Microseconds per image against the share of non-zero pixels."""
-    percent = np.array(found.percent)
-    median, low, high = 1e6 * np.array([(times.median, times.low, times.high) for times in found.sparse]).T
+    percent = np.array(result.percent)
+    median, low, high = 1e6 * np.array([(times.median, times.low, times.high) for times in result.sparse]).T
     with figure_file(file, figsize=(8, 4)) as figure:
         axes = figure.subplots()
         axes.fill_between(percent, low, high, color=colour("sparse"), alpha=0.3, linewidth=0)
         axes.plot(percent, median, "o-", color=colour("sparse"), markersize=3)
         axes.text(percent[4], 1.5 * median[4], "sparse, random images  ", color=colour("sparse"), ha="right")
-        ranked = sorted(found.dense.items(), key=lambda item: item[1].median)
+        ranked = sorted(result.dense.items(), key=lambda item: item[1].median)
         for (name, times), place in zip(ranked, ("top", "bottom")):  # below the lower, above the upper
             seconds = times.median
             axes.axhspan(1e6 * times.low, 1e6 * times.high, color=colour(name), alpha=0.3, linewidth=0)
@@ -106,7 +106,7 @@ def draw(found: Found, small_print: str, file: Path) -> None:
                 color=colour(name),
                 va=place,
             )
-            crossing = break_even(found, name)
+            crossing = break_even(result, name)
             if crossing < 100:
                 axes.plot(crossing, 1e6 * seconds, "o", color="black", fillstyle="none", markersize=8)
                 axes.annotate(
@@ -116,10 +116,10 @@ def draw(found: Found, small_print: str, file: Path) -> None:
                     textcoords="offset points",
                     va="top",
                 )
-        place_of_images = (found.dataset_percent, 1e6 * found.dataset_rounds.median)
+        place_of_images = (result.dataset_percent, 1e6 * result.dataset_rounds.median)
         axes.plot(*place_of_images, "D", color=colour("sparse"), markersize=7)
         axes.annotate(
-            f"{found.dataset}, {found.dataset_percent:.0f} %",
+            f"{result.dataset}, {result.dataset_percent:.0f} %",
             place_of_images,
             xytext=(9, -5),
             textcoords="offset points",
@@ -134,12 +134,12 @@ def draw(found: Found, small_print: str, file: Path) -> None:
         axes.set_yticks(heights, map(str, heights))
         axes.set_yticks([], minor=True)
         axes.margins(y=0.1)
-        title(figure, _title(found))
+        title(figure, _title(result))
         print_small(figure, small_print)
 
 
-def _title(found: Found) -> str:
-    ratio = found.dataset_rounds.median / found.dense["numba"].median
-    below = break_even(found, "numba")
+def _title(result: Result) -> str:
+    ratio = result.dataset_rounds.median / result.dense["numba"].median
+    below = break_even(result, "numba")
     pays = f"up to {below:.0f} % of non-zero pixels" if below < 100 else "at any share of non-zero pixels"
-    return f"Skipping zeros pays {pays}; on {found.dataset} it takes {short(ratio)} × the time of dense numba"
+    return f"Skipping zeros pays {pays}; on {result.dataset} it takes {short(ratio)} × the time of dense numba"

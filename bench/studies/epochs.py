@@ -32,8 +32,8 @@ BIG_PRODUCTS = "big products, OpenBLAS"
 
 
 @dataclass(frozen=True)
-class Found:
-    """What the study found."""
+class Result:
+    """The study's record."""
 
     epochs: Comparison
     """Seconds per epoch of each backend; of the big products, where they were measured."""
@@ -44,7 +44,7 @@ class Found:
     kind: Literal["epochs"] = "epochs"
 
 
-def measure(dataset: Dataset, quick: bool, names: Sequence[str] | None = None) -> Found:
+def measure(dataset: Dataset, quick: bool, names: Sequence[str] | None = None) -> Result:
     """Time steps of the backends `names`, by default all."""
     threads, whole = available_cores(), len(dataset.train_images)
     chosen = {name: get_backend(name) for name in names or backend_names()}
@@ -60,7 +60,7 @@ def measure(dataset: Dataset, quick: bool, names: Sequence[str] | None = None) -
         steps[BIG_PRODUCTS] = big_products(dataset, threads)
         seconds = interleave(steps, 3 if quick else 12, rest=0.03)
     scales = {name: whole / len(part.train_images) for name, part in parts.items()}
-    return Found(
+    return Result(
         epochs=Comparison.of("an epoch", {name: times * scales.get(name, 1) for name, times in seconds.items()}),
         images=whole,
         extrapolated={name: len(parts[name].train_images) for name in parts if scales[name] > 1},
@@ -106,20 +106,20 @@ IDEAS = {
 }
 
 
-def draw(found: Found, small_print: str, file: Path) -> None:
+def draw(result: Result, small_print: str, file: Path) -> None:
     """Seconds per epoch, one bar for each backend in the order of the study, and what is behind it."""
-    names = ordered(name for name in found.epochs.seconds if name != BIG_PRODUCTS)
-    times = found.epochs.rounds
+    names = ordered(name for name in result.epochs.seconds if name != BIG_PRODUCTS)
+    times = result.epochs.rounds
     with figure_file(file, figsize=(8, 1.9 + 0.45 * len(names))) as figure:
         axes = figure.subplots()
         texts = []
         for row, name in enumerate(names):
-            hatch = "//" if name in found.extrapolated else None
+            hatch = "//" if name in result.extrapolated else None
             axes.barh(row, times[name].median, color=colour(name), hatch=hatch, edgecolor="white")
             axes.plot([times[name].low, times[name].high], [row, row], color="black", linewidth=1.5)
             notes = [IDEAS.get(name)]
-            if name in found.extrapolated:
-                notes.append(f"scaled up from {found.extrapolated[name]} images")
+            if name in result.extrapolated:
+                notes.append(f"scaled up from {result.extrapolated[name]} images")
             texts.append(f"{in_seconds(times[name].median)}   {', '.join(filter(None, notes))}")
         medians = [times[name].median for name in names]
         references = [times[BIG_PRODUCTS].median] if BIG_PRODUCTS in times else []
@@ -130,7 +130,7 @@ def draw(found: Found, small_print: str, file: Path) -> None:
         right_labels(axes, texts)
         for reference in references:
             bound(axes, reference, f"the two big products alone, on OpenBLAS: {in_seconds(reference)}", -0.95)
-        title(figure, _title(found, names))
+        title(figure, _title(result, names))
         print_small(figure, small_print)
 
 
@@ -139,14 +139,14 @@ def short_name(name: str) -> str:
     return name if len(name) <= 28 else f"{name[:27]}…"
 
 
-def _title(found: Found, names: list[str]) -> str:
+def _title(result: Result, names: list[str]) -> str:
     base = "numpy" if "numpy" in names else names[0]
     others = [name for name in names if name != base]
-    what = f"An epoch of {found.images:,} images"
+    what = f"An epoch of {result.images:,} images"
     if not others:
         return what
     words = []
     for name in others:
-        ratio = found.epochs.ratio(name, base).ratio
+        ratio = result.epochs.ratio(name, base).ratio
         words.append(f"{short_name(name)} {ratio:.2f}" if ratio < 100 else f"{short_name(name)} {short(ratio)}")
     return f"{what}, × the time of {short_name(base)}: {', '.join(words)}"

@@ -28,8 +28,8 @@ BIG_PRODUCTS = "big products, OpenBLAS"
 
 
 @dataclass(frozen=True)
-class Found:
-    """What the study found."""
+class Result:
+    """The study's record."""
 
     forms: dict[str, list[str]]
     """Competitors that were timed, by category: dense, sparse, bfloat16."""
@@ -50,7 +50,7 @@ class Found:
     kind: Literal["head_to_head"] = "head_to_head"
 
 
-def measure(dataset: Dataset, quick: bool) -> Found:
+def measure(dataset: Dataset, quick: bool) -> Result:
     """Every competitor's steps in its fastest form, interleaved, once all forms have been verified.
 
     Takes about 80 seconds, half of them for torch.compile's compilations; a quick run, 50.
@@ -71,7 +71,7 @@ def measure(dataset: Dataset, quick: bool) -> Found:
         competing = {**steps, BIG_PRODUCTS: _big_products(task)}
         seconds = interleave(competing, 2 if quick else 6, rest=REST, warmup=0, steps=2)
     ours = {name: compile_seconds(name, dataset.train_images, dataset.train_labels) for name in ("numba", "sparse")}
-    return Found(
+    return Result(
         forms={form: [name for name in names if name in seconds] for form, names in COMPETITORS.items()},
         steps=Comparison.of("a full-batch step", seconds),
         tried=tried,
@@ -98,30 +98,30 @@ def _big_products(task: Task) -> Callable[[], None]:
     return products
 
 
-def fastest_framework(found: Found) -> str | None:
+def fastest_framework(result: Result) -> str | None:
     """The fastest of `FRAMEWORKS`; None where none of them is installed."""
-    return min((name for name in FRAMEWORKS if name in found.steps), key=found.steps.median, default=None)
+    return min((name for name in FRAMEWORKS if name in result.steps), key=result.steps.median, default=None)
 
 
-def draw(found: Found, small_print: str, file: Path) -> None:
+def draw(result: Result, small_print: str, file: Path) -> None:
     """Seconds of a step of each competitor, the dense ones above the sparse ones, and the bound of dense ones."""
     words = {
         "dense": "dense: every pixel is multiplied",
         "sparse": "sparse: only what is not zero is multiplied",
-        "bfloat16": f"dense in bfloat16: another category, {_inexact(found)}",
+        "bfloat16": f"dense in bfloat16: another category, {_inexact(result)}",
     }
     rows: dict[str, float] = {}
-    products = found.steps.median(BIG_PRODUCTS)
+    products = result.steps.median(BIG_PRODUCTS)
     y = 0.0
     with figure_file(file, figsize=(8, 5)) as figure:
         axes = figure.subplots()
-        for form in [form for form, names in found.forms.items() if names]:
+        for form in [form for form, names in result.forms.items() if names]:
             label(axes, words[form], 0, y)
             first = y + 0.5
-            for name in sorted(found.forms[form], key=found.steps.median, reverse=True):
+            for name in sorted(result.forms[form], key=result.steps.median, reverse=True):
                 y += 1
                 rows[name] = y
-                times = found.steps.rounds[name]
+                times = result.steps.rounds[name]
                 axes.barh(y, times.median, color=colour(name), height=0.75)
                 axes.plot([times.low, times.high], [y, y], color="black", linewidth=1.5)
             if form == "dense":
@@ -132,21 +132,21 @@ def draw(found: Found, small_print: str, file: Path) -> None:
         axes.set(yticks=list(rows.values()), ylim=(y - 0.9, -0.6), xlabel="seconds per step over all images")
         for name, tick in zip(rows, axes.set_yticklabels(rows)):
             tick.set_fontweight("bold" if name in backend_names() else "normal")
-        axes.set_xlim(0, 1.05 * max(times.high for times in found.steps.rounds.values()))
-        right_labels(axes, [in_seconds(found.steps.median(name)) for name in rows], places=list(rows.values()))
-        title(figure, _title(found))
+        axes.set_xlim(0, 1.05 * max(times.high for times in result.steps.rounds.values()))
+        right_labels(axes, [in_seconds(result.steps.median(name)) for name in rows], places=list(rows.values()))
+        title(figure, _title(result))
         print_small(figure, small_print)
 
 
-def _inexact(found: Found) -> str:
+def _inexact(result: Result) -> str:
     """How far the updates in bfloat16 are from float64's."""
-    errors = [form.error for name in found.forms.get("bfloat16", ()) for form in found.tried.get(name, {}).values()]
+    errors = [form.error for name in result.forms.get("bfloat16", ()) for form in result.tried.get(name, {}).values()]
     return f"its updates off by {max(filter(None, errors)):.1e} of their norm" if any(errors) else "less exact"
 
 
-def _title(found: Found) -> str:
+def _title(result: Result) -> str:
     """The result of this run, worded by its interval."""
-    framework = fastest_framework(found)
-    row: Ratio = found.steps.ratio("sparse", framework or "numpy")
+    framework = fastest_framework(result)
+    row: Ratio = result.steps.ratio("sparse", framework or "numpy")
     interval = f" ({row.interval[0]:.2f} to {row.interval[1]:.2f})" if row.interval else ""
     return f"A step of sparse takes {row.ratio:.2f} × the time of {row.base}{interval}"

@@ -59,8 +59,8 @@ KERNELS = {
 
 
 @dataclass(frozen=True)
-class Found:
-    """What the study found."""
+class Result:
+    """The study's record."""
 
     per_image: dict[str, Comparison]
     """Seconds per image on each backend, by kernel."""
@@ -71,7 +71,7 @@ class Found:
 
 def measure(
     dataset: Dataset, quick: bool, names: Sequence[str] | None = None, kernels: Sequence[str] = tuple(KERNELS)
-) -> Found:
+) -> Result:
     """Time kernels on backends, by default all on all; the backends are interleaved, kernel by kernel."""
     per_image = {}
     with thread_pool(1):
@@ -81,7 +81,7 @@ def measure(
                 calls[name], counts[name] = checked_call(get_backend(name), kernel, dataset)
             seconds = interleave(calls, 6 if quick else 40)
             per_image[kernel] = Comparison.of(kernel, {name: seconds[name] / counts[name] for name in calls})
-    return Found(per_image, {kernel: KERNELS[kernel].flop for kernel in kernels})
+    return Result(per_image, {kernel: KERNELS[kernel].flop for kernel in kernels})
 
 
 def checked_call(backend: Backend, name: str, dataset: Dataset) -> tuple[Callable[[], Any], int]:
@@ -122,27 +122,27 @@ def in_float64(value: Any) -> Any:
     return value.astype(np.float64) if getattr(value, "dtype", None) == np.float32 else value
 
 
-def draw(found: Found, small_print: str, file: Path) -> None:
+def draw(result: Result, small_print: str, file: Path) -> None:
     """The rate of each kernel on each backend, zeros counted as work."""
-    names = ordered({name for comparison in found.per_image.values() for name in comparison.seconds})
+    names = ordered({name for comparison in result.per_image.values() for name in comparison.seconds})
     height = 0.8 / len(names)
     labels: list[tuple[float, str]] = []
-    with figure_file(file, figsize=(8, 1.6 + 0.16 * len(names) * len(found.per_image))) as figure:
+    with figure_file(file, figsize=(8, 1.6 + 0.16 * len(names) * len(result.per_image))) as figure:
         axes = figure.subplots()
-        for row, (kernel, comparison) in enumerate(found.per_image.items()):
+        for row, (kernel, comparison) in enumerate(result.per_image.items()):
             for order, name in enumerate(names):
                 if name not in comparison:
                     continue
                 times, y = comparison.rounds[name], row + (order - (len(names) - 1) / 2) * height
                 low, rate, high = (
-                    found.flop[kernel] / seconds / 1e9 for seconds in (times.high, times.median, times.low)
+                    result.flop[kernel] / seconds / 1e9 for seconds in (times.high, times.median, times.low)
                 )
                 axes.barh(y, rate, height, color=colour(name), label=short_name(name) if row == 0 else None)
                 axes.plot([low, high], [y, y], color="black", linewidth=1)
                 labels.append((y, short(rate)))
         axes.set(xscale="log", xlabel="GFLOP/s of the dense form: zeros are counted as work (log scale)")
-        axes.set(yticks=range(len(found.per_image)), ylim=(len(found.per_image) - 0.4, -0.6))
-        axes.set_yticklabels(found.per_image)
+        axes.set(yticks=range(len(result.per_image)), ylim=(len(result.per_image) - 0.4, -0.6))
+        axes.set_yticklabels(result.per_image)
         plain_ticks(axes.xaxis)
         right_labels(axes, [text for _, text in labels], fontsize=6.5, places=[y for y, _ in labels])
         axes.legend(loc="lower right", frameon=False, fontsize=8)

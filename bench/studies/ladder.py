@@ -58,8 +58,8 @@ class Climb:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What the study found."""
+class Result:
+    """The study's record."""
 
     climbs: list[Climb]
     lines: dict[str, int]
@@ -71,11 +71,11 @@ class Found:
         return next(climb for climb in self.climbs if (climb.product, climb.threads) == (product, threads))
 
 
-def measure(dataset: Dataset, quick: bool) -> Found:
+def measure(dataset: Dataset, quick: bool) -> Result:
     """All steps at both products."""
     places = [(product, threads) for product in SHAPES for threads in sorted({1, available_cores()})]
     climbs = [climb(product, threads, quick) for product, threads in track(places, "ladder", transient=True)]
-    return Found(climbs, {step: lines_of_code(step) for step in STEPS})
+    return Result(climbs, {step: lines_of_code(step) for step in STEPS})
 
 
 def climb(product: str, threads: int, quick: bool) -> Climb:
@@ -114,14 +114,14 @@ def aligned(values: NDArray) -> NDArray:
     return out
 
 
-def draw(found: Found, small_print: str, file: Path) -> None:
+def draw(result: Result, small_print: str, file: Path) -> None:
     """The rate of each step on one and on all threads, OpenBLAS's, and the peak."""
-    products = list(dict.fromkeys(climb.product for climb in found.climbs))
+    products = list(dict.fromkeys(climb.product for climb in result.climbs))
     looks = {False: (OTHER_COLOURS[1], "o", "1 thread"), True: (OTHER_COLOURS[0], "D", "all threads")}
-    steps = list(found.lines)
+    steps = list(result.lines)
     with figure_file(file, figsize=(8, 4.6)) as figure:
         panels = figure.subplots(1, len(products), sharex=True, sharey=True, squeeze=False)[0]
-        for climb in found.climbs:
+        for climb in result.climbs:
             axes = panels[products.index(climb.product)]
             shade, marker, words = looks[climb.threads > 1]
             times = climb.seconds_per_gflop.rounds
@@ -133,19 +133,19 @@ def draw(found: Found, small_print: str, file: Path) -> None:
             axes.axvline(climb.rate(BLAS), color=shade, linestyle="--", linewidth=1, label=f"OpenBLAS, {words}")
             axes.axvline(climb.peak_gflop_per_second, color=shade, linewidth=1, label=f"peak, {words}")
         for axes, product in zip(panels, products):
-            here = [climb for climb in found.climbs if climb.product == product]
+            here = [climb for climb in result.climbs if climb.product == product]
             rates = {step: [climb.rate(step) for climb in here if step in climb.steps] for step in steps}
             axes.set(xscale="log", xlabel=f"GFLOP/s at {product} (log scale)")
             axes.set(yticks=range(len(steps)), ylim=(len(steps) - 0.5, -0.5), yticklabels=steps)
             plain_ticks(axes.xaxis)
             right_labels(axes, [" / ".join(map(short, rates[step])) for step in steps], fontsize=7)
         panels[0].legend(loc="lower left", frameon=False, fontsize=7)
-        title(figure, _title(found))
+        title(figure, _title(result))
         print_small(figure, f"At the right: GFLOP/s on one thread / on all.\n{small_print}")
 
 
-def _title(found: Found) -> str:
-    alone = [climb for climb in found.climbs if climb.threads == 1]
+def _title(result: Result) -> str:
+    alone = [climb for climb in result.climbs if climb.threads == 1]
     shares = [f"{climb.percent_of_blas(climb.steps[-1]):.0f} % at {climb.product}" for climb in alone]
     return f"Last step on one thread, of OpenBLAS's speed: {', '.join(shares)}"
 
@@ -163,12 +163,12 @@ def lines_of_code(step: str) -> int:
 
 def _reached(place: Place, seen: dict[Place, ast.AST]) -> dict[Place, ast.AST]:
     """What is defined at `place`, and what it names, and so on. Decorators do not count: they are the compiler."""
-    found = _definitions().get(place)
-    if isinstance(found, tuple):
-        _reached(found, seen)
-    elif found and place not in seen:
-        seen[place] = found
-        for part in getattr(found, "body", [found]):
+    definition = _definitions().get(place)
+    if isinstance(definition, tuple):
+        _reached(definition, seen)
+    elif definition and place not in seen:
+        seen[place] = definition
+        for part in getattr(definition, "body", [definition]):
             for node in ast.walk(part):
                 if isinstance(node, ast.Name):
                     _reached((place[0], node.id), seen)
@@ -180,7 +180,7 @@ def _reached(place: Place, seen: dict[Place, ast.AST]) -> dict[Place, ast.AST]:
 @functools.cache
 def _definitions() -> dict[Place, ast.AST | Place]:
     """Functions, methods and constants by module and name; where imported names come from."""
-    found: dict[Place, ast.AST | Place] = {}
+    defined: dict[Place, ast.AST | Place] = {}
     for module in (steps, naive_backend, numba_backend, simd):
         for node in ast.walk(ast.parse(inspect.getsource(module))):
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
@@ -189,10 +189,10 @@ def _definitions() -> dict[Place, ast.AST | Place]:
                 for statement in node.body:
                     if isinstance(statement, ast.FunctionDef):
                         name = node.name if statement.name == "__init__" else statement.name  # type: ignore[union-attr]
-                        found[module.__name__, name] = statement
+                        defined[module.__name__, name] = statement
                     elif isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
-                        found[module.__name__, statement.targets[0].id] = statement
+                        defined[module.__name__, statement.targets[0].id] = statement
                     elif isinstance(statement, ast.ImportFrom):
                         for alias in statement.names:
-                            found[module.__name__, alias.asname or alias.name] = (str(statement.module), alias.name)
-    return found
+                            defined[module.__name__, alias.asname or alias.name] = (str(statement.module), alias.name)
+    return defined

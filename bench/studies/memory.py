@@ -30,8 +30,8 @@ PROCESS = Path("/proc/self")
 
 
 @dataclass(frozen=True)
-class Found:
-    """What the study found."""
+class Result:
+    """The study's record."""
 
     peak_bytes: dict[str, int]
     """By competitor."""
@@ -40,7 +40,7 @@ class Found:
     kind: Literal["memory"] = "memory"
 
 
-def measure(dataset: Dataset, quick: bool) -> Found:
+def measure(dataset: Dataset, quick: bool) -> Result:
     """Peak bytes of each competitor; who was skipped and why."""
     peaks, skipped = {}, {}
     for name in [name for names in COMPETITORS.values() for name in names]:
@@ -50,7 +50,7 @@ def measure(dataset: Dataset, quick: bool) -> Found:
             )
         except UnavailableError as reason:
             skipped[name] = str(reason)
-    return Found(peaks, skipped)
+    return Result(peaks, skipped)
 
 
 def peak_of_competitor(name: str, images: NDArray, labels: NDArray) -> int:

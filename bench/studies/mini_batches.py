@@ -38,8 +38,8 @@ FULL_BATCH = "sparse, all images"
 
 
 @dataclass(frozen=True)
-class Found:
-    """What the study found."""
+class Result:
+    """The study's record."""
 
     steps: dict[int, dict[int, Comparison]]
     """Seconds of a step by number of threads and images, and of a step of sparse over all images beside the largest."""
@@ -55,14 +55,14 @@ class Found:
         return self.steps[threads][size].median("sparse") / size / whole
 
 
-def measure(dataset: Dataset, quick: bool) -> Found:
+def measure(dataset: Dataset, quick: bool) -> Result:
     """Every competitor's steps, interleaved, once its first ones have been verified; takes about 50 seconds, or 25."""
     counts = sorted({1, available_cores()})
-    found = {threads: in_fresh_process(_on_threads, dataset, threads, quick, cores=threads) for threads in counts}
-    return Found(
-        steps={threads: steps for threads, (steps, _) in found.items()},
+    measured = {threads: in_fresh_process(_on_threads, dataset, threads, quick, cores=threads) for threads in counts}
+    return Result(
+        steps={threads: steps for threads, (steps, _) in measured.items()},
         images=len(dataset.train_images),
-        skipped={name: reason for _, skipped in found.values() for name, reason in skipped.items()},
+        skipped={name: reason for _, skipped in measured.values() for name, reason in skipped.items()},
     )
 
 
@@ -114,15 +114,15 @@ def steps_in_a_turn(size: int) -> int:
     return min(MOST_STEPS_IN_A_TURN, max(2, IMAGES_IN_A_TURN // size))
 
 
-def draw(found: Found, small_print: str, file: Path) -> None:
+def draw(result: Result, small_print: str, file: Path) -> None:
     """Microseconds of a step against the batch size, a panel for each number of threads."""
     with figure_file(file, figsize=(8, 4)) as figure:
-        panels = figure.subplots(1, len(found.steps), sharey=True, squeeze=False)[0]
-        for axes, (threads, steps) in zip(panels, found.steps.items()):
+        panels = figure.subplots(1, len(result.steps), sharey=True, squeeze=False)[0]
+        for axes, (threads, steps) in zip(panels, result.steps.items()):
             _draw_panel(axes, steps)
             axes.set_title(f"{threads} thread{'s' * (threads > 1)}", fontsize=9, fontweight="normal")
         panels[0].set_ylabel("microseconds per step")
-        title(figure, _title(found))
+        title(figure, _title(result))
         print_small(figure, small_print)
 
 
@@ -142,9 +142,9 @@ def _draw_panel(axes: Axes, steps: dict[int, Comparison]) -> None:
     plain_ticks(axes.xaxis, axes.yaxis)
 
 
-def _title(found: Found) -> str:
+def _title(result: Result) -> str:
     """What this run shows of sparse against PyTorch, or numpy where there is none."""
-    steps = found.steps[1]
+    steps = result.steps[1]
     base = "PyTorch" if "PyTorch" in next(iter(steps.values())) else "numpy"
     sizes = [size for size in (32, 128, 512) if size in steps]
     ratios = ", ".join(f"{steps[size].ratio('sparse', base).ratio:.2f}" for size in sizes)

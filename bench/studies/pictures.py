@@ -100,13 +100,13 @@ def on_table(page: Floats, rng: Random) -> Floats:
 def dots(strokes: Floats, rng: Random, count: int, radius: float) -> Floats:
     """Round dots of 0 to 1, near the page's corners, where no digit is."""
     rows, columns = np.mgrid[: strokes.shape[0], : strokes.shape[1]]
-    found = np.zeros_like(strokes)
+    spots = np.zeros_like(strokes)
     for corner in rng.permutation(4)[:count]:
         row, column = (
             abs(at * (length - 1) - rng.integers(3, 12)) for at, length in zip(divmod(int(corner), 2), strokes.shape)
         )
-        found = np.maximum(found, np.clip(radius + 0.5 - np.hypot(rows - row, columns - column), 0, 1))
-    return found
+        spots = np.maximum(spots, np.clip(radius + 0.5 - np.hypot(rows - row, columns - column), 0, 1))
+    return spots
 
 
 def jpeg(page: Floats) -> bytes:
@@ -304,8 +304,8 @@ def refused(mlp: MLP, contents: list[bytes]) -> float:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What the study found, in percent."""
+class Result:
+    """Measured percentages."""
 
     pictures: int
     """Of each kind."""
@@ -318,13 +318,13 @@ class Found:
     kind: Literal["pictures"] = "pictures"
 
 
-def measure(dataset: Dataset, quick: bool) -> Found:
+def measure(dataset: Dataset, quick: bool) -> Result:
     """How pictures of each kind are recognised, and blank pages and pairs of digits refused; takes a few minutes."""
     mlp, count = network(dataset), 20 if quick else 100
     chosen = np.random.default_rng(0).permutation(len(dataset.test_images))[:count]
     images, labels = dataset.test_images[chosen], dataset.test_labels[chosen]
     rng, nothing = np.random.default_rng(0), np.zeros(images.shape[1], np.uint8)
-    return Found(
+    return Result(
         pictures=count,
         right={name: accuracy(mlp, kind, images, labels) for name, kind in track(KINDS.items(), transient=True)},
         blank_refused={name: refused(mlp, [kind(nothing, rng) for _ in range(count)]) for name, kind in BLANK.items()},

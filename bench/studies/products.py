@@ -62,8 +62,8 @@ class Swept:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What the study found."""
+class Result:
+    """The study's record."""
 
     products: list[Comparison]
     """One for each shape and number of threads."""
@@ -73,7 +73,7 @@ class Found:
     kind: Literal["products"] = "products"
 
 
-def measure(dataset: Dataset, quick: bool) -> Found:
+def measure(dataset: Dataset, quick: bool) -> Result:
     """The big products on one thread and, rows split over plain threads, on all; then the sweep.
 
     On one thread MKL takes part, too, where PyTorch brings it; on more, its idle threads would disturb the next timing.
@@ -81,7 +81,7 @@ def measure(dataset: Dataset, quick: bool) -> Found:
     libraries, skipped = torch_libraries()
     mkl = {name: library for name, library in libraries.items() if name == MKL}
     rounds = 3 if quick else 8
-    found = []
+    comparisons = []
     for shape, (left, right, transposed) in track(PRODUCTS.items(), "products", transient=True):
         rng = np.random.default_rng(0)
         a, b = rng.standard_normal(left, np.float32), rng.standard_normal(right, np.float32)
@@ -97,11 +97,11 @@ def measure(dataset: Dataset, quick: bool) -> Found:
                     result = np.concatenate(run()) if name == NUMBA else np.asarray(run())
                     np.testing.assert_allclose(result, expected, rtol=0, atol=1e-5 * a.shape[1], err_msg=name)
                 seconds = interleave(competitors, rounds if a.size > 1e7 else 10 * rounds)
-                found.append(Comparison.of(f"{shape}, {threads} thread{'s' * (threads > 1)}", seconds))
+                comparisons.append(Comparison.of(f"{shape}, {threads} thread{'s' * (threads > 1)}", seconds))
     every = [(shape, transposes) for shapes in SHAPES.values() for shape in shapes for transposes in TRANSPOSES]
     with thread_pool(1):  # as training calls them
         sweep = [swept(*place, libraries, 2 if quick else 7) for place in track(every, "sweep", transient=True)]
-    return Found(found, sweep, skipped)
+    return Result(comparisons, sweep, skipped)
 
 
 Library = Callable[[NDArray, NDArray], Callable[[], Any]]
@@ -177,24 +177,24 @@ def _split_product(a: NDArray, b: NDArray, threads: int, pool: ThreadPoolExecuto
 # The figure --------------------------------------------------------------------------------------------------------
 
 
-def draw(found: Found, small_print: str, file: Path) -> None:
+def draw(result: Result, small_print: str, file: Path) -> None:
     """A panel for each library: its time relative to OpenBLAS's in every cell, shapes down and transposes across."""
-    if not found.sweep:
+    if not result.sweep:
         return
-    libraries = [name for name in found.sweep[0].seconds.seconds if name != OPENBLAS]
-    shapes = list(dict.fromkeys(each.shape for each in found.sweep))
+    libraries = [name for name in result.sweep[0].seconds.seconds if name != OPENBLAS]
+    shapes = list(dict.fromkeys(each.shape for each in result.sweep))
     with figure_file(file, figsize=(8, 1.7 + 0.25 * len(shapes))) as figure:
         panels = figure.subplots(1, len(libraries), sharey=True, squeeze=False)[0]
         for axes, library in zip(panels, libraries):
-            _draw_panel(axes, found, library, shapes)
-        panels[0].set_yticks(range(len(shapes)), [_words(found, shape) for shape in shapes], fontsize=7.5)
-        title(figure, _title(found))
+            _draw_panel(axes, result, library, shapes)
+        panels[0].set_yticks(range(len(shapes)), [_words(result, shape) for shape in shapes], fontsize=7.5)
+        title(figure, _title(result))
         print_small(figure, f"One thread. ms: OpenBLAS's time for AB, with A of m × k and B of k × n.\n{small_print}")
 
 
-def _draw_panel(axes: Axes, found: Found, library: str, shapes: list[tuple[int, int, int]]) -> None:
+def _draw_panel(axes: Axes, result: Result, library: str, shapes: list[tuple[int, int, int]]) -> None:
     ratios = np.full((len(shapes), len(TRANSPOSES)), np.nan)
-    for each in found.sweep:
+    for each in result.sweep:
         place = shapes.index(each.shape), list(TRANSPOSES).index(each.transposes)
         ratios[place] = each.seconds.ratio(library, OPENBLAS).ratio
     axes.imshow(ratios, cmap="PuOr_r", norm=LogNorm(1 / 3, 3, clip=True), aspect="auto")
@@ -207,14 +207,14 @@ def _draw_panel(axes: Axes, found: Found, library: str, shapes: list[tuple[int, 
     axes.spines[:].set_visible(False)
 
 
-def _words(found: Found, shape: tuple[int, int, int]) -> str:
-    (plain,) = (each for each in found.sweep if each.shape == shape and each.transposes == "AB")
+def _words(result: Result, shape: tuple[int, int, int]) -> str:
+    (plain,) = (each for each in result.sweep if each.shape == shape and each.transposes == "AB")
     return f"{' × '.join(f'{size:,}' for size in shape)}  ({short(1e3 * plain.seconds.median(OPENBLAS))} ms)"
 
 
-def _title(found: Found) -> str:
+def _title(result: Result) -> str:
     """The weakest shape by name."""
-    weakest = max(found.sweep, key=lambda each: each.seconds.ratio(NUMBA, OPENBLAS).ratio)
+    weakest = max(result.sweep, key=lambda each: each.seconds.ratio(NUMBA, OPENBLAS).ratio)
     row, (m, k, n) = weakest.seconds.ratio(NUMBA, OPENBLAS), weakest.shape
     interval = f" ({row.interval[0]:.2f} to {row.interval[1]:.2f})" if row.interval else ""
     place = f"{weakest.transposes} at {m:,} × {k:,} × {n:,}"

@@ -16,20 +16,20 @@ from model.training import State
 
 
 @dataclass(frozen=True)
-class Found:
-    """What the study found."""
+class Result:
+    """The study's record."""
 
     reproduced: dict[str, Any]
     """What `model.published.reproduce` returned."""
     kind: Literal["reproduction"] = "reproduction"
 
 
-def measure(dataset: Dataset, quick: bool) -> Found:
+def measure(dataset: Dataset, quick: bool) -> Result:
     """Accuracies by epoch; pure Python's minutes are left out if `quick`."""
     backends = {name: get_backend(name) for name in backend_names()}
     if quick:
         backends = {name: backend for name, backend in backends.items() if not backend.too_slow_for_full_batches}
-    return Found(reproduce(backends, dataset, 2 if quick else 5, None, with_bar))
+    return Result(reproduce(backends, dataset, 2 if quick else 5, None, with_bar))
 
 
 @contextmanager
@@ -40,6 +40,6 @@ def with_bar(title: str, images: int) -> Iterator[tuple[Callable[[int], None], C
         yield lambda passed: bar.advance(task, passed), lambda state: None
 
 
-def draw(found: Found, small_print: str, file: Path) -> None:
+def draw(result: Result, small_print: str, file: Path) -> None:
     """The accuracy curves over the published points."""
-    draw_curves(file, found.reproduced, small_print)
+    draw_curves(file, result.reproduced, small_print)

@@ -178,8 +178,8 @@ class Placed:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What the study found."""
+class Result:
+    """The study's record."""
 
     peak_gflop_per_second: float
     bandwidth_gb_per_second: dict[str, float]
@@ -190,7 +190,7 @@ class Found:
     kind: Literal["roofline"] = "roofline"
 
 
-def measure(dataset: Dataset, quick: bool) -> Found:
+def measure(dataset: Dataset, quick: bool) -> Result:
     """The peak, the bandwidths, and each backend's big products, interleaved on one thread."""
     run_peak, peak_flop = peak(1)
     readers = {level: reader(level) for level in MEMORY}
@@ -208,7 +208,7 @@ def measure(dataset: Dataset, quick: bool) -> Found:
     with thread_pool(1):
         seconds = interleave(competitors, 3 if quick else 10)
     dense_flop = 2 * dataset.train_images.size * 128
-    return Found(
+    return Result(
         # Bounds, so the best of all rounds.
         peak_gflop_per_second=float(peak_flop / seconds["peak"].min() / 1e9),
         bandwidth_gb_per_second={
@@ -222,11 +222,11 @@ def measure(dataset: Dataset, quick: bool) -> Found:
     )
 
 
-def draw(found: Found, small_print: str, file: Path) -> None:
+def draw(result: Result, small_print: str, file: Path) -> None:
     """GFLOP/s against operations per byte, below the roof of the machine."""
-    top, bandwidths = found.peak_gflop_per_second, found.bandwidth_gb_per_second
+    top, bandwidths = result.peak_gflop_per_second, result.bandwidth_gb_per_second
     # From far enough left that the roof of the L1 cache is a slope, too.
-    x = np.geomspace(0.06 * top / max(bandwidths.values()), 3 * max(row.intensity for row in found.products), 200)
+    x = np.geomspace(0.06 * top / max(bandwidths.values()), 3 * max(row.intensity for row in result.products), 200)
     with figure_file(file, figsize=(8, 4.6)) as figure:
         axes = figure.subplots()
         lowest = 0.5 * x[0] * max(bandwidths.values())
@@ -244,10 +244,10 @@ def draw(found: Found, small_print: str, file: Path) -> None:
         beside = 1.2 * top / max(bandwidths.values())  # left of the products
         note(axes, f"peak of the multiply-add units: {short(top)}", (beside, top), 5)
         ends: list[tuple[str, float, float, str]] = []
-        for product in found.products:
-            _draw_product(axes, product, found.dense_flop, ends)
+        for product in result.products:
+            _draw_product(axes, product, result.dense_flop, ends)
         end_labels(axes, [(text, x[-1], rate, shade) for text, _, rate, shade in ends])
-        title(figure, _title(found))
+        title(figure, _title(result))
         print_small(figure, small_print)
 
 
@@ -270,11 +270,11 @@ def _draw_product(axes: Axes, product: Placed, dense_flop: int, ends: list) -> N
         ends.append((f"{product.product}, zeros counted: {short(equivalent)}", x, equivalent, shade))
 
 
-def _title(found: Found) -> str:
+def _title(result: Result) -> str:
     words = []
-    for name in dict.fromkeys(product.backend for product in found.products):
-        both = [product for product in found.products if product.backend == name]
+    for name in dict.fromkeys(product.backend for product in result.products):
+        both = [product for product in result.products if product.backend == name]
         seconds, flop = sum(product.rounds.median for product in both), sum(product.flop for product in both)
-        share = 100 * flop / seconds / 1e9 / found.peak_gflop_per_second
-        words.append(f"{name} {share:.0f} %" + (" of it, on what is not zero" if flop < 2 * found.dense_flop else ""))
-    return f"Peak {found.peak_gflop_per_second:.0f} GFLOP/s on one thread; both products: {', '.join(words)}"
+        share = 100 * flop / seconds / 1e9 / result.peak_gflop_per_second
+        words.append(f"{name} {share:.0f} %" + (" of it, on what is not zero" if flop < 2 * result.dense_flop else ""))
+    return f"Peak {result.peak_gflop_per_second:.0f} GFLOP/s on one thread; both products: {', '.join(words)}"

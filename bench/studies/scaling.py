@@ -78,8 +78,8 @@ Axis = dict[str, list[Measured]]
 
 
 @dataclass(frozen=True)
-class Found:
-    """What the study found."""
+class Result:
+    """The study's record."""
 
     axes: dict[str, Axis]
     """By what grows. All points of an axis were interleaved, so those at one place may be compared."""
@@ -96,7 +96,7 @@ class Found:
     kind: Literal["scaling"] = "scaling"
 
 
-def measure(dataset: Dataset, quick: bool) -> Found:
+def measure(dataset: Dataset, quick: bool) -> Result:
     """Seconds per epoch along each axis, competitors and points interleaved."""
     rounds = 2 if quick else 6
     check(dataset)
@@ -110,11 +110,11 @@ def measure(dataset: Dataset, quick: bool) -> Found:
             "hidden units": lambda: hidden_points(run, dataset, forms),
             "threads": lambda: thread_points(runs, dataset),
         }
-        found = {axis: timed(axes[axis](), rounds) for axis in track(axes, "scaling", transient=True)}
+        measured = {axis: timed(axes[axis](), rounds) for axis in track(axes, "scaling", transient=True)}
     peaks = {threads: peak(threads) for threads in thread_counts()}
     seconds = interleave({str(threads): run_peak for threads, (run_peak, _) in peaks.items()}, 4 * rounds)
-    return Found(
-        axes=found,
+    return Result(
+        axes=measured,
         images=len(dataset.train_images),
         pixels=dataset.train_images.shape[1],
         threads=available_cores(),
@@ -148,11 +148,11 @@ def timed(points: Points, rounds: int) -> Axis:
 
     competitors = {f"{name} {at}": partial(repeat, point) for (name, at), point in points.items()}
     seconds = interleave(competitors, rounds, warmup=0, rest=REST, steps=2)
-    found: Axis = {}
+    axis: Axis = {}
     for (name, at), point in points.items():
         per_epoch = seconds[f"{name} {at}"] / (point.repeats * point.share)
-        found.setdefault(name, []).append(Measured(rounded(per_epoch), at=at, share=point.share))
-    return found
+        axis.setdefault(name, []).append(Measured(rounded(per_epoch), at=at, share=point.share))
+    return axis
 
 
 # The axes ----------------------------------------------------------------------------------------------------------
@@ -329,30 +329,30 @@ def stepped(name: str, dataset: Dataset, hidden: int, threads: int, images: int 
 # The figure --------------------------------------------------------------------------------------------------------
 
 
-def flop(found: Found, axis: str, at: float) -> float:
+def flop(result: Result, axis: str, at: float) -> float:
     """Operations of the dense form in an epoch."""
-    images = at if axis == "images" else found.images
+    images = at if axis == "images" else result.images
     hidden = at if axis == "hidden units" else HIDDEN
-    return images * hidden * (FLOP_OF_PIXEL * found.pixels + FLOP_OF_CLASSES)
+    return images * hidden * (FLOP_OF_PIXEL * result.pixels + FLOP_OF_CLASSES)
 
 
-def draw(found: Found, small_print: str, file: Path) -> None:
+def draw(result: Result, small_print: str, file: Path) -> None:
     """Seconds per epoch along each axis; straight lines are constant rates of arithmetic."""
     with figure_file(file, figsize=(8, 7.6)) as figure:
-        for axes, (axis, backends) in zip(figure.subplots(2, 2).flat, found.axes.items()):
-            draw_axis(axes, found, axis, backends)
-        title(figure, _title(found))
+        for axes, (axis, backends) in zip(figure.subplots(2, 2).flat, result.axes.items()):
+            draw_axis(axes, result, axis, backends)
+        title(figure, _title(result))
         print_small(figure, f"Hollow: measured on a part of an epoch, and scaled up.\n{small_print}")
 
 
-def draw_axis(axes: Axes, found: Found, axis: str, backends: Axis) -> None:
+def draw_axis(axes: Axes, result: Result, axis: str, backends: Axis) -> None:
     """One panel: the backends, the peak, and the law that they should follow."""
     points = [point for name in backends for point in backends[name]]
     first, last = min(point.at for point in points), max(point.at for point in points)
     x, width = np.array([first, last]), last / first
-    dense = np.array([flop(found, axis, at) for at in x]) / 1e9
-    peaks = found.peak_gflop_per_second
-    floor = dense / [peaks[int(at) if axis == "threads" else found.threads] for at in x]
+    dense = np.array([flop(result, axis, at) for at in x]) / 1e9
+    peaks = result.peak_gflop_per_second
+    floor = dense / [peaks[int(at) if axis == "threads" else result.threads] for at in x]
     exponent, law = LAWS[axis]
     longest = max(point.high for point in points) * (width if axis == "images" else 1)
     axes.set(xscale="log", yscale="log", xlabel=axis, ylabel="seconds per epoch")
@@ -384,14 +384,14 @@ def draw_axis(axes: Axes, found: Found, axis: str, backends: Axis) -> None:
     axes.set_title(f"dotted: {law}", fontsize=8, fontweight="normal")
 
 
-def _title(found: Found) -> str:
-    rows = {name: row for name, row in found.axes["images"].items() if len(row) > 1}
+def _title(result: Result) -> str:
+    rows = {name: row for name, row in result.axes["images"].items() if len(row) > 1}
     base = next(iter(rows.values()))
-    whole = max(n for n, point in enumerate(base) if point.at <= found.images)
+    whole = max(n for n, point in enumerate(base) if point.at <= result.images)
     times = [row[-1].median / row[whole].median for row in rows.values()]
     more = base[-1].at / base[whole].at
-    gains = [row[-1].median / row[0].median for row in found.axes["threads"].values()]
-    on_threads = f"{found.threads} threads, {_range(gains)} × the time of one"
+    gains = [row[-1].median / row[0].median for row in result.axes["threads"].values()]
+    on_threads = f"{result.threads} threads, {_range(gains)} × the time of one"
     return f"{more:g} × the images take {_range(times)} × the time; {on_threads}" if more > 1 else on_threads
 
 

@@ -72,8 +72,8 @@ class Trial(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Found:
-    """What the study found."""
+class Result:
+    """The study's record."""
 
     target: float
     """Accuracy."""
@@ -92,7 +92,7 @@ class Found:
     kind: Literal["time_to_accuracy"] = "time_to_accuracy"
 
 
-def measure(dataset: Dataset, quick: bool) -> Found:
+def measure(dataset: Dataset, quick: bool) -> Result:
     """Choose a recipe for each competitor, and time them all on it, interleaved; takes two minutes, or half of one."""
     rounds = 2 if quick else 12
     trials: dict[str, list[Trial]] = {}
@@ -117,7 +117,7 @@ def measure(dataset: Dataset, quick: bool) -> Found:
         if missed := sum(curve[-1].accuracy < TARGET for curve in drawn):
             skipped[name] = f"{missed} of {len(drawn)} runs did not reach {TARGET:.2%} with {GIVE_UP_AFTER:,} images"
             del seconds[name]
-    return Found(
+    return Result(
         target=TARGET,
         trials=trials,
         recipes=recipes,
@@ -237,14 +237,14 @@ def naive_curves(dataset: Dataset, recipe: Recipe, run: Callable) -> list[Curve]
     ]
 
 
-def draw(found: Found, small_print: str, file: Path) -> None:
+def draw(result: Result, small_print: str, file: Path) -> None:
     """Accuracy against seconds, the median one of some runs and the ends of all these; below, seconds to the target."""
-    times = dict(found.times.rounds)
-    if found.naive:
-        times["naive"] = Rounds([curve[-1].seconds for curve in found.naive])
+    times = dict(result.times.rounds)
+    if result.naive:
+        times["naive"] = Rounds([curve[-1].seconds for curve in result.naive])
     names = sorted(times, key=lambda name: -times[name].median)
-    every_curve = {**found.curves, "naive": found.naive}
-    target = 100 * found.target
+    every_curve = {**result.curves, "naive": result.naive}
+    target = 100 * result.target
     with figure_file(file, figsize=(8, 5.5)) as figure:
         above, below = figure.subplots(2, sharex=True, height_ratios=(2, 1))
         for name in names:
@@ -260,7 +260,7 @@ def draw(found: Found, small_print: str, file: Path) -> None:
             first, last = min(times[name].seconds), max(times[name].seconds)
             below.plot([first, last], [row, row], color=colour(name), linewidth=2)
             below.plot(times[name].median, row, "o", color=colour(name))
-            recipe = found.recipes[name]
+            recipe = result.recipes[name]
             note = f"batches of {recipe.batch_size}, rate {recipe.learning_rate:g}"
             extrapolated = ", extrapolated" if name == "naive" else ""
             side = -1 if name == "naive" else 1
@@ -275,15 +275,15 @@ def draw(found: Found, small_print: str, file: Path) -> None:
         below.set(xscale="log", yticks=range(len(names)), ylim=(len(names) - 0.5, -0.5))
         below.set(xlabel=f"seconds, preparation and evaluations included (log scale); below: to {target:.2f} %")
         below.set_yticklabels(names)
-        title(figure, _title(found))
+        title(figure, _title(result))
         print_small(figure, f"Below: median and range over the random starts.\n{small_print}")
 
 
-def _title(found: Found) -> str:
+def _title(result: Result) -> str:
     """Competitors whose ranges over the random starts overlap share the first place."""
-    seconds = found.times.seconds
-    first = min(seconds, key=found.times.median)
+    seconds = result.times.seconds
+    first = min(seconds, key=result.times.median)
     level = [name for name in seconds if min(seconds[name]) <= max(seconds[first])]
     if level == [first]:
-        return f"{found.target:.2%} test accuracy in {in_seconds(found.times.median(first))}: {first}"
-    return f"To {found.target:.2%} test accuracy, the ranges of {', '.join(level)} overlap"
+        return f"{result.target:.2%} test accuracy in {in_seconds(result.times.median(first))}: {first}"
+    return f"To {result.target:.2%} test accuracy, the ranges of {', '.join(level)} overlap"

@@ -94,8 +94,8 @@ class Peak:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What the study found."""
+class Result:
+    """The study's record."""
 
     threads: int
     parameter_bytes: int
@@ -106,7 +106,7 @@ class Found:
     kind: Literal["workers"] = "workers"
 
 
-def measure(dataset: Dataset, quick: bool) -> Found:
+def measure(dataset: Dataset, quick: bool) -> Result:
     """Traffic by workers, cost of an image by images, and memory with and without a limit."""
     with TemporaryDirectory() as name:
         folder = Path(name)
@@ -115,7 +115,7 @@ def measure(dataset: Dataset, quick: bool) -> Found:
         hashed = hash_rate(folder / FILES[0].name)
         peaks = [memory(folder, limit) for limit in (None, MEMORY_LIMIT)]
     few = limited(dataset, min(FEW_EACH, len(dataset.train_images)))
-    return Found(
+    return Result(
         threads=available_cores(),
         parameter_bytes=sum(parameter.nbytes for parameter in network(dataset).parameters),
         hash_bytes_per_second=hashed,
@@ -169,7 +169,7 @@ def traffic(images: Dataset, workers: Iterable[int], epochs: int = 5) -> list[Tr
     Scheduler and workers are processes that share the cores, more processes than cores, so the overhead is an upper
     bound.
     """
-    found = []
+    rows = []
     with (
         SubprocessCluster(
             n_workers=0, threads_per_worker=1, worker_class="distributed.Worker", dashboard_address=":0"
@@ -196,8 +196,8 @@ def traffic(images: Dataset, workers: Iterable[int], epochs: int = 5) -> list[Tr
             client.submit = original  # type: ignore[method-assign]
             sent = (_socket_bytes() - before) / epochs
             overhead = max(0.0, seconds - alone(images, count))
-            found.append(Traffic(count, sent, len(submitted) / epochs, overhead))
-    return found
+            rows.append(Traffic(count, sent, len(submitted) / epochs, overhead))
+    return rows
 
 
 def alone(images: Dataset, threads: int) -> float:
@@ -212,7 +212,7 @@ def growth(dataset: Dataset, folder: Path, counts: Iterable[int]) -> list[Growth
 
     Larger files repeat the images. Pages of mapped files are not counted: the system reclaims them when it needs them.
     """
-    found = []
+    rows = []
     for count in counts:
         repeat(dataset, folder, count)
         images = load_idx(folder)
@@ -225,8 +225,8 @@ def growth(dataset: Dataset, folder: Path, counts: Iterable[int]) -> list[Growth
                 descend(mlp, batch, LEARNING_RATE, lambda images: own.append(_own_bytes()))  # noqa: B023
                 times.append(time.perf_counter() - start)
         del batch
-        found.append(Growth(count, 1e6 * float(np.median(times)) / count, max(own)))
-    return found
+        rows.append(Growth(count, 1e6 * float(np.median(times)) / count, max(own)))
+    return rows
 
 
 def repeat(dataset: Dataset, folder: Path, count: int) -> None:
@@ -240,7 +240,7 @@ def repeat(dataset: Dataset, folder: Path, count: int) -> None:
                 array[: count - start].tofile(stream)
 
 
-def calculation(found: Found, workers: int, images: float) -> dict[str, float]:
+def calculation(result: Result, workers: int, images: float) -> dict[str, float]:
     """The cost of training on workers like this machine: calculated, not measured.
 
     Assumptions: an image costs what it does at the largest number measured here, and all threads share that; the
@@ -252,16 +252,16 @@ def calculation(found: Found, workers: int, images: float) -> dict[str, float]:
     dict[str, float]
         Seconds of arithmetic in an epoch; seconds of tasks and of network in it; seconds of hashing, before the first.
     """
-    few, many = found.traffic[0], found.traffic[-1]
+    few, many = result.traffic[0], result.traffic[-1]
     task = max(0.0, many.overhead - few.overhead) / (many.tasks - few.tasks)
-    threads = min(len(shard_ranges(int(images))), workers * found.threads)
+    threads = min(len(shard_ranges(int(images))), workers * result.threads)
     levels = math.ceil(math.log(workers, FAN_IN)) if workers > 1 else 0
-    per_image = 1e-6 * found.growth[-1].microseconds * found.threads
+    per_image = 1e-6 * result.growth[-1].microseconds * result.threads
     return {
         "arithmetic": images * per_image / threads,
         "tasks": few.overhead + task * (many.tasks / many.workers) * workers,
-        "network": (2 + 2 * levels * FAN_IN) * found.parameter_bytes / BANDWIDTH,
-        "hashing": 2 * images * 784 / found.hash_bytes_per_second / threads,
+        "network": (2 + 2 * levels * FAN_IN) * result.parameter_bytes / BANDWIDTH,
+        "hashing": 2 * images * 784 / result.hash_bytes_per_second / threads,
     }
 
 

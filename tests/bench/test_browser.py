@@ -23,13 +23,13 @@ PROBE = """
 <script>
 const column = (table, n) => [...table.tBodies[0].rows].map(row => row.cells[n].textContent);
 const claims = document.querySelector("table"), buttons = claims.querySelectorAll("th button");
-const found = {width: innerWidth, content: document.documentElement.scrollWidth, rows: claims.tBodies[0].rows.length};
-found.images = [...document.images].map(image => [image.naturalWidth, image.getBoundingClientRect().right]);
-buttons[1].click(); found.up = column(claims, 1);
-buttons[1].click(); found.down = column(claims, 1);
-buttons[0].click(); found.names = column(claims, 0);
-found.sorted = claims.querySelectorAll("th[aria-sort]").length;
-document.body.append(Object.assign(document.createElement("pre"), {id: "found", textContent: JSON.stringify(found)}));
+const seen = {width: innerWidth, content: document.documentElement.scrollWidth, rows: claims.tBodies[0].rows.length};
+seen.images = [...document.images].map(image => [image.naturalWidth, image.getBoundingClientRect().right]);
+buttons[1].click(); seen.up = column(claims, 1);
+buttons[1].click(); seen.down = column(claims, 1);
+buttons[0].click(); seen.names = column(claims, 0);
+seen.sorted = claims.querySelectorAll("th[aria-sort]").length;
+document.body.append(Object.assign(document.createElement("pre"), {id: "seen", textContent: JSON.stringify(seen)}));
 </script>
 """
 
@@ -55,19 +55,19 @@ def chromium(page, *options):
 def test_nothing_sticks_out_and_tables_sort(page, width):
     """On a phone and on a screen."""
     text = chromium(page, f"--window-size={width},900", "--dump-dom")
-    found = json.loads(re.search(r'<pre id="found">(.*?)</pre>', text, re.DOTALL)[1])
-    assert found["width"] <= max(width, 500)  # some versions make no window that is narrower
-    assert found["content"] <= found["width"]
-    assert len(found["images"]) > 2
-    assert all(natural > 0 and right <= found["width"] for natural, right in found["images"])
-    ratios = [float(text.split()[0]) for text in found["up"]]
+    seen = json.loads(re.search(r'<pre id="seen">(.*?)</pre>', text, re.DOTALL)[1])
+    assert seen["width"] <= max(width, 500)  # some versions make no window that is narrower
+    assert seen["content"] <= seen["width"]
+    assert len(seen["images"]) > 2
+    assert all(natural > 0 and right <= seen["width"] for natural, right in seen["images"])
+    ratios = [float(text.split()[0]) for text in seen["up"]]
     assert ratios == sorted(ratios)
-    assert len(ratios) == found["rows"] > 5
-    down = [float(text.split()[0]) for text in found["down"]]
+    assert len(ratios) == seen["rows"] > 5
+    down = [float(text.split()[0]) for text in seen["down"]]
     assert down == sorted(ratios, reverse=True)
-    competitors = [name.split()[0] for name in found["names"]]
+    competitors = [name.split()[0] for name in seen["names"]]
     assert competitors == sorted(competitors)
-    assert found["sorted"] == 1
+    assert seen["sorted"] == 1
 
 
 def test_it_prints(page, tmp_path):

@@ -185,16 +185,16 @@ def without_frameworks(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.usefixtures("without_frameworks")
 def test_head_to_head_says_who_is_missing(tmp_path):
-    found = head_to_head.measure(noisy_patterns(784, train=600), quick=True)
-    assert {"PyTorch", "PyTorch by hand", "torch.compile", "JAX", "PyTorch CSR", "MKL CSR"} <= set(found.skipped)
-    assert found.skipped["JAX"] == "jax is not installed: make bench-peers installs it"
-    assert found.forms["dense"] == ["numpy", "numba", "scikit-learn"]
-    assert {"sparse", "SciPy CSR"} <= set(found.forms["sparse"])
-    assert found.steps.ratio("sparse", "SciPy CSR").ratio > 0
-    assert head_to_head.fastest_framework(found) == "scikit-learn"
-    assert found.compile_seconds["numba"] > 0
-    assert found.compile_seconds["numpy"] is None
-    head_to_head.draw(found, "", tmp_path / "head_to_head.png")
+    result = head_to_head.measure(noisy_patterns(784, train=600), quick=True)
+    assert {"PyTorch", "PyTorch by hand", "torch.compile", "JAX", "PyTorch CSR", "MKL CSR"} <= set(result.skipped)
+    assert result.skipped["JAX"] == "jax is not installed: make bench-peers installs it"
+    assert result.forms["dense"] == ["numpy", "numba", "scikit-learn"]
+    assert {"sparse", "SciPy CSR"} <= set(result.forms["sparse"])
+    assert result.steps.ratio("sparse", "SciPy CSR").ratio > 0
+    assert head_to_head.fastest_framework(result) == "scikit-learn"
+    assert result.compile_seconds["numba"] > 0
+    assert result.compile_seconds["numpy"] is None
+    head_to_head.draw(result, "", tmp_path / "head_to_head.png")
 
 
 class Clock:
@@ -221,22 +221,22 @@ def test_interleave_takes_turns_and_times_nothing_else(monkeypatch):
 
         return call
 
-    found = interleave.interleave({"a": takes("a", 1), "b": takes("b", 2), "c": takes("c", 3)}, 5, rest=100)
+    timed = interleave.interleave({"a": takes("a", 1), "b": takes("b", 2), "c": takes("c", 3)}, 5, rest=100)
     rounds = list(zip(*[iter(calls)] * 3))
     assert len(rounds) == 2 + 5
     assert all(set(turn) == set("abc") for turn in rounds)
     assert len(set(rounds)) > 1
     for name, seconds in (("a", 1), ("b", 2), ("c", 3)):
         expected = [seconds * (3 * order + turn.index(name) + 1) for order, turn in enumerate(rounds)]
-        np.testing.assert_allclose(found[name], expected[2:])
+        np.testing.assert_allclose(timed[name], expected[2:])
 
 
 def test_the_first_of_several_steps_in_a_turn_is_not_counted(monkeypatch):
     clock = Clock()
     monkeypatch.setattr(interleave, "time", clock)
     taken = itertools.cycle([50, 2, 3, 4])
-    found = interleave.interleave({"a": lambda: clock.sleep(next(taken))}, 2, warmup=1, rest=100, steps=4)
-    np.testing.assert_allclose(found["a"], [3, 3])
+    timed = interleave.interleave({"a": lambda: clock.sleep(next(taken))}, 2, warmup=1, rest=100, steps=4)
+    np.testing.assert_allclose(timed["a"], [3, 3])
 
 
 def test_ratios_are_not_disturbed_by_a_drifting_machine():
@@ -244,14 +244,14 @@ def test_ratios_are_not_disturbed_by_a_drifting_machine():
     drift = rng.uniform(1, 4, 40)
     noise = rng.normal(1, 0.01, (3, 40))
     seconds = {"half": 0.5 * drift * noise[0], "same": drift * noise[1], "base": drift * noise[2]}
-    found = Comparison.of("", seconds)
-    half = found.ratio("half", "base")
+    comparison = Comparison.of("", seconds)
+    half = comparison.ratio("half", "base")
     low, high = half.interval
     assert low <= 0.5 <= high
     assert high - low < 0.05  # the base alone, from 1 to 4, would leave ten times that
-    verdicts = [found.ratio(*pair).verdict for pair in (("half", "base"), ("same", "base"), ("base", "half"))]
+    verdicts = [comparison.ratio(*pair).verdict for pair in (("half", "base"), ("same", "base"), ("base", "half"))]
     assert verdicts == ["faster", "equal", "slower"]
-    assert half.ratio == pytest.approx(found.median("half") / half.base_seconds)
+    assert half.ratio == pytest.approx(comparison.median("half") / half.base_seconds)
 
 
 class Hungry(Competitor):
@@ -341,7 +341,7 @@ def test_training_ends_at_the_target_or_is_given_up(monkeypatch, accuracies, eva
 
 def test_time_to_accuracy_is_drawn(tmp_path):
     curve = [Evaluation(1.0, 2500, 0.9), Evaluation(2.0, 5000, 0.93)]
-    found = time_to_accuracy.Found(
+    result = time_to_accuracy.Result(
         target=0.9221,
         trials={},
         recipes={name: Recipe(32, 0.5, 2) for name in ("naive", "sparse", "PyTorch")},
@@ -350,7 +350,7 @@ def test_time_to_accuracy_is_drawn(tmp_path):
         naive=[curve],
         skipped={},
     )
-    time_to_accuracy.draw(found, "", tmp_path / "figure.png")
+    time_to_accuracy.draw(result, "", tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -363,8 +363,8 @@ def test_time_to_accuracy_is_drawn(tmp_path):
 )
 def test_overlapping_ranges_are_not_ranked(numba, title):
     times = Comparison("", {"sparse": [1.0, 2.0], "numba": numba})
-    found = time_to_accuracy.Found(0.9221, {}, {}, times, {}, [], {})
-    assert time_to_accuracy._title(found) == title
+    result = time_to_accuracy.Result(0.9221, {}, {}, times, {}, [], {})
+    assert time_to_accuracy._title(result) == title
 
 
 def test_bfloat16_is_another_category_with_its_error(tmp_path, monkeypatch):
@@ -375,16 +375,16 @@ def test_bfloat16_is_another_category_with_its_error(tmp_path, monkeypatch):
     )
     forms = {"dense": ["numpy"], "sparse": ["sparse"], "bfloat16": ["PyTorch bfloat16"]}
     tried = {"PyTorch bfloat16": {"autocast": Form(error=0.0017)}}
-    found = head_to_head.Found(forms, steps, tried)
-    head_to_head.draw(found, "", tmp_path / "figure.png")
+    result = head_to_head.Result(forms, steps, tried)
+    head_to_head.draw(result, "", tmp_path / "figure.png")
     assert words[-1] == "dense in bfloat16: another category, its updates off by 1.7e-03 of their norm"
-    assert head_to_head.fastest_framework(found) is None
+    assert head_to_head.fastest_framework(result) is None
 
 
 def test_mini_batches_are_drawn(tmp_path):
     sizes = {size: Comparison("", {"sparse": [1e-5 * size], "PyTorch": [2e-5 * size]}) for size in (32, 2048)}
     sizes[2048].seconds[mini_batches.FULL_BATCH] = [0.1]
-    found = mini_batches.Found({1: sizes, 2: sizes}, 10_000, {})
-    assert found.per_image(1, 2048) == pytest.approx(1)
-    mini_batches.draw(found, "", tmp_path / "figure.png")
+    result = mini_batches.Result({1: sizes, 2: sizes}, 10_000, {})
+    assert result.per_image(1, 2048) == pytest.approx(1)
+    mini_batches.draw(result, "", tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")

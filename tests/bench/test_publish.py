@@ -28,8 +28,8 @@ CONDITIONS = Conditions("2026-01-01T00:00:00", "MNIST", False, "abc", 0.1, 0.0, 
 
 
 def run_of(**seconds):
-    found = epochs.Found(Comparison("an epoch", seconds), 60_000, {}, 2)
-    return Run({"epochs": Section(CONDITIONS, found)})
+    result = epochs.Result(Comparison("an epoch", seconds), 60_000, {}, 2)
+    return Run({"epochs": Section(CONDITIONS, result)})
 
 
 def test_records_come_back_as_they_were(tmp_path):
@@ -106,7 +106,7 @@ def test_the_step_of_sparse_is_bound_by_its_non_zeros(tmp_path):
         for name, share in (("numba", 1), ("sparse", 5))
         for which in ("forward", "backward")
     ]
-    run = Run({"roofline": Section(CONDITIONS, roofline.Found(10.0, {}, dense, placed))})
+    run = Run({"roofline": Section(CONDITIONS, roofline.Result(10.0, {}, dense, placed))})
     folder = Folder(tmp_path, dataclasses.replace(machine(), peak_gflop_per_second=10.0), [run])
     numba, sparse = (claims.BY_KEY[f"batch-{key}-128"].at_peak(folder) for key in ("numba-torch", "sparse-torch"))
     assert numba == pytest.approx(128 * 2 * claims.FLOP_OF_IMAGE / 1e10)

@@ -34,10 +34,10 @@ def test_shifted_copies_keep_their_labels_and_non_zeros(digits28):
 
 
 def test_operations_are_those_of_the_epoch_benchmark():
-    found = scaling.Found({}, 60_000, 784, 2, [1, 2], {1: 1.0})
-    assert scaling.flop(found, "batch size", 1) == 60_000 * FLOP_OF_PRODUCTS
-    assert scaling.flop(found, "images", 120_000) == 120_000 * FLOP_OF_PRODUCTS
-    assert scaling.flop(found, "hidden units", 64) == 60_000 * FLOP_OF_PRODUCTS / 2
+    result = scaling.Result({}, 60_000, 784, 2, [1, 2], {1: 1.0})
+    assert scaling.flop(result, "batch size", 1) == 60_000 * FLOP_OF_PRODUCTS
+    assert scaling.flop(result, "images", 120_000) == 120_000 * FLOP_OF_PRODUCTS
+    assert scaling.flop(result, "hidden units", 64) == 60_000 * FLOP_OF_PRODUCTS / 2
 
 
 @pytest.mark.parametrize("size", [7, 50])
@@ -77,17 +77,17 @@ def test_a_part_of_an_epoch_is_scaled_up(monkeypatch):
 def test_operations_and_bytes_of_the_big_products(digits28, name):
     backend = get_backend(name)
     images = digits28.train_images[: backend.chunk + 100]  # a whole chunk and a smaller one
-    found = roofline.products(backend, images)
+    big = roofline.products(backend, images)
     multiplied = images.size if name == "numpy" else np.count_nonzero(images)
     weights, results = 4 * 784 * 128, 4 * len(images) * 128
     for which, other in (("forward", 4 * 2 * 128), ("backward", 0)):
-        assert found[which].flop == 2 * multiplied * 128
-        pixels = found[which].flop / found[which].intensity - 2 * weights - results - other
+        assert big[which].flop == 2 * multiplied * 128
+        pixels = big[which].flop / big[which].intensity - 2 * weights - results - other
         if name == "numpy":
             assert pixels == pytest.approx(4 * images.size)
         else:
             assert multiplied <= pixels <= 2.5 * multiplied  # a byte for each, less than one for its place, and counts
-        found[which].run()
+        big[which].run()
 
 
 def test_readers_read_all():
@@ -122,8 +122,8 @@ def test_products_in_all_transposes(shape, transposes):
     assert (not a.flags.c_contiguous) == ("Aᵀ" in transposes)
     assert (not b.flags.c_contiguous) == ("Bᵀ" in transposes)
     libraries, skipped = products.torch_libraries()
-    found = products.swept(shape, transposes, libraries, rounds=1)
-    assert list(found.seconds.seconds) == ["numba", "OpenBLAS", *libraries]
+    swept = products.swept(shape, transposes, libraries, rounds=1)
+    assert list(swept.seconds.seconds) == ["numba", "OpenBLAS", *libraries]
     assert {*libraries, *skipped} == {"MKL", "oneDNN"}
 
 
@@ -148,9 +148,9 @@ def test_the_weakest_shape_is_in_the_title(tmp_path, monkeypatch):
         for shape in ((1, 2, 3), (4, 5, 6))
         for transposes, seconds in zip(products.TRANSPOSES, (0.5, 0.75, 1.5 if shape == (4, 5, 6) else 1.0, 0.9))
     ]
-    products.draw(products.Found([], sweep), "", tmp_path / "products.png")
+    products.draw(products.Result([], sweep), "", tmp_path / "products.png")
     assert titles == ["numba's weakest shape: ABᵀ at 4 × 5 × 6, 1.50 × OpenBLAS's time"]
-    products.draw(products.Found([]), "", tmp_path / "nothing.png")
+    products.draw(products.Result([]), "", tmp_path / "nothing.png")
     assert not (tmp_path / "nothing.png").exists()
 
 
@@ -191,8 +191,8 @@ def test_images_for_workers_are_those_of_the_data_set(digits28, tmp_path):
 def test_what_more_workers_would_take(processes, threads, levels):
     """On two threads a million images take a second, so one thread takes 2 µs for each; a task takes 0.5 ms."""
     traffic = [workers.Traffic(1, 0, 2, 0.01), workers.Traffic(16, 0, 20, 0.019)]
-    found = workers.Found(2, 400_000, 1e9, traffic, [workers.Growth(10**6, 1.0, 0)], [])
-    calculated = workers.calculation(found, processes, 3e6)
+    result = workers.Result(2, 400_000, 1e9, traffic, [workers.Growth(10**6, 1.0, 0)], [])
+    calculated = workers.calculation(result, processes, 3e6)
     assert calculated["arithmetic"] == pytest.approx(3e6 * 2e-6 / threads)
     assert calculated["tasks"] == pytest.approx(0.01 + 0.0005 * 1.25 * processes)
     assert calculated["network"] == pytest.approx((2 + 16 * levels) * 4e5 / 1.25e9)
@@ -208,16 +208,16 @@ def test_reproduction(digits28, monkeypatch):
     monkeypatch.setattr(slow, "too_slow_for_full_batches", True)
     backends = {"naive": slow, "numba": get_backend("numba")}
     silent = nullcontext((lambda images: None, lambda state: None))
-    found = published.reproduce(backends, digits28, 3, 1, lambda name, images: silent)
-    assert found["dataset"] == "digits28"
-    assert {name: run["protocol"]["batch_size"] for name, run in found["runs"].items()} == {"numba": None, "naive": 50}
-    assert list(published.full_batch_histories(found)) == ["numba"]
+    result = published.reproduce(backends, digits28, 3, 1, lambda name, images: silent)
+    assert result["dataset"] == "digits28"
+    assert {name: run["protocol"]["batch_size"] for name, run in result["runs"].items()} == {"numba": None, "naive": 50}
+    assert list(published.full_batch_histories(result)) == ["numba"]
     others = [published.run(published.FULL_BATCH, backends["numba"], digits28, seed, 1)[1] for seed in range(3)]
     for kind in ("train", "test"):
         curves = np.array([history.accuracies(kind) for history in others])
-        np.testing.assert_array_equal(found["starts"][kind]["low"], curves.min(axis=0))
-        np.testing.assert_array_equal(found["starts"][kind]["high"], curves.max(axis=0))
-        np.testing.assert_array_equal(published.history(found["runs"]["numba"]).accuracies(kind), curves[0])
+        np.testing.assert_array_equal(result["starts"][kind]["low"], curves.min(axis=0))
+        np.testing.assert_array_equal(result["starts"][kind]["high"], curves.max(axis=0))
+        np.testing.assert_array_equal(published.history(result["runs"]["numba"]).accuracies(kind), curves[0])
 
 
 @pytest.mark.parametrize(
