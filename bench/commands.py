@@ -1,4 +1,4 @@
-"""``python -m bench run`` makes studies, ``results`` a whole folder for a machine, ``draw`` figures and a report."""
+"""``python -m bench run`` runs studies, ``results`` measures a machine to publish, ``draw`` redraws figures."""
 
 import dataclasses
 import subprocess
@@ -20,35 +20,35 @@ from model.data import DataError, limited, load_dataset
 from model.extras.environment import environment
 from model.extras.files import make_folder
 
-app = typer.Typer(help="Studies that take more than a benchmark.", add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(help="Run studies, and draw their results.", add_completion=False, pretty_exceptions_enable=False)
 out = Console(markup=False, highlight=False, soft_wrap=True)
 Output = Annotated[Path, typer.Option(parser=parse_path, metavar="FOLDER", help="Folder for the results and plots.")]
 DEFAULT = Path("bench/output")
 
 EVERY_RUN = ("epochs", "ladder", "head_to_head", "mini_batches", "products")
-"""Studies that `results` makes in every run. The others, deterministic or minutes each, come in the last run only."""
+"""Studies that `results` repeats in every run. The others are deterministic or slow, so only the last run has them."""
 
 
 def chosen(names: list[str] | None) -> list[str]:
-    """The studies to make."""
+    """The studies to run."""
     if unknown := set(names or ()).difference(STUDIES):
-        raise typer.BadParameter(f"no study is named {', '.join(sorted(unknown))}; there are {', '.join(STUDIES)}")
+        raise typer.BadParameter(f"no such study: {', '.join(sorted(unknown))}; choose from {', '.join(STUDIES)}")
     return list(names or STUDIES)
 
 
 @app.command()
 def run(
     names: Annotated[list[str] | None, typer.Argument(help=f"{', '.join(STUDIES)} [default: all]")] = None,
-    quick: Annotated[bool, typer.Option(help="Only to try it: little work, into the folder quick.")] = False,
+    quick: Annotated[bool, typer.Option(help="Smoke test: little work, results in the subfolder quick.")] = False,
     dataset: Annotated[str, typer.Option(help="mnist, digits28 or auto.")] = "auto",
     output: Output = DEFAULT,
     report: Annotated[bool, typer.Option(help="Draw the figures and write the report.")] = True,
 ) -> None:
-    """Make studies and add what they found to the run in the folder, each with the conditions it met."""
+    """Run studies and add their results to the run in the folder, with the conditions of each measurement."""
     wanted = chosen(names)
     folder = output / "quick" if quick else output
     existing_run(folder)
-    if len(wanted) > 1:  # each in a fresh process, without threads of another's packages
+    if len(wanted) > 1:  # each in a fresh process, free of threads that other studies' packages started
         options = ["--dataset", dataset, "--output", str(output), "--no-report", *["--quick"] * quick]
         failed = [name for name in wanted if subprocess.run(_bench("run", name, *options)).returncode]
     else:
@@ -62,11 +62,11 @@ def run(
 
 
 def measure_into(folder: Path, name: str, dataset: str, quick: bool) -> None:
-    """Make one study and write the run again with it."""
+    """Run one study and add its result to the run in the folder."""
     images = load_dataset(dataset)
     images = limited(images, 6_000) if quick else images
     if busy := busy_now():
-        out.print(f"warning: {busy}; the timings will be marked")
+        out.print(f"warning: {busy}; the timings will be flagged")
     out.print(f"{name} ...")
     result, conditions = under_conditions(lambda: study(name).measure(images, quick), images.name, quick)
     before = existing_run(folder)
@@ -75,7 +75,7 @@ def measure_into(folder: Path, name: str, dataset: str, quick: bool) -> None:
 
 
 def with_rates(here: Machine, sections: dict[str, Section]) -> Machine:
-    """The machine with its peak and bandwidths, where they have been measured."""
+    """The machine, with its peak and bandwidths if the roofline study has measured them."""
     if "roofline" not in sections:
         return here
     roofline = sections["roofline"].found
@@ -88,18 +88,18 @@ def with_rates(here: Machine, sections: dict[str, Section]) -> Machine:
 
 @app.command()
 def results(
-    runs: Annotated[int, typer.Option(min=1, help="How many runs; claims need all to agree.")] = 3,
+    runs: Annotated[int, typer.Option(min=1, help="Number of runs; a claim holds only if all agree.")] = 3,
     dataset: Annotated[str, typer.Option(help="mnist, digits28 or auto.")] = "mnist",
     output: Annotated[
         Path | None,
         typer.Option(parser=parse_path, metavar="FOLDER", help="Folder [default: bench/results/MACHINE]."),
     ] = None,
-    quick: Annotated[bool, typer.Option(help="Only to try it.")] = False,
+    quick: Annotated[bool, typer.Option(help="Smoke test: little work.")] = False,
 ) -> None:
-    """Measure everything on this machine and write a folder of results that can be published."""
+    """Run all studies on this machine and write a folder of results to publish."""
     commit = environment()["commit"]
     if not quick and (not commit or commit.endswith("-dirty")):
-        raise RecordError(f"published runs need a clean commit, and this is {commit or 'none'}: commit first")
+        raise RecordError(f"published runs need a clean commit, but this is {commit or 'unknown'}: commit first")
     here = machine()
     folder = output or Path(__file__).parent / "results" / slug(here)
     existing_run(folder)
@@ -124,7 +124,7 @@ def results(
         write(folder / f"run-{date}-{same_day + 1}.json", dataclasses.replace(measured_run, skipped=skipped))
         write(folder / MACHINE, read(Machine, measured / MACHINE))
     DEFAULT.mkdir(parents=True, exist_ok=True)
-    out.print(f"to publish: python -m bench.publish.tables, and commit {folder}")
+    out.print(f"to publish: run python -m bench.publish.tables, then commit the documents and {folder}")
     show(folder, DEFAULT, failures)
     if failures:
         raise typer.Exit(1)
@@ -138,13 +138,13 @@ def draw(
     ],
     output: Output = DEFAULT,
 ) -> None:
-    """Draw every figure that the results have data for, and write the report."""
+    """Draw every figure that the folder has data for, and write the report."""
     make_folder(output)
     show(folder, output, {})
 
 
 def show(folder: Path, output: Path, missing: dict[str, str]) -> None:
-    """Figures and the report, which is named last."""
+    """Draw the figures, write the report, and print their paths, the report's last."""
     file = write_report(read_folder(folder), output, out.print, missing)
     for figure in sorted(output.glob("*.png")):
         out.print(str(figure))

@@ -1,4 +1,4 @@
-"""Options and data of the benchmarks. The studies interleave what is recorded; the table is pytest-benchmark's."""
+"""Options and fixtures of the benchmarks. Recorded timings come from the studies, the table from pytest-benchmark."""
 
 import os
 from pathlib import Path
@@ -16,7 +16,7 @@ SECTIONS = pytest.StashKey[dict]()
 
 
 def pytest_addoption(parser):
-    parser.addoption("--quick", action="store_true", help="fewer images and rounds: a minute in all, only to try it")
+    parser.addoption("--quick", action="store_true", help="smoke test: fewer images and rounds, about a minute")
     parser.addoption("--dataset", default="auto", help="mnist, digits28 or auto, as in python -m model train")
     parser.addoption(
         "--output", type=parse_path, default=Path(__file__).parent / "output", help="folder for results and plots"
@@ -26,7 +26,7 @@ def pytest_addoption(parser):
 def measures(config):
     """Whether benchmarks will be timed."""
     if not config.pluginmanager.hasplugin("benchmark"):
-        raise pytest.UsageError("the benchmarks need pytest-benchmark: leave out -p no:benchmark")
+        raise pytest.UsageError("the benchmarks need pytest-benchmark: drop -p no:benchmark")
     return not (config.option.collectonly or config.option.benchmark_disable)
 
 
@@ -55,7 +55,7 @@ def pytest_deselected(items):
 
 
 def record(request, name, dataset, quick, **options):
-    """Make a study for the benchmarks that were selected, unless it has been made."""
+    """Run the study behind the selected benchmarks, and keep its result for the report."""
     from bench.measure.machine import busy_now, under_conditions
     from bench.measure.records import Section
     from bench.studies import study
@@ -65,13 +65,13 @@ def record(request, name, dataset, quick, **options):
         return
     if busy := busy_now():
         reporter = config.pluginmanager.get_plugin("terminalreporter")
-        reporter.write_line(f"\nwarning: {busy}; the timings will be marked")
+        reporter.write_line(f"\nwarning: {busy}; the timings will be flagged")
     result, conditions = under_conditions(lambda: study(name).measure(dataset, quick, **options), dataset.name, quick)
     config.stash[SECTIONS][name] = Section(conditions, result)
 
 
 def selected(request, fixture, parameter):
-    """Values of a parameter in the benchmarks that use a fixture and were selected, in order."""
+    """The values that a parameter takes in the selected benchmarks that use a fixture, in order."""
     items = [item for item in request.session.items if fixture in item.fixturenames]
     return list(dict.fromkeys(item.callspec.params[parameter] for item in items))
 
@@ -94,7 +94,7 @@ def ladder(request, dataset, quick):
 
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter, exitstatus, config):
-    """Write what was recorded, draw it, and name the report last. What goes wrong here costs a line, not the table."""
+    """Save the results, draw them, and print the path of the report. An error here is one line; the table stays."""
     stash = config.stash[SECTIONS]
     sections = {name: stash[name] for name in RECORDED if name in stash}
     if not sections:
@@ -108,29 +108,29 @@ def pytest_terminal_summary(terminalreporter, exitstatus, config):
     all_backends = "epochs" in sections and set(backend_names()) <= set(sections["epochs"].found.epochs.seconds)
     complete = exitstatus == 0 and all_backends and len(sections) == len(RECORDED) and "deselected" not in stash
     folder = config.option.output / (("quick" if config.option.quick else "") if complete else "partial")
-    missing = {name: "it was not selected, or the run ended before it" for name in RECORDED if name not in sections}
+    missing = {name: "not selected, or the run ended first" for name in RECORDED if name not in sections}
     try:
         run = existing_run(folder) if complete else Run()
         run.sections.update(sections)
         save(folder, with_rates(machine(), run.sections), run)
         if not complete:
-            terminalreporter.write_line("A partial run: kept apart, the last complete one stands.")
+            terminalreporter.write_line("A partial run: saved separately, the last complete run is unchanged.")
         report = write_report(read_folder(folder), folder, terminalreporter.write_line, missing)
         terminalreporter.write_line(f"Results and plots: {os.path.relpath(folder)}{os.sep}")
         terminalreporter.write_line(f"Report: {os.path.relpath(report)}")
     except Exception as error:
-        terminalreporter.write_line(f"The results were not kept: {type(error).__name__}: {error}")
+        terminalreporter.write_line(f"The results were not saved: {type(error).__name__}: {error}")
 
 
 @pytest.fixture(scope="session")
 def quick(request):
-    """Whether to be done in a minute, only to see that everything works."""
+    """Whether this is a smoke test of about a minute."""
     return request.config.option.quick
 
 
 @pytest.fixture(scope="session")
 def dataset(request, quick):
-    """The images to measure on; a tenth of them if `quick`."""
+    """The data set to measure on; at most 6,000 training images if `quick`."""
     try:
         whole = load_dataset(request.config.option.dataset)
     except DataError as error:
@@ -140,12 +140,12 @@ def dataset(request, quick):
 
 @pytest.fixture
 def one_thread():
-    """Kernels are measured as a training thread calls them: BLAS held to one thread, freed memory kept."""
+    """The conditions in a training thread: BLAS is limited to one thread, and malloc keeps freed memory."""
     with thread_pool(1):
         yield
 
 
 @pytest.fixture(scope="session")
 def threads():
-    """All cores."""
+    """The number of available cores."""
     return available_cores()

@@ -8,14 +8,14 @@ from model.shards import Shards
 from model.threads import thread_pool
 from model.training import descend
 
-# Per image, in a step's dense form: the two big products, and all five; what is not a product is under one percent.
+# FLOP per image of a dense step: the two big products, and all five. Everything else is under one percent.
 FLOP_OF_BIG_PRODUCTS = 2 * 2 * 784 * 128
 FLOP_OF_PRODUCTS = FLOP_OF_BIG_PRODUCTS + 3 * 2 * 128 * 10
 
 
 @pytest.mark.usefixtures("epochs")
 def test_epoch(benchmark, backend, dataset, threads, quick):
-    """One step over all images; pure Python takes a few of them."""
+    """One step over all images, or over a few in pure Python."""
     measured, mlp = few(dataset, backend), MLP()
     with thread_pool(threads) as run:
         batch = Shards(run, backend, measured.train_images, measured.train_labels, mlp.dtype)

@@ -1,4 +1,4 @@
-"""Seconds of every kernel on every backend, for the table; the study ``kernels`` interleaves them."""
+"""Seconds per call of every kernel on every backend, for the table; the study ``kernels`` interleaves them."""
 
 import pytest
 

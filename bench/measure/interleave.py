@@ -1,7 +1,7 @@
 """Interleaved timing: competitors alternate round by round, so that all see the same machine state.
 
-Every published ratio comes from here. pytest-benchmark runs each test as a block. That is fine for tables, but no basis
-for ratios: the machine drifts between blocks.
+Every published ratio comes from here. pytest-benchmark runs each test as a block. That is fine for tables, but not for
+ratios: the machine's speed drifts between blocks.
 """
 
 import time
@@ -20,7 +20,7 @@ def interleave(
     rest: float = 0,
     steps: int = 1,
 ) -> dict[str, NDArray[np.float64]]:
-    """Seconds of each competitor in each round; a round runs each of them once, in random order.
+    """Time competitors round by round. A round runs each of them once, in random order.
 
     Parameters
     ----------
@@ -31,18 +31,18 @@ def interleave(
     seed
         Seed of the order.
     warmup
-        Extra rounds at the start, which compile and fill caches and are not counted.
+        Extra rounds at the start that are not counted: they trigger compilation and warm the caches.
     rest
-        Seconds of sleep before each competitor. Idle threads of the one before may spin for a while; they leave the
-        cores meanwhile.
+        Seconds of sleep before each competitor, until the idle threads of the previous one have stopped busy-waiting.
     steps
-        Calls of a competitor in each round. Of several, the first is not counted: after a rest, all threads may wake on
-        one core, and the scheduler takes tens of milliseconds to spread them. In training, step follows step.
+        Calls of a competitor in each round. If there are several, the first is a warm-up and not counted: after a rest,
+        all threads may wake on one core, and the scheduler takes tens of milliseconds to spread them. In training,
+        steps run back to back.
 
     Returns
     -------
     dict[str, ndarray]
-        By name, (rounds,) seconds per call, the mean of the counted ones; entries of one round belong together.
+        By name, (rounds,) seconds per call, the mean of the counted calls; entry i of each is from round i.
     """
     rng = np.random.default_rng(seed)
     seconds = {name: np.empty(rounds) for name in competitors}

@@ -1,4 +1,4 @@
-"""Which machine this is, and what else runs on it, mostly from the system's files, which know more than CPUID."""
+"""The machine and its load, mostly from ``/sys`` and ``/proc``, which tell more than CPUID."""
 
 import datetime
 import os
@@ -17,7 +17,7 @@ from model.threads import available_cores
 CPU = Path("/sys/devices/system/cpu")
 STAT = Path("/proc/stat")
 
-# LLVM's names, which go by family and model, and what people call them.
+# LLVM's names of microarchitectures, which it tells by family and model, and their common names.
 NAMES = {
     "znver1": "Zen 1",
     "znver2": "Zen 2",
@@ -47,14 +47,14 @@ NAMES = {
 ISA = ("sse4_2", "avx", "avx2", "fma", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16")
 ARM_ISA = ("asimd", "asimdhp", "sve", "sve2", "bf16", "i8mm")
 
-# From which share of one core on others' work is said to disturb the timings, and of all CPU time what is stolen.
+# Above these, timings are flagged: cores kept busy by other processes, and stolen time as a share of all CPU time.
 OTHERS, STOLEN = 0.15, 0.02
 
 Value = TypeVar("Value")
 
 
 def machine() -> Machine:
-    """The machine that this runs on; what the system does not tell is None."""
+    """The machine that this runs on; whatever the system does not report is None."""
     import cpuinfo  # takes a second
     from llvmlite import binding
 
@@ -81,7 +81,7 @@ def machine() -> Machine:
 
 
 def caches(core: Path = CPU / "cpu0") -> list[Cache]:
-    """Data caches of a core, from the nearest on."""
+    """Data caches of a core, nearest first."""
     units = {"K": 2**10, "M": 2**20, "G": 2**30}
     levels = []
     for index in sorted(core.glob("cache/index*")):
@@ -110,7 +110,7 @@ def _parse_cpus(text: str) -> list[int]:
 
 
 def _hypervisor(flags: set[str]) -> str | None:
-    """Who runs this virtual machine, as far as it tells; None on bare metal."""
+    """Name of the hypervisor, "unnamed" if it gives none; None on bare metal."""
     name = _text(Path("/sys/hypervisor/type")) or _text(Path("/sys/class/dmi/id/sys_vendor"))
     return (name or "unnamed") if "hypervisor" in flags else None
 
@@ -119,20 +119,20 @@ def _hypervisor(flags: set[str]) -> str | None:
 
 
 class Times(NamedTuple):
-    """Seconds since some moment."""
+    """Clock readings, in seconds from an arbitrary start."""
 
     clock: float
-    """Of the clock on the wall."""
+    """Wall time."""
     busy: float
-    """Of all CPUs at work."""
+    """CPU time of all processes, summed over all CPUs."""
     stolen: float
-    """Of all CPUs, while the hypervisor ran others."""
+    """Steal time, summed over all CPUs: the hypervisor ran other guests."""
     ours: float
-    """CPU time of this process and of its children that have ended."""
+    """CPU time of this process and its finished children."""
 
 
 def times() -> Times | None:
-    """Now; None where the system does not tell."""
+    """The current readings; None where the system does not report them."""
     fields = _text(STAT).partition("\n")[0].split()
     if not fields:
         return None
@@ -142,7 +142,7 @@ def times() -> Times | None:
 
 
 def disturbance(before: Times | None, after: Times | None) -> tuple[float | None, str | None]:
-    """The share of CPU time that was stolen between two moments, and who disturbed whom; None where nothing did."""
+    """The share of CPU time stolen between two readings, and what disturbed the timings; None if nothing did."""
     if not before or not after:
         return None, None
     passed = after.clock - before.clock
@@ -152,19 +152,19 @@ def disturbance(before: Times | None, after: Times | None) -> tuple[float | None
     if others > OTHERS:
         words.append(f"other processes kept {others:.1f} cores busy")
     if stolen > STOLEN:
-        words.append(f"the hypervisor gave {stolen:.0%} of the CPU time to others")
+        words.append(f"the hypervisor gave {stolen:.0%} of the CPU time to other guests")
     return stolen, " and ".join(words) or None
 
 
 def busy_now(seconds: float = 1.0) -> str | None:
-    """Who is using the machine while this process sleeps; None if nobody does."""
+    """What else uses the machine while this process sleeps; None if nothing does."""
     before = times()
     time.sleep(seconds)
     return disturbance(before, times())[1]
 
 
 def under_conditions(measure: Callable[[], Value], dataset: str, quick: bool) -> tuple[Value, Conditions]:
-    """What `measure` returns, and the conditions that it met."""
+    """Call `measure`; returns its result and the conditions under which it ran."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     date = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     software: dict[str, Any] = environment()
@@ -176,7 +176,7 @@ def under_conditions(measure: Callable[[], Value], dataset: str, quick: bool) ->
 
 
 def cpu_words(machine: Machine) -> str:
-    """The machine in a line."""
+    """A one-line description of the machine."""
     sizes = ", ".join(f"{_size(cache.bytes)} L{cache.level}" for cache in machine.caches)
     return f"{machine.name} ({machine.cpu}), {machine.cores} {platform_word(machine)}; {sizes or 'caches unknown'}"
 
@@ -190,12 +190,12 @@ def _size(size: int) -> str:
 
 
 def slug(machine: Machine) -> str:
-    """Its name as that of a folder."""
+    """The machine's name as a folder name."""
     return re.sub(r"[^a-z0-9]+", "-", f"{machine.name}-{machine.cores}".lower()).strip("-") or platform.machine()
 
 
 def kernels_changed(commit: str) -> str:
-    """Whether ``kernels/`` is what it was at a commit, in a sentence; nothing where git cannot tell."""
+    """A sentence on whether ``kernels/`` has changed since a commit; empty if git cannot tell."""
     root = Path(__file__).parents[2]
     command = ["git", "-C", str(root), "diff", "--quiet", commit.removesuffix("-dirty"), "--", "kernels"]
     try:

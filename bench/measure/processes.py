@@ -11,14 +11,14 @@ from unittest import mock
 def in_fresh_process(
     function: Callable[..., Any], *arguments: Any, cores: int | None = None, **environment: str
 ) -> Any:
-    """The result of a function in a fresh process, which inherits only the arguments.
+    """Call a function in a fresh process, which inherits only the arguments, and return its result.
 
     Parameters
     ----------
     function, arguments
         A function at module level, and arguments that can be pickled.
     cores
-        How many of the available cores the process may use, where the system supports it; None is all.
+        Number of cores that the process may use, where the system supports affinity; None for all.
     environment
         Additional environment variables.
     """

@@ -1,8 +1,8 @@
-"""Measurements as typed records. Each has a ``kind``, so that a file says what it is; pydantic reads and writes them.
+"""Measurements as typed records. Each has a ``kind``, which names its type in the file. pydantic reads and writes them.
 
-A study returns a record, its class `Found`, whose ``kind`` is the study's name. Timings in it are `Rounds` or
-`Comparison`, which keep every round; medians, intervals and ratios are computed where they are shown. A `Run` is one
-file: a `Section` for each study, with the conditions under which it was measured. The folder of a machine holds
+A study returns an instance of its class `Result`, whose ``kind`` is the study's name. Timings in it are `Rounds` or
+`Comparison`, which keep every round; medians, intervals and ratios are computed for display only. A `Run` is one file:
+a `Section` for each study, with the conditions under which it was measured. The folder of a machine has
 ``machine.json`` and a file for each run.
 """
 
@@ -23,7 +23,7 @@ from scipy.stats import bootstrap
 from model.extras.files import write_whole
 
 FEWEST_ROUNDS = 6
-"""Of fewer rounds, even their whole range misses the median too often for a 95 % interval: 2 · 0.5⁵ is 6 %."""
+"""Fewer rounds get no 95 % interval: even the full range of five misses the median with probability 2 · 0.5⁵, 6 %."""
 
 Interval = tuple[float, float] | None
 
@@ -33,7 +33,7 @@ class RecordError(Exception):
 
 
 def rounded(values: NDArray[np.floating] | list[float]) -> list[float]:
-    """Seconds as they are stored: six digits, more than any clock is worth."""
+    """Seconds rounded for storage, to six significant digits: more than the clock resolves."""
     return [float(f"{value:.6g}") for value in values]
 
 
@@ -42,7 +42,7 @@ def rounded(values: NDArray[np.floating] | list[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class Rounds:
-    """Seconds of one thing, round by round."""
+    """Seconds of one competitor, round by round."""
 
     seconds: list[float]
     kind: Literal["rounds"] = "rounds"
@@ -64,12 +64,12 @@ class Rounds:
 
     @property
     def low(self) -> float:
-        """The interval's lower end; the median itself where there is no interval, so that it can be drawn."""
+        """Lower end of the interval; the median if there is no interval, so that it can be drawn."""
         return self.interval[0] if self.interval else self.median
 
     @property
     def high(self) -> float:
-        """Its upper end, likewise."""
+        """Upper end, likewise."""
         return self.interval[1] if self.interval else self.median
 
 
@@ -86,7 +86,7 @@ class Ratio:
 
     @property
     def verdict(self) -> str:
-        """Whether the competitor is "faster" or "slower", or "equal" as far as this run can tell."""
+        """Either "faster" or "slower" than the base, or "equal" if the interval includes 1: this run cannot tell."""
         low, high = self.interval or (self.ratio, self.ratio)
         return "faster" if high < 1 else "slower" if low > 1 else "equal"
 
@@ -97,12 +97,12 @@ class Comparison:
 
     what: str
     seconds: dict[str, list[float]]
-    """By competitor, (rounds,); entries of one round belong together."""
+    """By competitor, (rounds,); entry i of each is from round i."""
     kind: Literal["comparison"] = "comparison"
 
     @classmethod
     def of(cls, what: str, seconds: Mapping[str, NDArray[np.floating]]) -> "Comparison":
-        """From what `bench.measure.interleave.interleave` returned."""
+        """From the seconds that `bench.measure.interleave.interleave` returned."""
         return cls(what, {name: rounded(times) for name, times in seconds.items()})
 
     def __contains__(self, name: object) -> bool:
@@ -152,27 +152,27 @@ class Conditions:
     dataset: str
     quick: bool
     commit: str | None
-    """Of the project's files, with "-dirty" if one was changed since; None where git cannot tell."""
+    """Of the project, with "-dirty" if a file has uncommitted changes; None if git cannot tell."""
     load: float | None
-    """Load average of the minute before it began: other processes that wanted a core."""
+    """Load average of the minute before the start: other processes that wanted a core."""
     steal: float | None
-    """Share of the CPU time that the hypervisor gave to other machines meanwhile."""
+    """Steal time: the share of the CPU time that the hypervisor gave to other guests."""
     seconds: float | None
     """Total duration."""
     busy: str | None
-    """Why the timings are in doubt; None where nothing is known to disturb them."""
+    """What disturbed the timings; None if nothing is known to have disturbed them."""
     environment: dict[str, Any]
-    """What `model.extras.environment` tells: versions, and variables that tune them."""
+    """From `model.extras.environment`: versions, and environment variables that affect performance."""
     note: str | None = None
 
 
 @dataclass(frozen=True)
 class Section:
-    """What a study found, and how."""
+    """The result of a study, and the conditions of its measurement."""
 
     conditions: Conditions
     found: Any
-    """The study's record; its ``kind`` is the study's name."""
+    """The study's `Result`; the field has the name of its key in the published files."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Cache:
-    """A data cache of the first core, as the system's files describe it."""
+    """A data cache of the first core, from ``/sys``."""
 
     level: int
     bytes: int
@@ -197,14 +197,14 @@ class Cache:
 
 @dataclass(frozen=True)
 class Machine:
-    """What does not change from run to run."""
+    """A machine: everything that stays the same from run to run."""
 
     name: str
-    """The microarchitecture, as people call it: "Zen 3"."""
+    """The common name of the microarchitecture: "Zen 3"."""
     cpu: str
-    """The model's name, as the CPU tells it."""
+    """The model name that the CPU reports."""
     llvm_name: str
-    """What LLVM generates code for."""
+    """The CPU that LLVM generates code for."""
     family: int | None
     model: int | None
     isa: list[str]
@@ -217,13 +217,13 @@ class Machine:
     hypervisor: str | None
     system: str
     blas: str | None
-    """NumPy's, with the kernel that it chose."""
+    """NumPy's, with the CPU kernel that it selected."""
     mkl: str | None
-    """What PyTorch's MKL takes this CPU for; None without PyTorch or its MKL."""
+    """Version and code path that PyTorch's MKL reports; None without PyTorch or its MKL."""
     peak_gflop_per_second: float | None = None
-    """Multiply-adds on one thread, as measured by the study roofline."""
+    """Peak FMA throughput of one thread, from the roofline study."""
     bandwidth_gb_per_second: dict[str, float] = field(default_factory=dict)
-    """By level of memory, as measured there."""
+    """By memory level, from the same study."""
     note: str | None = None
     kind: Literal["machine"] = "machine"
 
@@ -234,19 +234,19 @@ Record = TypeVar("Record")
 
 
 def read(kind: type[Record], file: Path) -> Record:
-    """The record that `file` holds.
+    """Read a record of this kind from a file.
 
     Raises
     ------
     RecordError
-        If it is damaged, or a record of another kind.
+        If the file is damaged, or has a record of another kind.
     OSError
         If it cannot be read.
     """
     try:
         content = from_json(file.read_bytes())
         if not isinstance(content, dict) or content.get("kind") != kind.__name__.lower():
-            raise KeyError("its kind is another")
+            raise KeyError("another kind")
         record = TypeAdapter(kind).validate_python(content)
         if isinstance(record, Run):
             from bench.studies import result_class  # the studies import this module
@@ -260,7 +260,7 @@ def read(kind: type[Record], file: Path) -> Record:
             first = error.errors()[0]
             why = ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))
         raise RecordError(
-            f"{file} holds no {kind.__name__.lower()}, or a damaged one ({why}); move it away or name another folder"
+            f"{file} is not a valid {kind.__name__.lower()} ({why}); move it away or name another folder"
         ) from error
     return record
 
@@ -268,5 +268,5 @@ def read(kind: type[Record], file: Path) -> Record:
 def write(file: Path, record: Any) -> None:
     """Write a record atomically."""
     text = TypeAdapter[Any](type(record)).dump_json(record, indent=1).decode()
-    lists = re.compile(r"\[[^][{}\"]*\]")  # numbers stand side by side
+    lists = re.compile(r"\[[^][{}\"]*\]")  # a list of numbers goes on one line
     write_whole(file, lists.sub(lambda match: re.sub(r"\s+", " ", match[0]), text).encode() + b"\n")

@@ -53,7 +53,7 @@ def test_records_come_back_as_they_were(tmp_path):
 )
 def test_a_damaged_file_is_one_line_before_any_work(tmp_path, text):
     (tmp_path / "run.json").write_text(text)
-    with pytest.raises(RecordError, match=r"run.json holds no run"):
+    with pytest.raises(RecordError, match=r"run.json is not a valid run"):
         existing_run(tmp_path)
     assert (tmp_path / "run.json").read_text() == text
 
@@ -213,7 +213,7 @@ def test_a_partial_run_never_replaces_a_complete_one(tmp_path):
     assert result.returncode == 0, result.stdout + result.stderr
     assert (tmp_path / "run.json").read_bytes() == before
     assert set(read(Run, tmp_path / "partial" / "run.json").sections) == {"kernels"}
-    assert re.search(r"A partial run: kept apart.*\n.*\nReport: .*report.html", result.stdout)
+    assert re.search(r"A partial run: saved separately.*\n.*\nReport: .*report.html", result.stdout)
 
 
 @pytest.mark.parametrize("option", [("-p", "no:benchmark"), ()])
@@ -241,7 +241,7 @@ def complete(tmp_path):
 @pytest.mark.slow
 @needs_posix
 def test_ctrl_c_leaves_the_complete_runs(complete):
-    """After the first benchmark; what it found is kept apart."""
+    """After the first benchmark, whose result is saved separately."""
     command = bench_command(complete, "-v", "-k", "test_epoch or relu")
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         for line in process.stdout:
@@ -250,7 +250,7 @@ def test_ctrl_c_leaves_the_complete_runs(complete):
         process.send_signal(signal.SIGINT)
         shown = process.stdout.read()
     assert process.returncode == pytest.ExitCode.INTERRUPTED
-    assert "A partial run: kept apart, the last complete one stands." in shown
+    assert "A partial run: saved separately, the last complete run is unchanged." in shown
     assert set(read(Run, complete / "partial" / "run.json").sections) == {"epochs"}
 
 
@@ -267,7 +267,7 @@ def test_a_full_disk_costs_no_table_and_no_complete_run(complete):
     result = bench(complete, "-k", "relu", limit=limit)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "Name (time in" in result.stdout
-    assert re.search(r"^The results were not kept: OSError: cannot write .*: File too large", result.stdout, re.M)
+    assert re.search(r"^The results were not saved: OSError: cannot write .*: File too large", result.stdout, re.M)
     assert list((complete / "partial").iterdir()) == []
 
 
