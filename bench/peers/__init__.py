@@ -1,9 +1,9 @@
 """The same step of gradient descent in other packages, each in its fastest form here, one file per package.
 
-All start from the same weights, on the same threads, over all images at once, in float32 unless the category says
-otherwise. A step is the forward pass, the mean loss (which any training loop reports), the backward pass and the
-update. Ours also counts the correctly classified images. The images are prepared once, before the steps: as float32,
-divided by 255, or as the non-zeros of these.
+All start from the same weights, use the same number of threads, take all images at once, and compute in float32 unless
+their category says otherwise. A step is the forward pass, the mean loss (which any training loop reports), the backward
+pass and the update. Ours also counts the correctly classified images. The images are prepared once, before the steps:
+as float32, divided by 255, or as the non-zeros of that.
 """
 
 import copy
@@ -36,8 +36,8 @@ from kernels import get_backend
 
 VERIFIED_STEPS = 3
 
-# After their work, the idle threads of PyTorch spin for 9 ms and those of JAX for 6. To forbid PyTorch's
-# (OMP_WAIT_POLICY=passive) would slow its own steps.
+# PyTorch's idle threads busy-wait for 9 ms, JAX's for 6. Turning that off in PyTorch (OMP_WAIT_POLICY=passive) would
+# slow down its steps.
 REST = 0.03
 
 
@@ -57,8 +57,8 @@ PEERS: dict[str, dict[str, Callable[[Task], Competitor]]] = {
     "C CSR": {"in our shards": _in_our_shards(CCSR)},
     "PyTorch bfloat16": {"autocast": PyTorchBFloat16},
 }
-"""Every form of every peer that was worth trying; the fastest on the machine at hand is the peer. The first one also
-learns from mini-batches."""
+"""Every form of each peer that was worth trying. The fastest one on this machine is what the peer is timed with. The
+first one also trains on mini-batches."""
 
 
 COMPETITORS = {
@@ -66,25 +66,25 @@ COMPETITORS = {
     "sparse": ("sparse", "SciPy CSR", "PyTorch CSR", "MKL CSR", "C CSR"),
     "bfloat16": ("PyTorch bfloat16",),
 }
-"""Backends and peers by whether they multiply with zeros, and by type where that is not float32; pure Python would need
-a quarter of an hour for a step."""
+"""Backends and peers by category: whether they multiply by zeros, and the type if it is not float32. `naive` is left
+out: a step in pure Python takes a quarter of an hour."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """How a form of a competitor did."""
+    """Measurements of one form of a competitor."""
 
     error: float | None = None
     """Of the update after three steps, relative to its norm."""
     compile_seconds: float | None = None
-    """What the first step took longer than the last, if it compiles."""
+    """Seconds of the first step minus those of the last, if the first one compiles."""
     seconds: float | None = None
-    """Of a step, where several forms were interleaved."""
+    """Of a step, if several forms were interleaved."""
     skipped: str | None = None
 
 
 def competitor(name: str, task: Task, form: str | None = None) -> Competitor:
-    """A peer or backend, in its first form unless another is named, its images prepared.
+    """A peer or backend with its images prepared, in its first form unless `form` names another.
 
     Raises
     ------
@@ -100,14 +100,14 @@ def competitor(name: str, task: Task, form: str | None = None) -> Competitor:
 def best_form(
     name: str, task: Task, expected: list[NDArray], rounds: int = 3
 ) -> tuple[Competitor, str, dict[str, Form]]:
-    """A competitor in its fastest form, of those that are verified; the form's name; and how every form did.
+    """A competitor in its fastest verified form, the form's name, and the measurements of every form.
 
     Raises
     ------
     UnavailableError
         If no form can run here.
     AssertionError
-        If a form does not lead to `expected`.
+        If the parameters of a form differ from `expected`.
     """
     ready: dict[str, Competitor] = {}
     forms: dict[str, Form] = {}
@@ -132,35 +132,35 @@ def verified(
     form: str | None = None,
     batches: Sequence[NDArray[np.integer]] | None = None,
 ) -> tuple[Competitor, Form]:
-    """A competitor whose first three steps match `expected`, with its error and its seconds of compilation.
+    """A competitor whose first three steps match `expected`, with its error and compile time.
 
     Parameters
     ----------
     name, task, form
         As for `competitor`.
     expected
-        What `expected_parameters` returned.
+        From `expected_parameters`.
     batches
-        Rows of the images for each of the three steps, of a competitor that learns from mini-batches; None takes all.
+        Rows of the images in each of three mini-batches; None takes all images in each step.
 
     Raises
     ------
     UnavailableError
         If a package is missing or cannot compile.
     AssertionError
-        If an update differs by more than its rounding errors may be.
+        If an update differs by more than rounding errors explain.
     """
     started = competitor(name, task, form)
     seconds = _first_steps(started, batches)
     error = update_error(started.parameters(), task.mlp.parameters, expected)
     allowed = started.tolerance or tolerance(len(task.images if batches is None else batches[0]))
-    if not error <= allowed:  # nor NaN
-        raise AssertionError(f"{name}: its update differs by {error:.1e} of its norm, where {allowed:.1e} is allowed")
+    if not error <= allowed:  # also if it is NaN
+        raise AssertionError(f"{name}: its update differs by {error:.1e} of its norm; {allowed:.1e} is allowed")
     return started, Form(error, seconds[0] - seconds[-1] if started.compiles else None)
 
 
 def _first_steps(started: Competitor, batches: Sequence[NDArray] | None) -> list[float]:
-    """The seconds of each."""
+    """Take the steps to verify; returns the seconds of each."""
     seconds = []
     for step in range(VERIFIED_STEPS):
         start = time.perf_counter()
@@ -176,8 +176,7 @@ def _first_steps(started: Competitor, batches: Sequence[NDArray] | None) -> list
 def update_error(parameters: list[NDArray], start: list[NDArray], expected: list[NDArray]) -> float:
     """The largest error of a parameter's update, relative to the norm of the update to `expected`.
 
-    It is the error of the update, not of the parameter: weights hardly move in three steps, so a relative error of
-    theirs would hide even a missing image.
+    An error relative to the parameter itself would hide even a missing image, as weights hardly move in three steps.
     """
     return max(
         float(np.linalg.norm(theirs.astype(np.float64) - exact) / np.linalg.norm(exact - before))

@@ -1,4 +1,4 @@
-"""A few lines of C on compressed sparse rows, compiled when they are first needed."""
+"""The product of compressed sparse rows (CSR) and a dense matrix in a few lines of C, compiled on first use."""
 
 import ctypes
 import functools
@@ -15,10 +15,10 @@ from scipy.sparse import csr_array
 from bench.peers.task import UnavailableError
 from kernels.numpy_backend import NumpyBackend
 
-# Not -ffast-math: GCC then links code that has the whole process flush denormals to zero, in every other kernel too.
+# No -ffast-math: GCC then links start-up code that sets flush-to-zero, so every other kernel would lose its denormals.
 COMMAND = "cc -O3 -march=native -ffp-contract=fast -shared -fPIC"
 
-# Eight vectors of accumulators stay in registers; GCC 12 spills those of a plain loop, which is five times as slow.
+# Eight vector accumulators stay in registers. In a plain loop, GCC 12 spills them, which is five times as slow.
 SOURCE = """
 #ifdef __AVX512F__
 enum {WIDE = 16};
@@ -44,11 +44,11 @@ void rows_times(int rows, long width, const int *ends, const int *columns, const
 }
 """
 PANEL = 128
-"""Columns are a multiple of this, filled up with zeros."""
+"""Columns are zero-padded to a multiple of this."""
 
 
 class Rows:
-    """Compressed rows of a matrix, and of its transpose."""
+    """The CSR forms of a matrix and of its transpose."""
 
     def __init__(self, matrix: csr_array, transposed: "Rows | None" = None) -> None:
         self.matrix = matrix
@@ -60,7 +60,7 @@ class Rows:
 
 
 class CCSR(NumpyBackend):
-    """The NumPy backend with the products of images by these lines of C, in our shards.
+    """The NumPy backend with image products in C, run in our shards.
 
     Raises
     ------

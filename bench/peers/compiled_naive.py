@@ -1,6 +1,6 @@
 """The loops of the naive backend, compiled: ``--backend bench.peers.compiled_naive:CompiledNaiveBackend``.
 
-It is not one of the named backends: it shows what compilation alone gains, and is an example of a custom backend.
+It is not a named backend: it shows what compilation alone gains, and how to write a custom backend.
 """
 
 import numpy as np

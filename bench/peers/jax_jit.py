@@ -10,9 +10,9 @@ from bench.peers.task import Learner, Task, package
 
 
 class JAX(Learner):
-    """JAX: loss, gradients and update in one compiled function, which reuses the memory of the old parameters.
+    """JAX: loss, gradients and update in one jitted function, to which the old parameters' buffers are donated.
 
-    XLA's CPU client starts one thread for each core that the process may use, and takes no other number.
+    XLA's CPU client starts one thread per core that the process may use; it has no option for another number.
     """
 
     compiles = True
@@ -51,7 +51,7 @@ class JAX(Learner):
 
 
 class JAXScan(JAX):
-    """The same over parts of 1,000 images by `jax.lax.scan`: their activations stay in the cache."""
+    """The same with `jax.lax.scan` over parts of 1,000 images, whose activations stay in the cache."""
 
     def step(self):
         return self._descend("scan", *self.all)
@@ -62,7 +62,7 @@ PART = 1000
 
 @functools.cache
 def _functions() -> dict[str, Any]:
-    """Compiled once for each shape, so that a second network needs no compilation."""
+    """Jitted once, so that a second network of the same shape needs no compilation."""
     jax = package("jax")
 
     def loss(parameters: list, images: Any, labels: Any) -> Any:

@@ -12,7 +12,7 @@ from kernels.numpy_backend import NumpyBackend
 
 
 class MKLCSR(NumpyBackend):
-    """The NumPy backend with the products of images by MKL on one thread, in our shards.
+    """The NumPy backend with image products by single-threaded MKL, run in our shards.
 
     Raises
     ------
@@ -21,7 +21,7 @@ class MKLCSR(NumpyBackend):
     """
 
     def __init__(self) -> None:
-        for library in Path(sys.prefix, "lib").glob("libmkl_rt.so*"):  # pip puts it there, off the search path
+        for library in Path(sys.prefix, "lib").glob("libmkl_rt.so*"):  # pip installs it outside the loader's search path
             os.environ.setdefault("MKL_RT", str(library))
         self.mkl = package("sparse_dot_mkl", "pip install mkl sparse_dot_mkl")
         self.mkl.mkl_set_num_threads(1)

@@ -29,7 +29,7 @@ class Ours(Learner):
 
     @cached_property
     def all(self) -> Shards:
-        """All images, prepared: mini-batches do without."""
+        """All images, prepared when first needed, as mini-batches never do."""
         return self.prepare(images=self.images, labels=self.labels)
 
     def step(self):
@@ -49,7 +49,7 @@ class Ours(Learner):
 
 
 def compile_seconds(name: str, images: NDArray[np.uint8], labels: NDArray[np.integer]) -> float:
-    """What a backend's first step takes longer than its third, where no compiled kernels are cached yet."""
+    """Seconds of a backend's first step minus those of its third, with an empty cache of compiled kernels."""
     few = slice(2 * get_backend(name).chunk)
     with TemporaryDirectory() as folder:
         return in_fresh_process(_first_step, name, images[few], labels[few], NUMBA_CACHE_DIR=folder)

@@ -1,4 +1,4 @@
-"""PyTorch: eager, written out by hand, compiled, in bfloat16, and on compressed sparse rows."""
+"""PyTorch: eager, with a hand-written step, compiled, in bfloat16, and on compressed sparse rows (CSR)."""
 
 import functools
 import os
@@ -17,9 +17,9 @@ from bench.peers.task import Competitor, Learner, Task, UnavailableError, packag
 
 
 class PyTorch(Learner):
-    """PyTorch, eager: layers, loss and optimizer from its library, over all images at once.
+    """Eager PyTorch with its own layers, loss and optimizer, over all images at once.
 
-    Parts of 1,024 or 4,096 images with added gradients were not faster.
+    Accumulating gradients over parts of 1,024 or 4,096 images was not faster.
     """
 
     def __init__(self, task: Task) -> None:
@@ -62,7 +62,7 @@ class PyTorch(Learner):
 
 
 def _start(task: Task) -> tuple[ModuleType, list[Any]]:
-    """PyTorch on the task's threads, and copies of the network's parameters."""
+    """PyTorch, set to the task's number of threads, and copies of the network's parameters."""
     torch = package("torch")
     torch.set_num_threads(task.threads)
     return torch, [torch.tensor(parameter) for parameter in task.mlp.parameters]
@@ -77,9 +77,9 @@ def _torch_loss(torch: ModuleType, network: Any, images: Any, labels: Any) -> An
 
 
 class PyTorchOneDNN(PyTorch):
-    """The same, with the products of the first layer by oneDNN, which images in its layout ask for.
+    """The same, with the first layer's products dispatched to oneDNN, because the images are in its layout.
 
-    PyTorch leaves them to MKL otherwise, whose choice of code depends on the CPU's vendor; oneDNN's on what it can do.
+    PyTorch otherwise calls MKL, which chooses its code path by the CPU's vendor; oneDNN goes by instruction set.
     """
 
     def __init__(self, task: Task) -> None:
@@ -103,9 +103,9 @@ class PyTorchBFloat16(PyTorch):
     """PyTorch with products in bfloat16 (8 bits of precision), accumulated in float32: another category, less exact."""
 
     tolerance = 2.0**-6
-    """Four units of bfloat16's rounding, one each for pixels, weights, activations and their gradients.
+    """Four times bfloat16's unit roundoff: once each for pixels, weights, activations and their gradients.
 
-    Measured: 1e-3 to 4e-3 on MNIST, 9e-3 on made-up patterns. Far too much to notice a missing image.
+    Measured: 1e-3 to 4e-3 on MNIST, 9e-3 on synthetic patterns. That is far too much to notice a missing image.
     """
 
     def __init__(self, task: Task) -> None:
@@ -121,13 +121,14 @@ def _bfloat16_loss(torch: ModuleType, network: Any, images: Any, labels: Any) ->
 
 
 class PyTorchByHand(Learner):
-    """PyTorch's kernels for a step written out: no automatic differentiation, no optimizer, updates within products.
+    """A hand-written step on PyTorch's kernels: no autograd, no optimizer, and updates fused into the products.
 
     Parts of 2,048 images were not faster.
     """
 
     WITHIN_PRODUCT = 4096
-    """Images; over more, each block of the product's sum would be rounded as the weights are, which costs a digit."""
+    """Up to this many images, updates are fused into products. Over more, the product's blocks would be added to the
+    weights one by one, each time rounded to the weights' precision, which costs a digit."""
 
     def __init__(self, task: Task) -> None:
         self.torch, self.tensors = _start(task)
@@ -195,9 +196,9 @@ class CompiledPyTorch(PyTorch):
 
 @functools.cache
 def _compiled(function: Callable) -> Callable:
-    """Made once, so that a second network of the same shape needs no compilation."""
+    """Compiled once, so that a second network of the same shape needs no compilation."""
     torch = package("torch")
-    torch.compiler.config.force_disable_caches = True  # or its seconds depend on what the disk holds
+    torch.compiler.config.force_disable_caches = True  # otherwise, compile time depends on the disk cache
     return torch.compile(function)
 
 
@@ -205,12 +206,12 @@ def _compiled(function: Callable) -> Callable:
 def _compiler_errors(torch: ModuleType) -> Iterator[None]:
     try:
         yield
-    except torch._dynamo.exc.TorchDynamoException as error:  # first of all: no C++ compiler
+    except torch._dynamo.exc.TorchDynamoException as error:  # above all, if there is no C++ compiler
         raise UnavailableError(f"torch.compile failed: {str(error).splitlines()[0]}") from error
 
 
 class CompiledStep(PyTorch):
-    """The whole step compiled, with its update."""
+    """The whole step compiled, including the update."""
 
     compiles = True
 
@@ -239,7 +240,7 @@ def _torch_update(torch: ModuleType, network: Any, tensors: dict, rate: float, i
 
 
 class CompiledParts(Competitor):
-    """Gradients written out and compiled, over parts of 2,000 images, whose activations stay in the cache."""
+    """Hand-written gradients, compiled, over parts of 2,000 images, whose activations stay in the cache."""
 
     compiles = True
     PART = 2000
@@ -282,11 +283,11 @@ def _torch_gradients(
 
 
 class PyTorchCSR(Competitor):
-    """PyTorch on its compressed sparse rows, with the transposed rows made once.
+    """PyTorch on its CSR tensors, with the transpose converted only once.
 
-    Its automatic differentiation converts the transpose anew in each step, which takes three times as long: so the
-    first layer's gradient is written out, and the rest is left to it. In parts of 2,048 images a step takes a third of
-    its time over all at once, because the gradient's rows stay in the cache.
+    Autograd converts the transpose again in each step, which takes three times as long. So the first layer's gradient
+    is hand-written, and autograd does the rest. In parts of 2,048 images, a step takes a third of the time that it takes
+    over all at once, because the gradient's rows stay in the cache.
     """
 
     PART = 2048
@@ -332,10 +333,10 @@ class PyTorchCSR(Competitor):
 
 @functools.cache
 def mkl_code_path() -> str | None:
-    """What MKL says of itself and the CPU that it takes this one for; None without PyTorch or its MKL."""
+    """MKL's version and the code path it chose, as ``MKL_VERBOSE`` prints them; None without PyTorch or its MKL."""
     code = "import torch; a = torch.ones(64, 64); a @ a"
-    told = subprocess.run(
+    output = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "MKL_VERBOSE": "1"}, capture_output=True, text=True
     ).stdout
-    lines = (line for line in told.splitlines() if line.startswith("MKL_VERBOSE oneMKL"))
+    lines = (line for line in output.splitlines() if line.startswith("MKL_VERBOSE oneMKL"))
     return next(lines, "").removeprefix("MKL_VERBOSE ") or None

@@ -1,4 +1,4 @@
-"""scikit-learn's perceptron."""
+"""scikit-learn's multilayer perceptron."""
 
 import numpy as np
 from sklearn.neural_network import MLPClassifier
@@ -8,10 +8,10 @@ from bench.peers.task import Competitor, Task
 
 
 class ScikitLearn(Competitor):
-    """scikit-learn's `MLPClassifier`: gradient descent without momentum or penalty, in one batch, on BLAS's threads.
+    """scikit-learn's `MLPClassifier`: full-batch gradient descent without momentum or weight decay, on BLAS's threads.
 
-    A step is a call of `partial_fit`, which checks its arguments each time. The first call, on one image of each class,
-    makes the arrays of the network; our weights are then written into them.
+    A step is a call of `partial_fit`, which validates its arguments each time. The first call, on one image, allocates
+    the network's arrays; our weights are then copied into them.
     """
 
     def __init__(self, task: Task) -> None:

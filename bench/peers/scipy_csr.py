@@ -1,4 +1,4 @@
-"""SciPy's compressed sparse rows."""
+"""SciPy's compressed sparse rows (CSR)."""
 
 from scipy.sparse import csr_array
 
@@ -6,9 +6,9 @@ from kernels.numpy_backend import NumpyBackend
 
 
 class SciPyCSR(NumpyBackend):
-    """The NumPy backend on SciPy's compressed sparse rows, in our shards: SciPy itself has no threads.
+    """The NumPy backend on SciPy's CSR matrices, run in our shards, as SciPy itself is single-threaded.
 
-    For a chunk of images, the transposed view (columns instead of rows) is as fast as rows made of the transpose.
+    For a chunk of images, the transposed view (compressed columns) is as fast as a transpose converted to CSR.
     """
 
     def _prepare(self, images, dtype):

@@ -1,4 +1,4 @@
-"""The task of every competitor, and its interface."""
+"""The task that every competitor gets, and a competitor's interface."""
 
 import importlib
 import warnings
@@ -14,12 +14,12 @@ from model.mlp import MLP
 
 
 def tolerance(images: int) -> float:
-    """The allowed error of an update in float32 over this many images, against float64, relative to its norm.
+    """The allowed error of a float32 update over this many images, against float64, relative to the update's norm.
 
-    By the share of two images. An average image makes up at least 1/n of the update over n. On MNIST rounding errors
-    come to a tenth of such a share, and to 0.8 where the input of a unit, for one image, rounds to the other side of
-    zero. An image left out makes at least 7 in each parameter, as images pull in different directions, and 50 in the
-    last bias. Over few images, rounding needs no more than a hundredth.
+    It is the share of two images: an average image contributes at least 1/n of the update over n images. On MNIST,
+    rounding errors amount to a tenth of such a share, and to 0.8 of it where one image's input to a unit rounds to the
+    other side of zero. A missing image amounts to at least 7 shares in each parameter, because the gradients of images
+    partly cancel, and to 50 in the last bias. Over few images, rounding errors stay below a hundredth of the norm.
     """
     return min(2 / images, 0.01)
 
@@ -37,7 +37,7 @@ class Task(NamedTuple):
     learning_rate: float
     threads: int
     run: Callable
-    """What `model.threads.thread_pool` yields."""
+    """From `model.threads.thread_pool`."""
 
 
 class Competitor(ABC):
@@ -47,11 +47,11 @@ class Competitor(ABC):
     """Whether the first step compiles."""
 
     tolerance: float | None = None
-    """Largest error of an update relative to its norm, where it is not float32's."""
+    """Largest allowed error of an update, relative to its norm; None takes the function `tolerance`."""
 
     @abstractmethod
     def step(self) -> float:
-        """One step over all images; returns the mean loss from before it."""
+        """Take one step over all images; returns the mean loss before the update."""
 
     @abstractmethod
     def parameters(self) -> list[NDArray]:
@@ -59,15 +59,15 @@ class Competitor(ABC):
 
 
 class Learner(Competitor):
-    """A competitor that also takes steps over other images than its own, as in mini-batches."""
+    """A competitor that can also train on mini-batches."""
 
     @abstractmethod
     def learn(self, images: NDArray[np.uint8], labels: NDArray[np.integer]) -> float:
-        """Prepare the images and make one step over them; returns the mean loss from before it."""
+        """Prepare these images and take one step over them; returns the mean loss before the update."""
 
     @abstractmethod
     def learn_rows(self, rows: NDArray[np.integer]) -> float:
-        """One step over some of its images, which a peer keeps as floats; returns the loss as `learn` does."""
+        """Take one step over some of its images, which a peer keeps as floats; returns the loss like `learn`."""
 
     @abstractmethod
     def accuracy(self) -> float:
@@ -75,7 +75,7 @@ class Learner(Competitor):
 
 
 def package(name: str, how: str = "make bench-peers installs it") -> ModuleType:
-    # torch warns about deprecated parts of torch, and that its sparse tensors are new.
+    # torch warns about deprecated parts of its own code, and that its sparse tensors are in beta.
     warnings.filterwarnings("ignore", module="torch")
     warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
     try:
