@@ -21,7 +21,7 @@ class MKLCSR(NumpyBackend):
     """
 
     def __init__(self) -> None:
-        for library in Path(sys.prefix, "lib").glob("libmkl_rt.so*"):  # pip installs it outside the loader's search path
+        for library in Path(sys.prefix, "lib").glob("libmkl_rt.so*"):  # where pip installs it, off the search path
             os.environ.setdefault("MKL_RT", str(library))
         self.mkl = package("sparse_dot_mkl", "pip install mkl sparse_dot_mkl")
         self.mkl.mkl_set_num_threads(1)

@@ -286,8 +286,8 @@ class PyTorchCSR(Competitor):
     """PyTorch on its CSR tensors, with the transpose converted only once.
 
     Autograd converts the transpose again in each step, which takes three times as long. So the first layer's gradient
-    is hand-written, and autograd does the rest. In parts of 2,048 images, a step takes a third of the time that it takes
-    over all at once, because the gradient's rows stay in the cache.
+    is hand-written, and autograd does the rest. In parts of 2,048 images, a step takes a third of the time of one over
+    all images at once, because the gradient's rows stay in the cache.
     """
 
     PART = 2048
