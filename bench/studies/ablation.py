@@ -1,4 +1,4 @@
-"""Study: an ablation of the sparse backend, both products on one thread with and without each technique."""
+"""Study: an ablation of the sparse backend. Both products run on one thread with and without each technique."""
 
 import importlib.util
 import itertools
@@ -38,14 +38,14 @@ class Result:
     forward: Comparison
     """Seconds of the forward product over the data set, by variant."""
     backward: Comparison
-    """Of the backward product, in the same rounds."""
+    """Seconds of the backward product, from the same rounds."""
     megabytes: dict[str, float]
-    """Of the images in both forms, by variant."""
+    """Size of the images in both forms, by variant."""
     kind: Literal["ablation"] = "ablation"
 
 
 def measure(dataset: Dataset, quick: bool) -> Result:
-    """Milliseconds of both products over the data set, by variant, and megabytes of its images in both forms."""
+    """Time both products over the data set for each variant, and compute the size of its images in both forms."""
     images = dataset.train_images[: CHUNKS * CHUNK]
     chunks = np.array_split(images, -(-len(images) // CHUNK))
     without_zeros = [np.maximum(chunk, 1) for chunk in chunks]
@@ -86,7 +86,7 @@ def measure(dataset: Dataset, quick: bool) -> Result:
 def prepared(backend: Backend, chunks: list[NDArray]) -> tuple[Backend, list[Any]]:
     """A backend, and the images as it prepares them."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # dense images are slower than on another backend, which is the point
+        warnings.simplefilter("ignore")  # of dense images being slow on this backend, which is the point
         return backend, [backend.prepare(chunk) for chunk in chunks]
 
 
@@ -98,12 +98,12 @@ def products_of(backend: Backend, xs: list[Any], transposed: bool) -> Callable[[
 
 
 def nbytes(x: Any) -> int:
-    """Bytes of the images in both forms; compressed rows of one form, twice."""
+    """Bytes of the images in both forms; SciPy's compressed rows are one form, so they count twice."""
     return x.nbytes if hasattr(x, "nbytes") else 2 * (x.data.nbytes + x.indices.nbytes + x.indptr.nbytes)
 
 
 def check_equal(products: dict[tuple[str, str], Callable[[], list[NDArray]]]) -> None:
-    """Raise an AssertionError if variants differ by more than the rounding of sums over at most 784 products."""
+    """Raise an AssertionError if variants differ by more than the rounding errors of sums over 784 products."""
     for _, same in itertools.groupby(sorted(products, key=lambda key: key[1]), key=lambda key: key[1]):
         first, *others = [products[key]() for key in same]
         for other in others:
@@ -113,12 +113,12 @@ def check_equal(products: dict[tuple[str, str], Callable[[], list[NDArray]]]) ->
 
 @contextmanager
 def variant(**constants: str) -> Iterator[Backend]:
-    """The sparse backend with other constants, compiled from a changed copy of its source."""
+    """The sparse backend with other constants, compiled from a modified copy of its source."""
     source = Path(sparse_backend.__file__).read_text()
     for name, value in constants.items():
         source, count = re.subn(rf"^({name}\b.*) = .*$", rf"\1 = {value}", source, flags=re.MULTILINE)
         if count != 1:
-            raise ValueError(f"the sparse backend has {count} constants {name}, not one")
+            raise ValueError(f"the sparse backend defines the constant {name} {count} times, not once")
     chosen = numba.config.CACHE_DIR  # type: ignore[attr-defined]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "sparse_variant.py"
@@ -137,7 +137,7 @@ def variant(**constants: str) -> Iterator[Backend]:
 
 
 def shuffled(backend: Backend, xs: list[Any]) -> tuple[Backend, list[Any]]:
-    """The same images, the groups of each block in random order, so that trip counts cannot be predicted."""
+    """The same images, but the groups of each block in random order: the branch predictor cannot learn trip counts."""
 
     def reordered(form: NonZeros) -> NonZeros:
         rng = np.random.default_rng(0)
@@ -156,7 +156,7 @@ def shuffled(backend: Backend, xs: list[Any]) -> tuple[Backend, list[Any]]:
 
 
 class PlainLoops(NumbaBackend):
-    """Compressed sparse rows and the obvious loops, compiled; LLVM vectorizes the innermost."""
+    """Compressed sparse rows (CSR) and plain loops, compiled by Numba. LLVM vectorizes the innermost loop."""
 
     def _prepare(self, images, dtype):
         return csr_array(super()._prepare(images, dtype))
@@ -169,7 +169,7 @@ class PlainLoops(NumbaBackend):
 
 @njit(nogil=True)
 def multiply_rows(starts, columns, values, b, out):
-    """out += A B for a matrix A in compressed sparse rows."""
+    """out += A B, where A is in CSR."""
     for i in range(len(out)):
         row = out[i]
         for n in range(starts[i], starts[i + 1]):

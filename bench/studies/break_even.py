@@ -1,4 +1,4 @@
-"""Study: after how many epochs a backend's start-up cost is paid back, each run in a fresh process."""
+"""Study: the number of epochs after which a backend has made up for its start-up cost. Each run is a fresh process."""
 
 import json
 import math
@@ -21,20 +21,20 @@ from model.extras.figure import colour, figure_file, print_small, title
 
 EPOCHS = 5
 LONG = ("--epochs", 250, "--eval-every", 25)
-FIRST_RUN = ", first run"  # nothing is in the cache of compiled kernels
+FIRST_RUN = ", first run"  # the cache of compiled kernels is empty
 STARTS = ("numpy", f"numba{FIRST_RUN}", "numba", f"sparse{FIRST_RUN}", "sparse")
 
 
 @dataclass(frozen=True)
 class Start:
-    """A way to start, and what it costs."""
+    """A backend with a warm or an empty cache, and what it costs."""
 
     total: Rounds
     """Seconds of a short run, from the start of the process to its end."""
     epoch: float
-    """Seconds of an epoch, the median of all runs."""
+    """Seconds per epoch, the median of all runs."""
     epochs: int
-    """In a short run."""
+    """Number of epochs in a short run."""
 
     @property
     def fixed(self) -> float:
@@ -53,10 +53,10 @@ class Result:
 
 
 def measure(dataset: Dataset, quick: bool) -> Result:
-    """Seconds of a short run, its epochs, and what comes before and after them; and of the whole 250 epochs.
+    """Time short runs and their epochs, and 250 epochs.
 
-    Runs are timed from the start of the process to its end: loading, preparing, compiling if nothing is cached, and
-    evaluating the test images, once in a short run and ten times in the long one.
+    Runs are timed from the start of the process to its end. That includes loading, preparing, compiling if nothing is
+    cached, and evaluating the test images, once in a short run and ten times in a long one.
     """
     seconds: dict[str, list[float]] = {start: [] for start in STARTS}
     data = ["--dataset", dataset.name.lower(), *(["--limit", len(dataset.train_images)] if quick else [])]
@@ -81,7 +81,7 @@ def measure(dataset: Dataset, quick: bool) -> Result:
 
 
 def train_in_process(*options: Any, cache: Path) -> list[float]:
-    """The seconds of each epoch of ``python -m model train``, with its compiled kernels in the folder `cache`."""
+    """Run ``python -m model train`` with compiled kernels cached in a folder; returns the seconds of each epoch."""
     cache.mkdir(exist_ok=True)
     history = cache / "history.json"
     command = [sys.executable, "-m", "model", "train", *map(str, options), "--json", str(history)]
@@ -90,13 +90,13 @@ def train_in_process(*options: Any, cache: Path) -> list[float]:
 
 
 def break_even(ours: Start, theirs: Start) -> float:
-    """The number of epochs after which both have taken the same time; infinite if ours never catches up."""
+    """The number of epochs after which both have taken equally long; infinite if ours never catches up."""
     late, gain = ours.fixed - theirs.fixed, theirs.epoch - ours.epoch
     return max(0.0, late / gain) if gain > 0 else 0.0 if late <= 0 else math.inf
 
 
 def draw(result: Result, small_print: str, file: Path) -> None:
-    """Total seconds against epochs, and where the lines cross NumPy's."""
+    """Total seconds against epochs, with the points where lines cross NumPy's."""
     starts = result.starts
     points = {start: break_even(starts[start], starts["numpy"]) for start in starts if start != "numpy"}
     most = 1.3 * max([10.0, *(point for point in points.values() if point < 250)])
@@ -110,7 +110,7 @@ def draw(result: Result, small_print: str, file: Path) -> None:
             end = line.fixed + most * line.epoch
             shade, style = colour(start.removesuffix(FIRST_RUN)), "--" if start.endswith(FIRST_RUN) else "-"
             axes.plot([0, most], [line.fixed, end], style, color=shade, linewidth=1.8)
-            beside = line.epochs + 0.006 * most * order  # where intervals do not hide each other
+            beside = line.epochs + 0.006 * most * order  # offset, so that intervals do not overlap
             axes.plot([beside] * 2, [line.total.low, line.total.high], color=shade, linewidth=1.2)
             epochs = points.get(start, math.inf)
             if 0 < epochs < most:
@@ -124,7 +124,7 @@ def draw(result: Result, small_print: str, file: Path) -> None:
 
 def _title(points: dict[str, float], command: Ratio) -> str:
     warm, first = (_ahead(points[start]) for start in ("sparse", f"sparse{FIRST_RUN}"))
-    return f"sparse against numpy: {warm}, on its first run {first}; 250 epochs take it {command.ratio:.2f} × the time"
+    return f"sparse vs. numpy: {warm}, on a first run {first}; 250 epochs take {command.ratio:.2f} × numpy's time"
 
 
 def _ahead(epochs: float) -> str:

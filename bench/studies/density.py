@@ -1,4 +1,4 @@
-"""Study: the share of non-zero pixels above which dense products are faster, both products on one thread."""
+"""Study: the share of non-zero pixels above which dense products are faster. Both products run on one thread."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,20 +27,20 @@ class Result:
     """Seconds per image; all points are interleaved."""
 
     percent: list[int]
-    """Of pixels that are not zero, in random images."""
+    """Percentages of non-zero pixels in random images."""
     sparse: list[Rounds]
-    """Sparse on these."""
+    """The sparse backend on images of each percentage."""
     dense: dict[str, Rounds]
-    """The dense backends, which do not care."""
+    """The dense backends, whose time does not depend on the pixels."""
     dataset: str
     dataset_percent: float
     dataset_rounds: Rounds
-    """Sparse on the images of the data set."""
+    """The sparse backend on images of the data set."""
     kind: Literal["density"] = "density"
 
 
 def measure(dataset: Dataset, quick: bool) -> Result:
-    """Seconds per image of both products, by backend; of sparse by percent of non-zero pixels."""
+    """Time both products per image on each backend, and on sparse for each percentage of non-zero pixels."""
     rng = np.random.default_rng(0)
     pixels = dataset.train_images.shape[1]
 
@@ -55,7 +55,7 @@ def measure(dataset: Dataset, quick: bool) -> Result:
     ways = {name: [products_of(*form, transposed) for transposed in (False, True)] for name, form in forms.items()}
     with thread_pool(1):
         seconds = interleave(
-            {name: partial(in_turn, both) for name, both in ways.items()},
+            {name: partial(call_all, both) for name, both in ways.items()},
             5 if quick else 40,
         )
     per_image = {name: Rounds.of(times / (CHUNKS * CHUNK)) for name, times in seconds.items()}
@@ -69,14 +69,14 @@ def measure(dataset: Dataset, quick: bool) -> Result:
     )
 
 
-def in_turn(functions: list[Callable[[], Any]]) -> None:
-    """Call each of them."""
+def call_all(functions: list[Callable[[], Any]]) -> None:
+    """Call each function once, in order."""
     for function in functions:
         function()
 
 
 def break_even(result: Result, backend: str) -> float:
-    """Percent of non-zero pixels at which sparse takes as long as `backend`, between measured points; 100 if never."""
+    """Percent of non-zero pixels at which sparse takes as long as `backend`, linearly interpolated; 100 if none."""
     difference = np.array([timing.median for timing in result.sparse]) - result.dense[backend].median
     if not (difference > 0).any():
         return 100.0
@@ -99,7 +99,7 @@ def draw(result: Result, small_print: str, file: Path) -> None:
             axes.axhspan(1e6 * times.low, 1e6 * times.high, color=colour(name), alpha=0.3, linewidth=0)
             axes.axhline(1e6 * seconds, color=colour(name))
             axes.annotate(
-                f"{name}, whatever the images",
+                f"{name}, any images",
                 (percent[0], 1e6 * seconds),
                 xytext=(0, 3 if place == "bottom" else -3),
                 textcoords="offset points",
@@ -125,7 +125,7 @@ def draw(result: Result, small_print: str, file: Path) -> None:
             textcoords="offset points",
             color=BOUND_COLOUR,
         )
-        axes.set(xscale="log", yscale="log", xlabel="pixels that are not zero (%)")
+        axes.set(xscale="log", yscale="log", xlabel="non-zero pixels (%)")
         axes.set(ylabel="µs per image, both products, one thread")
         ticks = [1, 2, 5, 10, 20, 50, 100]
         axes.set_xticks(ticks, map(str, ticks), minor=False)
@@ -142,4 +142,4 @@ def _title(result: Result) -> str:
     ratio = result.dataset_rounds.median / result.dense["numba"].median
     below = break_even(result, "numba")
     pays = f"up to {below:.0f} % of non-zero pixels" if below < 100 else "at any share of non-zero pixels"
-    return f"Skipping zeros pays {pays}; on {result.dataset} it takes {short(ratio)} × the time of dense numba"
+    return f"Skipping zeros pays off {pays}; on {result.dataset} it takes {short(ratio)} × the time of dense numba"

@@ -1,6 +1,6 @@
 """Study: a full-batch step on every backend, and the two big products on OpenBLAS, interleaved on all threads.
 
-Pure Python runs on a few images, and its time is scaled up.
+Pure Python takes only a few images, and its time is scaled up.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ from model.training import descend
 
 LEARNING_RATE = 0.3
 FEW_IMAGES = 32
-"""What pure Python takes in a round."""
+"""Number of images that pure Python gets in a round."""
 
 BIG_PRODUCTS = "big products, OpenBLAS"
 
@@ -36,16 +36,16 @@ class Result:
     """The study's record."""
 
     epochs: Comparison
-    """Seconds per epoch of each backend; of the big products, where they were measured."""
+    """Seconds per epoch of each backend, and of the big products if they were measured."""
     images: int
     extrapolated: dict[str, int]
-    """From how many images a backend's seconds were scaled up; those not in it took all."""
+    """Number of images from which a backend's seconds were scaled up; other backends took all images."""
     threads: int
     kind: Literal["epochs"] = "epochs"
 
 
 def measure(dataset: Dataset, quick: bool, names: Sequence[str] | None = None) -> Result:
-    """Time steps of the backends `names`, by default all."""
+    """Time steps on the backends `names`, by default all."""
     threads, whole = available_cores(), len(dataset.train_images)
     chosen = {name: get_backend(name) for name in names or backend_names()}
     parts = {name: few(dataset, backend) for name, backend in chosen.items()}
@@ -69,22 +69,22 @@ def measure(dataset: Dataset, quick: bool, names: Sequence[str] | None = None) -
 
 
 def few(dataset: Dataset, backend: Backend) -> Dataset:
-    """The images of a backend's step: a few for pure Python, all for others."""
+    """The images for a backend's step: a few for pure Python, all for the others."""
     return limited(dataset, FEW_IMAGES) if backend.too_slow_for_full_batches else dataset
 
 
 def check(run: Callable, backend: Backend, dataset: Dataset) -> None:
-    """Raise an AssertionError unless a step over a few images ends at the parameters of the NumPy backend."""
+    """Raise an AssertionError unless a step over a few images gives the parameters that the NumPy backend does."""
     start, networks = limited(dataset, FEW_IMAGES), [MLP(), MLP()]
     for mlp, kernels in zip(networks, (backend, get_backend("numpy"))):
         descend(mlp, Shards(run, kernels, start.train_images, start.train_labels, mlp.dtype), LEARNING_RATE)
     for ours, theirs in zip(*(mlp.parameters for mlp in networks)):
-        # A step moves a parameter by 0.03 at most, with the rounding errors of sums over 784 products.
+        # A step changes a parameter by at most 0.03, with the rounding errors of sums over 784 products.
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=0.03 * 784 * float(np.finfo(np.float32).eps))
 
 
 def big_products(dataset: Dataset, threads: int) -> Callable[[], None]:
-    """The two products with the images, on BLAS's own threads: a reference, not a bound."""
+    """The two products with the images, on BLAS's own threads: a reference, but not a bound."""
     x = get_backend("numpy").prepare(dataset.train_images)
     weights, _ = MLP().layers[0]
     upstream = np.ones((len(x), weights.shape[1]), np.float32)
@@ -102,12 +102,12 @@ IDEAS = {
     "naive": "Python loops",
     "numpy": "whole arrays, products by BLAS",
     "numba": "tiles in vector registers",
-    "sparse": "the same, zeros left out",
+    "sparse": "the same, skipping zeros",
 }
 
 
 def draw(result: Result, small_print: str, file: Path) -> None:
-    """Seconds per epoch, one bar for each backend in the order of the study, and what is behind it."""
+    """Seconds per epoch, one bar per backend in the study's order, with the idea behind each."""
     names = ordered(name for name in result.epochs.seconds if name != BIG_PRODUCTS)
     times = result.epochs.rounds
     with figure_file(file, figsize=(8, 1.9 + 0.45 * len(names))) as figure:
@@ -135,7 +135,7 @@ def draw(result: Result, small_print: str, file: Path) -> None:
 
 
 def short_name(name: str) -> str:
-    """A name as it fits beside an axis."""
+    """A name, shortened to fit beside an axis."""
     return name if len(name) <= 28 else f"{name[:27]}…"
 
 

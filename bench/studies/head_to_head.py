@@ -1,4 +1,4 @@
-"""Study: the same full-batch step on every compiled backend, in other packages, and its big products on OpenBLAS."""
+"""Study: a full-batch step on every compiled backend and in other packages, and its big products on OpenBLAS."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -36,24 +36,24 @@ class Result:
     steps: Comparison
     """Seconds of a step of each, in its fastest form, and of the big products alone."""
     tried: dict[str, dict[str, Form]] = field(default_factory=dict)
-    """How each form of a competitor did; empty where there was only one."""
+    """Measurements of each form of a competitor."""
     chosen: dict[str, str] = field(default_factory=dict)
     """The form that was timed, by competitor."""
     compile_seconds: dict[str, float | None] = field(default_factory=dict)
-    """By competitor; None where nothing is compiled."""
+    """By competitor; None if it compiles nothing."""
     mkl: str | None = None
-    """What PyTorch's MKL takes this CPU for."""
+    """Version and code path that PyTorch's MKL reports."""
     c_command: str = ""
-    """How the lines of C were compiled."""
+    """How the C code was compiled."""
     skipped: dict[str, str] = field(default_factory=dict)
     """Why a competitor was not timed."""
     kind: Literal["head_to_head"] = "head_to_head"
 
 
 def measure(dataset: Dataset, quick: bool) -> Result:
-    """Every competitor's steps in its fastest form, interleaved, once all forms have been verified.
+    """Verify every form of every competitor, then time steps of the fastest forms, interleaved.
 
-    Takes about 80 seconds, half of them for torch.compile's compilations; a quick run, 50.
+    This takes about 80 seconds, half of them for torch.compile's compilations; a quick run takes 50.
     """
     threads = available_cores()
     competitors: dict[str, Competitor] = {}
@@ -84,7 +84,7 @@ def measure(dataset: Dataset, quick: bool) -> Result:
 
 
 def _big_products(task: Task) -> Callable[[], None]:
-    """The two products with the images, on BLAS's own threads: no dense step can take much less."""
+    """The two products with the images, on BLAS's own threads: a dense step can hardly take less."""
     x = get_backend("numpy").prepare(task.images)
     weights, _ = task.mlp.layers[0]
     upstream = np.ones((len(x), weights.shape[1]), np.float32)
@@ -99,15 +99,15 @@ def _big_products(task: Task) -> Callable[[], None]:
 
 
 def fastest_framework(result: Result) -> str | None:
-    """The fastest of `FRAMEWORKS`; None where none of them is installed."""
+    """The fastest of `FRAMEWORKS`; None if none of them is installed."""
     return min((name for name in FRAMEWORKS if name in result.steps), key=result.steps.median, default=None)
 
 
 def draw(result: Result, small_print: str, file: Path) -> None:
-    """Seconds of a step of each competitor, the dense ones above the sparse ones, and the bound of dense ones."""
+    """Seconds per step of each competitor, dense ones above sparse ones, and of the big products."""
     words = {
         "dense": "dense: every pixel is multiplied",
-        "sparse": "sparse: only what is not zero is multiplied",
+        "sparse": "sparse: only non-zero pixels are multiplied",
         "bfloat16": f"dense in bfloat16: another category, {_inexact(result)}",
     }
     rows: dict[str, float] = {}
@@ -139,13 +139,13 @@ def draw(result: Result, small_print: str, file: Path) -> None:
 
 
 def _inexact(result: Result) -> str:
-    """How far the updates in bfloat16 are from float64's."""
+    """The error of the updates in bfloat16 against float64, in words."""
     errors = [form.error for name in result.forms.get("bfloat16", ()) for form in result.tried.get(name, {}).values()]
-    return f"its updates off by {max(filter(None, errors)):.1e} of their norm" if any(errors) else "less exact"
+    return f"updates off by {max(filter(None, errors)):.1e} of their norm" if any(errors) else "less exact"
 
 
 def _title(result: Result) -> str:
-    """The result of this run, worded by its interval."""
+    """The ratio in this run, with its interval."""
     framework = fastest_framework(result)
     row: Ratio = result.steps.ratio("sparse", framework or "numpy")
     interval = f" ({row.interval[0]:.2f} to {row.interval[1]:.2f})" if row.interval else ""

@@ -21,7 +21,7 @@ from model.mlp import MLP
 from model.threads import thread_pool
 
 FEW_IMAGES = 4
-"""Of pure Python, which takes milliseconds for each."""
+"""Number of images for pure Python, which takes milliseconds for each."""
 
 
 class Step(NamedTuple):
@@ -37,13 +37,13 @@ class Step(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """How to call a kernel within a step, and what that costs per image."""
+    """How to call a kernel with a step's arrays, and what it costs per image."""
 
     call: Callable
     flop: int
     """Floating-point operations per image of the dense form; an exponential counts as one."""
     terms: int
-    """Longest sum behind an entry of the result: its rounding errors bound the error."""
+    """Number of terms of the longest sum in the result: its rounding errors bound the error."""
 
 
 KERNELS = {
@@ -65,14 +65,14 @@ class Result:
     per_image: dict[str, Comparison]
     """Seconds per image on each backend, by kernel."""
     flop: dict[str, int]
-    """Per image of the dense form, zeros counted, by kernel."""
+    """FLOP per image, by kernel, counting multiplications by zero."""
     kind: Literal["kernels"] = "kernels"
 
 
 def measure(
     dataset: Dataset, quick: bool, names: Sequence[str] | None = None, kernels: Sequence[str] = tuple(KERNELS)
 ) -> Result:
-    """Time kernels on backends, by default all on all; the backends are interleaved, kernel by kernel."""
+    """Time kernels on backends, by default all of both; for each kernel, the backends are interleaved."""
     per_image = {}
     with thread_pool(1):
         for kernel in kernels:
@@ -85,12 +85,12 @@ def measure(
 
 
 def checked_call(backend: Backend, name: str, dataset: Dataset) -> tuple[Callable[[], Any], int]:
-    """A function that calls a kernel, and on how many images.
+    """A function that calls a kernel, and the number of images it takes.
 
     Raises
     ------
     AssertionError
-        If its result is further from float64's than rounding errors explain.
+        If its result differs from float64's by more than rounding errors explain.
     """
     kernel = KERNELS[name]
     count = FEW_IMAGES if backend.too_slow_for_full_batches else CHUNK
@@ -105,7 +105,7 @@ def checked_call(backend: Backend, name: str, dataset: Dataset) -> tuple[Callabl
 
 
 def training_step(images: NDArray, labels: NDArray) -> Step:
-    """The arrays of a step, in float32, from the first random start."""
+    """The arrays of a step in float32, from the default random start."""
     numpy = get_backend("numpy")
     mlp = MLP()
     x = numpy.prepare(images)
@@ -123,7 +123,7 @@ def in_float64(value: Any) -> Any:
 
 
 def draw(result: Result, small_print: str, file: Path) -> None:
-    """The rate of each kernel on each backend, zeros counted as work."""
+    """The rate of each kernel on each backend, counting multiplications by zero."""
     names = ordered({name for comparison in result.per_image.values() for name in comparison.seconds})
     height = 0.8 / len(names)
     labels: list[tuple[float, str]] = []
@@ -140,11 +140,11 @@ def draw(result: Result, small_print: str, file: Path) -> None:
                 axes.barh(y, rate, height, color=colour(name), label=short_name(name) if row == 0 else None)
                 axes.plot([low, high], [y, y], color="black", linewidth=1)
                 labels.append((y, short(rate)))
-        axes.set(xscale="log", xlabel="GFLOP/s of the dense form: zeros are counted as work (log scale)")
+        axes.set(xscale="log", xlabel="GFLOP/s, counting multiplications by zero (log scale)")
         axes.set(yticks=range(len(result.per_image)), ylim=(len(result.per_image) - 0.4, -0.6))
         axes.set_yticklabels(result.per_image)
         plain_ticks(axes.xaxis)
         right_labels(axes, [text for _, text in labels], fontsize=6.5, places=[y for y, _ in labels])
         axes.legend(loc="lower right", frameon=False, fontsize=8)
-        title(figure, "Each kernel on one thread, zeros counted as work")
+        title(figure, "Each kernel on one thread, counting multiplications by zero")
         print_small(figure, small_print)

@@ -34,14 +34,14 @@ BLAS = "OpenBLAS"
 
 @dataclass(frozen=True)
 class Climb:
-    """The steps at one product, on a number of threads."""
+    """The steps on one product, with a number of threads."""
 
     product: str
     threads: int
     seconds_per_gflop: Comparison
-    """Of each step and of OpenBLAS. Slow steps compute a part of the rows."""
+    """Of each step and of OpenBLAS. Slow steps compute only part of the rows."""
     peak_gflop_per_second: float
-    """Of the multiply-add units on as many threads: the bound."""
+    """Peak FMA throughput on as many threads: the bound."""
 
     @property
     def steps(self) -> list[str]:
@@ -63,23 +63,23 @@ class Result:
 
     climbs: list[Climb]
     lines: dict[str, int]
-    """Of code, by step."""
+    """Lines of code, by step."""
     kind: Literal["ladder"] = "ladder"
 
     def climb(self, product: str, threads: int) -> Climb:
-        """The steps at `product` on `threads` threads."""
+        """The steps on `product` with `threads` threads."""
         return next(climb for climb in self.climbs if (climb.product, climb.threads) == (product, threads))
 
 
 def measure(dataset: Dataset, quick: bool) -> Result:
-    """All steps at both products."""
+    """Time all steps on both products."""
     places = [(product, threads) for product in SHAPES for threads in sorted({1, available_cores()})]
     climbs = [climb(product, threads, quick) for product, threads in track(places, "ladder", transient=True)]
     return Result(climbs, {step: lines_of_code(step) for step in STEPS})
 
 
 def climb(product: str, threads: int, quick: bool) -> Climb:
-    """Time the steps at one product. Operands start on a cache line, so that alignment is not left to chance."""
+    """Time the steps on one product. Operands start on a cache line, so that alignment is not left to chance."""
     m, k, n = SHAPES[product]
     rng = np.random.default_rng(0)
     a, b = (aligned(rng.standard_normal(shape, np.float32)) for shape in ((m, k), (k, n)))
@@ -90,7 +90,7 @@ def climb(product: str, threads: int, quick: bool) -> Climb:
     runs[BLAS] = partial(np.matmul, a, b, np.empty_like(expected)), 2 * len(a) * b.size
     for step in STEPS:
         if (step == "threads") if threads == 1 else (step == "loops"):
-            continue  # the last step starts threads itself, and the GIL lets only one thread run Python loops
+            continue  # the last step starts threads itself; the GIL serializes Python loops
         arguments = operands(step, a, b)
         rows = len(arguments[0])
         on_all = threads > 1 and step != "threads"
@@ -115,7 +115,7 @@ def aligned(values: NDArray) -> NDArray:
 
 
 def draw(result: Result, small_print: str, file: Path) -> None:
-    """The rate of each step on one and on all threads, OpenBLAS's, and the peak."""
+    """The rate of each step on one thread and on all, with OpenBLAS's and the peak."""
     products = list(dict.fromkeys(climb.product for climb in result.climbs))
     looks = {False: (OTHER_COLOURS[1], "o", "1 thread"), True: (OTHER_COLOURS[0], "D", "all threads")}
     steps = list(result.lines)
@@ -141,13 +141,13 @@ def draw(result: Result, small_print: str, file: Path) -> None:
             right_labels(axes, [" / ".join(map(short, rates[step])) for step in steps], fontsize=7)
         panels[0].legend(loc="lower left", frameon=False, fontsize=7)
         title(figure, _title(result))
-        print_small(figure, f"At the right: GFLOP/s on one thread / on all.\n{small_print}")
+        print_small(figure, f"Right of each panel: GFLOP/s on one thread / on all.\n{small_print}")
 
 
 def _title(result: Result) -> str:
     alone = [climb for climb in result.climbs if climb.threads == 1]
     shares = [f"{climb.percent_of_blas(climb.steps[-1]):.0f} % at {climb.product}" for climb in alone]
-    return f"Last step on one thread, of OpenBLAS's speed: {', '.join(shares)}"
+    return f"Speed of the last step on one thread, relative to OpenBLAS: {', '.join(shares)}"
 
 
 # Lines of code -----------------------------------------------------------------------------------------------------
@@ -156,13 +156,13 @@ Place = tuple[str, str]
 
 
 def lines_of_code(step: str) -> int:
-    """Lines of code in kernels/ that a step runs, without comments, docstrings and blank lines."""
+    """Lines of code in kernels/ that a step runs, not counting comments, docstrings and blank lines."""
     code = {place: ast.unparse(node) for place, node in _reached((steps.__name__, step), {}).items()}
     return sum(bool(line.strip()) for text in code.values() for line in text.splitlines())
 
 
 def _reached(place: Place, seen: dict[Place, ast.AST]) -> dict[Place, ast.AST]:
-    """What is defined at `place`, and what it names, and so on. Decorators do not count: they are the compiler."""
+    """The definition at `place`, and those that it uses, recursively. Decorators are not followed into the compiler."""
     definition = _definitions().get(place)
     if isinstance(definition, tuple):
         _reached(definition, seen)
@@ -173,13 +173,13 @@ def _reached(place: Place, seen: dict[Place, ast.AST]) -> dict[Place, ast.AST]:
                 if isinstance(node, ast.Name):
                     _reached((place[0], node.id), seen)
                 elif isinstance(node, ast.Attribute):
-                    _reached((simd.__name__, node.attr), seen)  # its classes' methods are all that is called this way
+                    _reached((simd.__name__, node.attr), seen)  # only methods of its classes are called this way
     return seen
 
 
 @functools.cache
 def _definitions() -> dict[Place, ast.AST | Place]:
-    """Functions, methods and constants by module and name; where imported names come from."""
+    """Functions, methods and constants by module and name; for imported names, where they come from."""
     defined: dict[Place, ast.AST | Place] = {}
     for module in (steps, naive_backend, numba_backend, simd):
         for node in ast.walk(ast.parse(inspect.getsource(module))):

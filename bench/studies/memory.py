@@ -1,11 +1,11 @@
-"""Study: the memory that training takes, each competitor in a fresh process.
+"""Study: peak memory of training, each competitor in a fresh process.
 
-It is the peak of two full-batch steps and of preparing their images, above what is resident before: the interpreter,
+It is the peak of two full-batch steps and of preparing their images, above what was already resident: the interpreter,
 the packages, the images as bytes, and what an earlier network and its steps have left behind, such as compiled code. It
-comes from the system's high-water mark, which only Linux has.
+comes from the kernel's high-water mark of resident memory (VmHWM), which only Linux has.
 
-In the fresh process, all threads allocate from one arena of glibc's malloc. Only the first arena can return all its
-free memory. What others keep would count as resident before, and then be reused without being counted.
+In the fresh process, all threads allocate from one arena of glibc's malloc, because only the first arena can return all
+its free memory. What other arenas keep would count as already resident, and then be reused without being counted.
 """
 
 import ctypes
@@ -41,7 +41,7 @@ class Result:
 
 
 def measure(dataset: Dataset, quick: bool) -> Result:
-    """Peak bytes of each competitor; who was skipped and why."""
+    """Measure the peak memory of each competitor."""
     peaks, skipped = {}, {}
     for name in [name for names in COMPETITORS.values() for name in names]:
         try:
@@ -54,18 +54,18 @@ def measure(dataset: Dataset, quick: bool) -> Result:
 
 
 def peak_of_competitor(name: str, images: NDArray, labels: NDArray) -> int:
-    """Peak bytes of one of `bench.peers`, which raises an UnavailableError if it cannot run here."""
+    """Peak bytes of a competitor; raises an UnavailableError if it cannot run here."""
     with thread_pool(available_cores()) as run:
         return peak_bytes(partial(competitor, name, Task(MLP(), images, labels, 0.3, available_cores(), run)))
 
 
 def peak_bytes(make: Callable[[], Competitor]) -> int:
-    """Peak bytes of creating a competitor and two of its steps, above what is resident after an earlier one's steps.
+    """Peak bytes of creating a competitor and of two steps, above what is resident after an earlier one's step.
 
     Raises
     ------
     UnavailableError
-        If the system does not tell.
+        If the system does not report it.
     """
     make().step()
     before = _reset_high_water_mark()
@@ -76,13 +76,13 @@ def peak_bytes(make: Callable[[], Competitor]) -> int:
 
 
 def _reset_high_water_mark() -> int:
-    """Give freed memory back to the system and let its mark start from what is left; returns that in bytes."""
+    """Return freed memory to the system and reset its high-water mark; returns the resident bytes."""
     gc.collect()
     try:
         ctypes.CDLL(None).malloc_trim(0)
         (PROCESS / "clear_refs").write_text("5")
     except (OSError, AttributeError, TypeError) as error:  # TypeError: CDLL(None) on Windows
-        raise UnavailableError(f"the system does not tell the peak memory of a part of a process: {error}") from error
+        raise UnavailableError(f"this system cannot measure the peak memory of part of a run: {error}") from error
     return _status("VmRSS")
 
 
