@@ -1,9 +1,9 @@
 """Study: steps over mini-batches, head to head, on one thread and on all.
 
 Every step takes different images, as in training: repeated ones would stay in the caches, and the branch predictor
-would learn them. The frameworks keep all images as floats and take rows of them, which is faster than preparing them
-anew. Ours prepare each batch from bytes, as the trainer does. On one thread the process is pinned to one core, as JAX
-takes the number of its threads from there.
+would learn them. The frameworks keep all images as floats and gather rows of them, which is faster than preparing each
+batch. Ours prepare each batch from bytes, as the trainer does. For one thread the process is pinned to one core, which
+is where JAX gets its number of threads from.
 """
 
 from collections.abc import Callable, Iterator
@@ -31,7 +31,7 @@ from model.threads import available_cores, thread_pool
 SIZES = (1, 8, 32, 128, 512, 2_048)
 NAMES = ("numpy", "numba", "sparse", "PyTorch", "PyTorch by hand", "JAX")
 LEARNING_RATE = 0.1
-IMAGES = 20_000  # batches are of these, as frameworks take a second to copy all; 63 MB of floats, more than most caches
+IMAGES = 20_000  # to draw batches from: 63 MB of floats, more than most caches; to copy all takes frameworks a second
 IMAGES_IN_A_TURN = 2_048
 MOST_STEPS_IN_A_TURN = 16
 FULL_BATCH = "sparse, all images"
@@ -42,21 +42,21 @@ class Result:
     """The study's record."""
 
     steps: dict[int, dict[int, Comparison]]
-    """Seconds of a step by number of threads and images, and of a step of sparse over all images beside the largest."""
+    """Seconds per step by number of threads and batch size; with the largest, also of sparse over all images."""
     images: int
-    """All."""
+    """Number of all images."""
     skipped: dict[str, str]
     """Why a competitor was not timed."""
     kind: Literal["mini_batches"] = "mini_batches"
 
     def per_image(self, threads: int, size: int) -> float:
-        """What an image costs `sparse` in batches of `size`, relative to what it costs among all."""
+        """Seconds per image of `sparse` in batches of `size`, relative to a full batch."""
         whole = self.steps[threads][max(self.steps[threads])].median(FULL_BATCH) / self.images
         return self.steps[threads][size].median("sparse") / size / whole
 
 
 def measure(dataset: Dataset, quick: bool) -> Result:
-    """Every competitor's steps, interleaved, once its first ones have been verified; takes about 50 seconds, or 25."""
+    """Verify the first steps of every competitor, then time steps, interleaved; about 50 seconds, or 25 if `quick`."""
     counts = sorted({1, available_cores()})
     measured = {threads: in_fresh_process(_on_threads, dataset, threads, quick, cores=threads) for threads in counts}
     return Result(
@@ -79,7 +79,7 @@ def _on_threads(dataset: Dataset, threads: int, quick: bool) -> tuple[dict[int, 
             for name in NAMES:
                 try:
                     if name == "JAX" and available_cores() != threads:
-                        raise UnavailableError("JAX takes no number of threads, and this system no number of cores")
+                        raise UnavailableError("JAX counts threads by CPU affinity, which is unsupported here")
                     learner, _ = verified(name, task, expected, batches=first)
                     assert isinstance(learner, Learner)
                     turns[name] = partial(turn, learner, batches(len(task.images), size), steps_in_a_turn(size))
@@ -87,7 +87,7 @@ def _on_threads(dataset: Dataset, threads: int, quick: bool) -> tuple[dict[int, 
                     skipped[name] = str(reason)
             if size == SIZES[-1]:
                 turns[FULL_BATCH] = competitor("sparse", every).step
-            rest = REST if threads > 1 else 0  # on one thread, none spins on
+            rest = REST if threads > 1 else 0  # one thread leaves no idle ones that busy-wait
             seconds = interleave(turns, 2 if quick else 6, rest=rest, warmup=0, steps=2)
             for name in turns.keys() - {FULL_BATCH}:
                 seconds[name] /= steps_in_a_turn(size)
@@ -96,7 +96,7 @@ def _on_threads(dataset: Dataset, threads: int, quick: bool) -> tuple[dict[int, 
 
 
 def batches(count: int, size: int) -> Iterator[NDArray[np.integer]]:
-    """Rows of one batch after the other, of `count` images in random order, shuffled anew each time they run out."""
+    """Row indices of one batch after another, in random order; `count` images are reshuffled after every pass."""
     rng = np.random.default_rng(0)
     while True:
         order = rng.permutation(count)
@@ -104,18 +104,18 @@ def batches(count: int, size: int) -> Iterator[NDArray[np.integer]]:
 
 
 def turn(learner: Learner, rows: Iterator[NDArray[np.integer]], steps: int) -> None:
-    """Take some steps over the next batches."""
+    """Take a number of steps over the next batches."""
     for _ in range(steps):
         learner.learn_rows(next(rows))
 
 
 def steps_in_a_turn(size: int) -> int:
-    """Enough to take milliseconds."""
+    """Enough steps for a turn to take milliseconds."""
     return min(MOST_STEPS_IN_A_TURN, max(2, IMAGES_IN_A_TURN // size))
 
 
 def draw(result: Result, small_print: str, file: Path) -> None:
-    """Microseconds of a step against the batch size, a panel for each number of threads."""
+    """Microseconds per step against batch size, a panel for each number of threads."""
     with figure_file(file, figsize=(8, 4)) as figure:
         panels = figure.subplots(1, len(result.steps), sharey=True, squeeze=False)[0]
         for axes, (threads, steps) in zip(panels, result.steps.items()):
@@ -128,7 +128,7 @@ def draw(result: Result, small_print: str, file: Path) -> None:
 
 def _draw_panel(axes: Axes, steps: dict[int, Comparison]) -> None:
     sizes = list(steps)
-    axes.set(xscale="log", yscale="log", xlabel="images in a batch", xlim=(sizes[0] / 1.5, 12 * sizes[-1]))
+    axes.set(xscale="log", yscale="log", xlabel="batch size (images)", xlim=(sizes[0] / 1.5, 12 * sizes[-1]))
     ends: list[tuple[str, float, float, str]] = []
     for name in [name for name in NAMES if name in steps[sizes[0]]]:
         rounds = [steps[size].rounds[name] for size in sizes]
@@ -143,9 +143,9 @@ def _draw_panel(axes: Axes, steps: dict[int, Comparison]) -> None:
 
 
 def _title(result: Result) -> str:
-    """What this run shows of sparse against PyTorch, or numpy where there is none."""
+    """The ratios of sparse to PyTorch in this run, or to numpy without PyTorch."""
     steps = result.steps[1]
     base = "PyTorch" if "PyTorch" in next(iter(steps.values())) else "numpy"
     sizes = [size for size in (32, 128, 512) if size in steps]
     ratios = ", ".join(f"{steps[size].ratio('sparse', base).ratio:.2f}" for size in sizes)
-    return f"In batches of {', '.join(map(str, sizes))}, sparse takes {ratios} × the time of {base}, on one thread"
+    return f"In batches of {', '.join(map(str, sizes))}, sparse takes {ratios} × the time of {base} on one thread"

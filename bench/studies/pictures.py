@@ -1,6 +1,6 @@
-"""Study: how often the digit in a picture is recognised, by the kind of picture that people take.
+"""Study: how often the digit in a picture is recognised, by kind of picture.
 
-The pictures are drawn from MNIST's test images: enlarged, on paper, in uneven light.
+The pictures are simulated from MNIST's test images: enlarged, on paper, in uneven light.
 """
 
 import io
@@ -27,11 +27,11 @@ EPOCHS, BATCH_SIZE, LEARNING_RATE = 5, 32, 0.1
 PAPER, INK = (236, 233, 226), (40, 38, 56)
 
 
-# What a picture is made of ------------------------------------------------------------------------------------------
+# Parts of a picture -------------------------------------------------------------------------------------------------
 
 
 def pen(image: NDArray[np.uint8], rng: Random) -> Floats:
-    """Strokes of 0 to 1 with rims of a pen's sharpness, on a page with some room around the digit."""
+    """Strokes of 0 to 1 with edges as sharp as a pen's, and a margin around the digit."""
     side = int(rng.integers(200, 280))
     large = Image.fromarray(image.reshape(28, 28)).resize((side, side), Image.Resampling.BICUBIC)
     strokes = np.clip((np.asarray(large) / 255 - 0.5) * 3 + 0.5, 0, 1)
@@ -39,18 +39,18 @@ def pen(image: NDArray[np.uint8], rng: Random) -> Floats:
 
 
 def paper(shape: tuple[int, ...], rng: Random, grain: float = 3) -> Floats:
-    """A sheet in even light, (height, width, 3): its grain is a little blurred, as a lens does it."""
+    """A sheet of paper in even light, (height, width, 3), with grain slightly blurred as by a lens."""
     noise = ndimage.gaussian_filter(rng.normal(0, 1, shape), 0.8)
     return np.array(PAPER) + grain * (noise / noise.std())[..., None]
 
 
 def inked(page: Floats, strokes: Floats, ink: Any = INK) -> Floats:
-    """The page with the strokes on it."""
+    """The page with strokes of ink on it."""
     return page + strokes[..., None] * (np.array(ink) - page)
 
 
 def across(shape: tuple[int, ...], rng: Random) -> Floats:
-    """From 0 on one side of the page to 1 on the other, in any direction."""
+    """A ramp from 0 on one side of the page to 1 on the other, in a random direction."""
     angle = rng.uniform(0, 2 * np.pi)
     rows, columns = np.mgrid[: shape[0], : shape[1]]
     distance = np.cos(angle) * columns + np.sin(angle) * rows
@@ -58,7 +58,7 @@ def across(shape: tuple[int, ...], rng: Random) -> Floats:
 
 
 def gradient(shape: tuple[int, ...], rng: Random, depth: float = 0.35) -> Floats:
-    """Light that fades across the page, for each pixel and colour."""
+    """Light that fades across the page, as a factor for each pixel."""
     return (1 - depth * across(shape, rng))[..., None]
 
 
@@ -69,12 +69,12 @@ def shadow(shape: tuple[int, ...], rng: Random) -> Floats:
 
 
 def noisy(page: Floats, rng: Random, amount: float) -> Floats:
-    """With a sensor's noise."""
+    """The page with sensor noise."""
     return page + rng.normal(0, amount, page.shape)
 
 
 def lined(page: Floats, rng: Random, squares: bool) -> Floats:
-    """With pale blue lines, or squares."""
+    """The page with pale blue rules, or squares."""
     page, gap = page.copy(), int(rng.integers(25, 60))
     width = int(rng.integers(1, 3))
     for start in range(int(rng.integers(0, gap)), max(page.shape), gap):
@@ -85,7 +85,7 @@ def lined(page: Floats, rng: Random, squares: bool) -> Floats:
 
 
 def on_table(page: Floats, rng: Random) -> Floats:
-    """The sheet lies on dark wood, turned a little."""
+    """The sheet on dark wood, slightly rotated."""
     height, width = page.shape[:2]
     sheet = Image.fromarray(np.clip(page, 0, 255).astype(np.uint8)).convert("RGBA")
     sheet = sheet.rotate(rng.uniform(-8, 8), Image.Resampling.BICUBIC, expand=True)
@@ -98,7 +98,7 @@ def on_table(page: Floats, rng: Random) -> Floats:
 
 
 def dots(strokes: Floats, rng: Random, count: int, radius: float) -> Floats:
-    """Round dots of 0 to 1, near the page's corners, where no digit is."""
+    """Round dots of 0 to 1 near the page's corners, away from the digit."""
     rows, columns = np.mgrid[: strokes.shape[0], : strokes.shape[1]]
     spots = np.zeros_like(strokes)
     for corner in rng.permutation(4)[:count]:
@@ -110,14 +110,14 @@ def dots(strokes: Floats, rng: Random, count: int, radius: float) -> Floats:
 
 
 def jpeg(page: Floats) -> bytes:
-    """The file that a camera writes."""
+    """A JPEG file, as a camera writes."""
     stream = io.BytesIO()
     Image.fromarray(np.clip(np.rint(page), 0, 255).astype(np.uint8)).save(stream, "JPEG", quality=85)
     return stream.getvalue()
 
 
 def png(page: NDArray) -> bytes:
-    """The file of a screenshot or a drawing program."""
+    """A PNG file, as from a screenshot or a drawing program."""
     stream = io.BytesIO()
     Image.fromarray(np.clip(np.rint(page), 0, 255).astype(np.uint8)).save(stream, "PNG", compress_level=1)
     return stream.getvalue()
@@ -139,7 +139,7 @@ def photo(light: Callable[[tuple[int, ...], Random], Any] = lambda shape, rng: 1
 
 
 def pencil(image: NDArray[np.uint8], rng: Random) -> bytes:
-    """Grey strokes that paper's grain breaks up."""
+    """Grey strokes, broken up by the paper's grain."""
     strokes = pen(image, rng)
     grain = np.clip(0.75 + 0.3 * ndimage.gaussian_filter(rng.normal(0, 1.6, strokes.shape), 0.8), 0, 1)
     page = inked(paper(strokes.shape, rng, 5), strokes * grain, (130, 130, 134))
@@ -147,7 +147,7 @@ def pencil(image: NDArray[np.uint8], rng: Random) -> bytes:
 
 
 def low_light(image: NDArray[np.uint8], rng: Random) -> bytes:
-    """A fifth of the light, and much noise."""
+    """A fifth of the light, and strong noise."""
     strokes = pen(image, rng)
     page = inked(paper(strokes.shape, rng), strokes) * 0.2 * gradient(strokes.shape, rng, 0.3)
     return jpeg(noisy(page, rng, 4))
@@ -165,7 +165,7 @@ def on_lines(squares: bool) -> Kind:
 
 
 def dark_table(image: NDArray[np.uint8], rng: Random) -> bytes:
-    """A sheet that is smaller than the picture."""
+    """A sheet on a dark table, smaller than the picture."""
     strokes = pen(image, rng)
     return jpeg(noisy(on_table(inked(paper(strokes.shape, rng), strokes), rng), rng, 2))
 
@@ -187,7 +187,7 @@ def edge_line(image: NDArray[np.uint8], rng: Random) -> bytes:
 
 
 def title_bar(image: NDArray[np.uint8], rng: Random) -> bytes:
-    """A window of a drawing program, with its name and buttons in light letters on a dark bar."""
+    """A drawing program's window, with name and buttons in light letters on a dark title bar."""
     _, page = drawn(image, rng)
     bar = np.full((int(rng.integers(18, 36)), page.shape[1]), rng.uniform(30, 90))
     bar[7:-7, 8 : 8 + bar.shape[1] // 3] = rng.choice([60, 235], (len(bar) - 14, bar.shape[1] // 3), p=[0.6, 0.4])
@@ -196,27 +196,27 @@ def title_bar(image: NDArray[np.uint8], rng: Random) -> bytes:
 
 
 def three_specks(image: NDArray[np.uint8], rng: Random) -> bytes:
-    """Dust."""
+    """Three specks of dust."""
     strokes, _ = drawn(image, rng)
     return png(255 * (1 - np.maximum(strokes, dots(strokes, rng, 3, rng.uniform(0.5, 2.5)))))
 
 
 def black_dot(image: NDArray[np.uint8], rng: Random) -> bytes:
-    """A pale digit, and one dot that is far darker."""
+    """A pale digit, and one much darker dot."""
     strokes, _ = drawn(image, rng)
     pale = rng.uniform(0.25, 0.5)
     return png(255 * (1 - np.maximum(pale * strokes, dots(strokes, rng, 1, rng.uniform(2, 5)))))
 
 
 def transparent_margin(image: NDArray[np.uint8], rng: Random) -> bytes:
-    """A page as a layer of a larger picture."""
+    """A page with a transparent margin, like a layer of a larger picture."""
     _, page = drawn(image, rng)
     pixels = np.stack([page, page, page, np.full_like(page, 255)], axis=2)
     return png(np.pad(pixels, [tuple(rng.integers(10, 50, 2)) for _ in range(2)] + [(0, 0)]))
 
 
 def ink_on_nothing(image: NDArray[np.uint8], rng: Random) -> bytes:
-    """Ink of some colour, on a layer without paper."""
+    """Ink of a random colour on a transparent layer."""
     strokes, _ = drawn(image, rng)
     pixels = np.empty((*strokes.shape, 4))
     pixels[..., :3], pixels[..., 3] = rng.integers(0, 256, 3), 255 * strokes
@@ -224,7 +224,7 @@ def ink_on_nothing(image: NDArray[np.uint8], rng: Random) -> bytes:
 
 
 def own(inverted: bool) -> Kind:
-    """The image as MNIST has it, white on black, or black on white."""
+    """MNIST's own image, white on black, or black on white if `inverted`."""
     return lambda image, rng: png(255 - image.reshape(28, 28) if inverted else image.reshape(28, 28))
 
 
@@ -272,11 +272,11 @@ def pair(first: NDArray[np.uint8], second: NDArray[np.uint8], rng: Random) -> by
     return png(255 - page)
 
 
-# What becomes of them -----------------------------------------------------------------------------------------------
+# Recognition --------------------------------------------------------------------------------------------------------
 
 
 def network(dataset: Dataset) -> MLP:
-    """A network after five epochs of mini-batches."""
+    """A network trained for five epochs in mini-batches."""
     mlp = MLP()
     backend = get_backend("sparse")
     train(mlp, backend, dataset, epochs=EPOCHS, batch_size=BATCH_SIZE, learning_rate=LEARNING_RATE)
@@ -284,7 +284,7 @@ def network(dataset: Dataset) -> MLP:
 
 
 def recognised(mlp: MLP, content: bytes) -> int | None:
-    """The digit that a file shows to the network; None if the file is refused."""
+    """The digit that the network recognises in a file; None if the file is refused."""
     try:
         image = prepare(decode(io.BytesIO(content), "picture"), "picture")
     except PictureError:
@@ -308,18 +308,18 @@ class Result:
     """Measured percentages."""
 
     pictures: int
-    """Of each kind."""
+    """Number of pictures of each kind."""
     right: dict[str, float]
-    """Digits that are recognised, by kind."""
+    """Recognised digits, by kind."""
     blank_refused: dict[str, float]
-    """Blank pages that are refused, by kind."""
+    """Refused blank pages, by kind."""
     pairs_refused: float
-    """Pictures of two digits that are refused."""
+    """Refused pictures of two digits."""
     kind: Literal["pictures"] = "pictures"
 
 
 def measure(dataset: Dataset, quick: bool) -> Result:
-    """How pictures of each kind are recognised, and blank pages and pairs of digits refused; takes a few minutes."""
+    """Test each kind of picture, blank pages and pairs of digits; takes a few minutes."""
     mlp, count = network(dataset), 20 if quick else 100
     chosen = np.random.default_rng(0).permutation(len(dataset.test_images))[:count]
     images, labels = dataset.test_images[chosen], dataset.test_labels[chosen]

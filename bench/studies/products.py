@@ -1,6 +1,6 @@
 """Study: products of the numba backend against OpenBLAS's: the big ones of a step, and a sweep over many shapes.
 
-The sweep takes every shape in all four transposes on one thread, so that no weak one hides behind the others.
+The sweep times every shape on one thread in all four combinations of transposes, so that no weak one stays hidden.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ from model.data import Dataset
 from model.extras.figure import figure_file, print_small, title
 from model.threads import available_cores, thread_pool
 
-# Left operand, right operand; the big ones are x W1 and x.T dz over all images, and the same over one chunk.
+# Shapes of the operands, and whether the left one is transposed: x W1 and x.T dz over all images, and over one chunk.
 PRODUCTS = {
     "(60000×784)(784×128)": ((60_000, 784), (784, 128), False),
     "(784×60000)(60000×128)": ((60_000, 784), (60_000, 128), True),
@@ -46,7 +46,7 @@ SHAPES = {
     ],
 }
 TRANSPOSES = {"AB": (False, False), "AᵀB": (True, False), "ABᵀ": (False, True), "AᵀBᵀ": (True, True)}
-"""Whether the first and the second operand are views of the transpose of what is in memory."""
+"""Whether the first and the second operand are transposed views."""
 
 NUMBA, OPENBLAS, MKL, ONEDNN = "numba", "OpenBLAS", "MKL", "oneDNN"
 SECONDS_IN_A_TURN = 0.002
@@ -54,7 +54,7 @@ SECONDS_IN_A_TURN = 0.002
 
 @dataclass(frozen=True)
 class Swept:
-    """A shape in one of the four transposes, on one thread."""
+    """A shape with one of the four combinations of transposes, on one thread."""
 
     shape: tuple[int, int, int]
     transposes: str
@@ -69,14 +69,14 @@ class Result:
     """One for each shape and number of threads."""
     sweep: list[Swept] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
-    """Why a library took no part in the sweep."""
+    """Why a library is not in the sweep."""
     kind: Literal["products"] = "products"
 
 
 def measure(dataset: Dataset, quick: bool) -> Result:
-    """The big products on one thread and, rows split over plain threads, on all; then the sweep.
+    """Time the big products on one thread and, with rows split over threads, on all; then the sweep.
 
-    On one thread MKL takes part, too, where PyTorch brings it; on more, its idle threads would disturb the next timing.
+    On one thread MKL takes part, too, if PyTorch brings it. On several, its idle threads would disturb the next timing.
     """
     libraries, skipped = torch_libraries()
     mkl = {name: library for name, library in libraries.items() if name == MKL}
@@ -109,7 +109,7 @@ Library = Callable[[NDArray, NDArray], Callable[[], Any]]
 
 
 def torch_libraries() -> tuple[dict[str, Library], dict[str, str]]:
-    """The libraries that multiply for PyTorch, on one thread, and why one is missing."""
+    """The BLAS libraries behind PyTorch, set to one thread, and why one is missing."""
     try:
         torch = package("torch")
     except UnavailableError as reason:
@@ -120,7 +120,7 @@ def torch_libraries() -> tuple[dict[str, Library], dict[str, str]]:
         return partial(torch.mm, torch.from_numpy(a), torch.from_numpy(b))
 
     def onednn(a: NDArray, b: NDArray) -> Callable[[], Any]:
-        # What torch.compile calls for a layer, x Wᵀ.
+        # What torch.compile calls for a layer, x Wᵀ
         layer = torch.ops.mkldnn._linear_pointwise
         return partial(layer, torch.from_numpy(a), torch.from_numpy(b.T), None, "none", [], "")
 
@@ -133,10 +133,9 @@ def torch_libraries() -> tuple[dict[str, Library], dict[str, str]]:
 
 
 def swept(shape: tuple[int, int, int], transposes: str, libraries: dict[str, Library], rounds: int) -> Swept:
-    """Time a shape in one of the four transposes, once every result has been verified.
+    """Verify every library on a shape with one of the four combinations of transposes, then time it.
 
-    Operands are small integers: in whatever order a product adds them up, its sums are exact in float32, so all results
-    have to be the same.
+    Operands are small integers. Their sums are exact in float32 in any order, so all results must be equal.
     """
     a, b = operands(shape, transposes)
     competitors: dict[str, Callable[[], Any]] = {
@@ -153,7 +152,7 @@ def swept(shape: tuple[int, int, int], transposes: str, libraries: dict[str, Lib
 
 
 def operands(shape: tuple[int, int, int], transposes: str) -> tuple[NDArray, NDArray]:
-    """An (m, k) and a (k, n) matrix of small integers in float32, as views of their transposes where so named."""
+    """An (m, k) and a (k, n) matrix of small integers in float32, transposed views where `transposes` says so."""
     m, k, n = shape
     rng = np.random.default_rng(0)
     flip_a, flip_b = TRANSPOSES[transposes]
@@ -163,7 +162,7 @@ def operands(shape: tuple[int, int, int], transposes: str) -> tuple[NDArray, NDA
 
 
 def _split_product(a: NDArray, b: NDArray, threads: int, pool: ThreadPoolExecutor) -> Callable[[], list[NDArray]]:
-    """A function that computes A B by the numba backend, the rows of A split over the caller and the `pool`."""
+    """A function that computes A B on the numba backend, with the rows of A split over the caller and the `pool`."""
     numba = get_backend("numba")
     first, *others = np.array_split(a, threads)
 
@@ -178,7 +177,7 @@ def _split_product(a: NDArray, b: NDArray, threads: int, pool: ThreadPoolExecuto
 
 
 def draw(result: Result, small_print: str, file: Path) -> None:
-    """A panel for each library: its time relative to OpenBLAS's in every cell, shapes down and transposes across."""
+    """A panel for each library: its time relative to OpenBLAS's, with shapes as rows and transposes as columns."""
     if not result.sweep:
         return
     libraries = [name for name in result.sweep[0].seconds.seconds if name != OPENBLAS]
@@ -213,7 +212,7 @@ def _words(result: Result, shape: tuple[int, int, int]) -> str:
 
 
 def _title(result: Result) -> str:
-    """The weakest shape by name."""
+    """The weakest shape, by name."""
     weakest = max(result.sweep, key=lambda each: each.seconds.ratio(NUMBA, OPENBLAS).ratio)
     row, (m, k, n) = weakest.seconds.ratio(NUMBA, OPENBLAS), weakest.shape
     interval = f" ({row.interval[0]:.2f} to {row.interval[1]:.2f})" if row.interval else ""

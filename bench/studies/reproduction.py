@@ -20,12 +20,12 @@ class Result:
     """The study's record."""
 
     reproduced: dict[str, Any]
-    """What `model.published.reproduce` returned."""
+    """From `model.published.reproduce`."""
     kind: Literal["reproduction"] = "reproduction"
 
 
 def measure(dataset: Dataset, quick: bool) -> Result:
-    """Accuracies by epoch; pure Python's minutes are left out if `quick`."""
+    """Run the published experiment; `quick` leaves out pure Python, which takes minutes."""
     backends = {name: get_backend(name) for name in backend_names()}
     if quick:
         backends = {name: backend for name, backend in backends.items() if not backend.too_slow_for_full_batches}
@@ -34,7 +34,7 @@ def measure(dataset: Dataset, quick: bool) -> Result:
 
 @contextmanager
 def with_bar(title: str, images: int) -> Iterator[tuple[Callable[[int], None], Callable[[State], None]]]:
-    """A bar for a run of `reproduce`."""
+    """A progress bar for one run within `reproduce`."""
     with Progress(transient=True) as bar:
         task = bar.add_task(title, total=images)
         yield lambda passed: bar.advance(task, passed), lambda state: None

@@ -1,6 +1,6 @@
-"""Study: the big products in the roofline model, on one thread (Williams et al. 2009).
+"""Study: the big products in the roofline model (Williams et al. 2009), on one thread.
 
-The bounds are measured as well: multiply-adds on registers, and the bandwidth of caches and memory.
+The bounds are measured as well: FMA throughput on registers, and the bandwidth of caches and memory.
 """
 
 import functools
@@ -33,16 +33,16 @@ from model.extras.figure import BOUND_COLOUR, colour, figure_file, print_small, 
 from model.mlp import MLP
 from model.threads import thread_pool
 
-# What the machine can do -------------------------------------------------------------------------------------------
+# The machine's bounds ----------------------------------------------------------------------------------------------
 
-# Independent accumulators: a multiply-add has a latency of 4 cycles, and two start in each, on some ARM cores four.
-# With the factor, all must fit the registers: 32 with AVX-512 and on ARM, else 16.
+# Independent accumulators hide the latency: a multiply-add takes 4 cycles, and two start in each cycle (four on some
+# ARM cores). Together with the factor, all must fit in the vector registers: 32 with AVX-512 and on ARM, otherwise 16.
 CHAINS = 16 if simd.REGISTER_BYTES == 64 or platform.machine() in ("aarch64", "arm64") else 12
 PASSES = 5_000_000
 
 
 def _chains(advance: Callable[..., ir.Value]) -> Callable:
-    """An intrinsic that starts as many sums as there are chains and advances each, again and again."""
+    """An intrinsic that keeps one accumulator per chain, and advances all of them in each pass."""
 
     def typed(typing_context, values, passes):
         def emit(context, builder, signature, arguments):
@@ -63,7 +63,7 @@ def _chains(advance: Callable[..., ir.Value]) -> Callable:
 
 
 def _multiply_add(vectors, builder, view, total, factor, index, chain):
-    # The accumulator is the operand that the FMA instruction overwrites, so no move is needed.
+    # The accumulator is the operand that the FMA instruction overwrites, so it needs no move.
     return vectors.fma(factor, factor, total)
 
 
@@ -87,7 +87,7 @@ def add_up(values, passes, again):
 
 
 def peak(threads: int) -> tuple[Callable[[], None], int]:
-    """A function that does multiply-adds on registers on `threads` threads, and its number of operations."""
+    """A function that does multiply-adds on registers in `threads` threads, and its number of operations."""
     lanes = simd.REGISTER_BYTES // 4
     values = np.full((threads, 1, lanes), 2.0**-12, np.float32)  # a row for each thread; sums stay small
     run_chains(values[0, 0].copy(), 1)  # compiles
@@ -99,16 +99,16 @@ def peak(threads: int) -> tuple[Callable[[], None], int]:
     return run, 2 * threads * CHAINS * lanes * PASSES
 
 
-# Bytes read: half of any L1 cache; more than any L1 and less than any L2; many times the L3.
+# Bytes to read: half of any L1 cache; more than any L1, but less than any L2; many times the L3.
 MEMORY = {"L1": 16 * 1024, "L2": 384 * 1024, "DRAM": 384 * 1024**2}
 
 
 def reader(level: str) -> tuple[Callable[[], None], int]:
-    """A function that adds up an array that fits `level` of memory and no nearer one, and how many bytes it reads."""
+    """A function that sums an array that fits in `level` but in no nearer cache, and the bytes it reads."""
     pass_bytes = CHAINS * simd.REGISTER_BYTES
     passes = MEMORY[level] // pass_bytes
     values = aligned_empty(1, passes * pass_bytes // 4, np.float32(0))[0]
-    values.fill(0)  # pages never written all map to the same zero page, which is in the cache
+    values.fill(0)  # untouched pages would all map to the zero page, which is in the cache
     again = max(1, 2**27 // values.nbytes)
     add_up(values[: pass_bytes // 4], 1, 1)  # compiles
     return partial(add_up, values, passes, again), again * values.nbytes
@@ -122,10 +122,10 @@ class Product(NamedTuple):
 
     run: Callable[[], None]
     flop: int
-    """Floating-point operations really done."""
+    """Floating-point operations actually done."""
     intensity: float
-    """Of these, how many to a byte of compulsory traffic: operands read once in the form that they are stored in, the
-    result written once, chunk by chunk."""
+    """Arithmetic intensity: these operations per byte of compulsory traffic. For each chunk, operands are read once, in
+    the form in which they are stored, and the result is written once."""
 
 
 def products(backend: Backend, images: NDArray[np.uint8]) -> dict[str, Product]:
@@ -145,7 +145,7 @@ def products(backend: Backend, images: NDArray[np.uint8]) -> dict[str, Product]:
 
     forward_bytes = backward_bytes = 0
     for x in chunks:
-        results = 4 * len(x) * len(bias)  # of the forward product; as large is dz
+        results = 4 * len(x) * len(bias)  # of the forward product; dz is as large
         forward_bytes += stored_bytes(x) + weights.nbytes + bias.nbytes + results
         backward_bytes += stored_bytes(x.T) + weights.nbytes + results
     multiplied = images.size if isinstance(chunks[0], np.ndarray) else np.count_nonzero(images)
@@ -157,7 +157,7 @@ def products(backend: Backend, images: NDArray[np.uint8]) -> dict[str, Product]:
 
 
 def stored_bytes(x: Any) -> int:
-    """Bytes that a product reads of prepared images, or of their transpose."""
+    """Bytes of prepared images, or of their transpose, that a product reads."""
     return x.nbytes if isinstance(x, np.ndarray) else sum(array.nbytes for array in x.nonzeros)
 
 
@@ -173,7 +173,7 @@ class Placed:
 
     @property
     def rate(self) -> float:
-        """GFLOP/s of the operations really done."""
+        """GFLOP/s, counting the operations actually done."""
         return self.flop / self.rounds.median / 1e9
 
 
@@ -183,21 +183,21 @@ class Result:
 
     peak_gflop_per_second: float
     bandwidth_gb_per_second: dict[str, float]
-    """By level of memory."""
+    """By memory level."""
     dense_flop: int
-    """Of a product that leaves nothing out."""
+    """FLOP of a product that skips nothing."""
     products: list[Placed]
     kind: Literal["roofline"] = "roofline"
 
 
 def measure(dataset: Dataset, quick: bool) -> Result:
-    """The peak, the bandwidths, and each backend's big products, interleaved on one thread."""
+    """Time the peak, the bandwidths and each backend's big products, interleaved on one thread."""
     run_peak, peak_flop = peak(1)
     readers = {level: reader(level) for level in MEMORY}
     measured = {
         (name, which): product
         for name in track(backend_names(), "preparing", transient=True)
-        if name != "naive"  # five powers of ten below
+        if name != "naive"  # five orders of magnitude below
         for which, product in products(get_backend(name), dataset.train_images).items()
     }
     competitors = {
@@ -209,7 +209,7 @@ def measure(dataset: Dataset, quick: bool) -> Result:
         seconds = interleave(competitors, 3 if quick else 10)
     dense_flop = 2 * dataset.train_images.size * 128
     return Result(
-        # Bounds, so the best of all rounds.
+        # These are bounds, so the best round counts.
         peak_gflop_per_second=float(peak_flop / seconds["peak"].min() / 1e9),
         bandwidth_gb_per_second={
             level: float(size / seconds[level].min() / 1e9) for level, (_, size) in readers.items()
@@ -223,26 +223,26 @@ def measure(dataset: Dataset, quick: bool) -> Result:
 
 
 def draw(result: Result, small_print: str, file: Path) -> None:
-    """GFLOP/s against operations per byte, below the roof of the machine."""
+    """GFLOP/s against arithmetic intensity, below the machine's roof."""
     top, bandwidths = result.peak_gflop_per_second, result.bandwidth_gb_per_second
-    # From far enough left that the roof of the L1 cache is a slope, too.
+    # Start far enough left for the L1 cache's roof to show its slope, too.
     x = np.geomspace(0.06 * top / max(bandwidths.values()), 3 * max(row.intensity for row in result.products), 200)
     with figure_file(file, figsize=(8, 4.6)) as figure:
         axes = figure.subplots()
         lowest = 0.5 * x[0] * max(bandwidths.values())
         axes.set(xscale="log", yscale="log", xlim=(x[0], x[-1]), ylim=(lowest, 12 * top))
-        axes.set(xlabel="operations per byte of compulsory traffic", ylabel="GFLOP/s, one thread")
+        axes.set(xlabel="arithmetic intensity (FLOP per byte of compulsory traffic)", ylabel="GFLOP/s, one thread")
         plain_ticks(axes.xaxis, axes.yaxis)
         for level, bandwidth in bandwidths.items():
             axes.plot(x, np.minimum(top, bandwidth * x), color=BOUND_COLOUR, linewidth=1.2)
             along: Any = {"rotation": 45, "rotation_mode": "anchor", "transform_rotates_text": True}
             start = max(1.3 * x[0], 1.6 * lowest / bandwidth)
-            if level == "L2":  # the roof of L1 is close above it
+            if level == "L2":  # L1's roof is close above
                 note(axes, f"L2: {short(bandwidth)} GB/s", (start, start * bandwidth), -7, va="top", **along)
             else:
                 note(axes, f"{level}: {short(bandwidth)} GB/s", (start, start * bandwidth), 3, **along)
         beside = 1.2 * top / max(bandwidths.values())  # left of the products
-        note(axes, f"peak of the multiply-add units: {short(top)}", (beside, top), 5)
+        note(axes, f"peak FMA throughput: {short(top)}", (beside, top), 5)
         ends: list[tuple[str, float, float, str]] = []
         for product in result.products:
             _draw_product(axes, product, result.dense_flop, ends)
@@ -252,9 +252,9 @@ def draw(result: Result, small_print: str, file: Path) -> None:
 
 
 def _draw_product(axes: Axes, product: Placed, dense_flop: int, ends: list) -> None:
-    """A point, and its words for the right of the axes, where no line runs.
+    """A point; its label goes right of the axes, where no line runs.
 
-    Where work was left out, an arrow leads to the rate at which dense arithmetic would have to be done.
+    If zeros were skipped, an arrow leads to the rate at which dense arithmetic would have to run to take as long.
     """
     shade, x = colour(product.backend), product.intensity
     rate, rounds = product.rate, product.rounds
@@ -276,5 +276,6 @@ def _title(result: Result) -> str:
         both = [product for product in result.products if product.backend == name]
         seconds, flop = sum(product.rounds.median for product in both), sum(product.flop for product in both)
         share = 100 * flop / seconds / 1e9 / result.peak_gflop_per_second
-        words.append(f"{name} {share:.0f} %" + (" of it, on what is not zero" if flop < 2 * result.dense_flop else ""))
-    return f"Peak {result.peak_gflop_per_second:.0f} GFLOP/s on one thread; both products: {', '.join(words)}"
+        words.append(f"{name} {share:.0f} %" + (" on non-zeros" if flop < 2 * result.dense_flop else ""))
+    peak = f"{result.peak_gflop_per_second:.0f} GFLOP/s"
+    return f"Both products on one thread, relative to the peak of {peak}: {', '.join(words)}"

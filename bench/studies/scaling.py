@@ -35,11 +35,11 @@ PEERS = ("PyTorch", "PyTorch by hand", "JAX")  # torch.compile would compile for
 BATCH_SIZES = (1, 8, 64, 512, 4_096)
 HIDDEN_UNITS = (16, 64, 128, 512, 2_048)
 
-STEPS = 100  # of an epoch in mini-batches, if it has more
+STEPS = 100  # at most, of an epoch in mini-batches
 HIDDEN_IMAGES = 6_000  # 2,048 units take seconds for all images
 NAIVE_IMAGES = 16  # take pure Python a quarter of a second
 
-# How seconds grow with the number on each axis if all goes well: the exponent, and what that means.
+# How seconds ideally grow with the number on each axis: the exponent, and what it means.
 LAWS = {
     "images": (1, "equal cost per image"),
     "batch size": (-1, "equal cost per step"),
@@ -47,13 +47,13 @@ LAWS = {
     "threads": (-1, "perfect speed-up"),
 }
 
-# What gradients add up to in the dense form, for each image and hidden unit: both big products, and the three small
-# ones with 10 classes.
+# FLOP of dense gradients per image and hidden unit: the two big products, per pixel, and the three small ones with 10
+# classes.
 FLOP_OF_PIXEL, FLOP_OF_CLASSES = 2 * 2, 3 * 2 * 10
 
 
 class Point(NamedTuple):
-    """A point on an axis: what to time, how often in a row, and its share of the images of an epoch."""
+    """A point on an axis: what to time, how many times back to back, and its share of an epoch's images."""
 
     train: Callable[[], Any]
     share: float = 1.0
@@ -66,11 +66,11 @@ Points = dict[tuple[str, int], Point]
 
 @dataclass(frozen=True)
 class Measured(Rounds):
-    """Seconds per epoch at a place on an axis."""
+    """Seconds per epoch at a point on an axis."""
 
     at: int = 0
     share: float = 1.0
-    """Of an epoch's images, that were measured and scaled up."""
+    """The share of an epoch's images that was measured; below 1, seconds are scaled up."""
 
 
 Axis = dict[str, list[Measured]]
@@ -82,7 +82,7 @@ class Result:
     """The study's record."""
 
     axes: dict[str, Axis]
-    """By what grows. All points of an axis were interleaved, so those at one place may be compared."""
+    """By quantity. All points of an axis were interleaved, so competitors at the same number can be compared."""
     images: int
     pixels: int
     threads: int
@@ -90,14 +90,14 @@ class Result:
     peak_gflop_per_second: dict[int, float]
     """By number of threads."""
     forms: dict[str, str] = field(default_factory=dict)
-    """The form of each peer that was fastest for a full batch."""
+    """The form of each peer that was fastest over a full batch."""
     skipped: dict[str, str] = field(default_factory=dict)
     """Why a peer was not timed."""
     kind: Literal["scaling"] = "scaling"
 
 
 def measure(dataset: Dataset, quick: bool) -> Result:
-    """Seconds per epoch along each axis, competitors and points interleaved."""
+    """Time epochs along each axis, with competitors and points interleaved."""
     rounds = 2 if quick else 6
     check(dataset)
     with ExitStack() as stack:
@@ -119,7 +119,7 @@ def measure(dataset: Dataset, quick: bool) -> Result:
         pixels=dataset.train_images.shape[1],
         threads=available_cores(),
         equal_bits_on_threads=thread_counts(),
-        # Bounds, so the best of all rounds.
+        # These are bounds, so the best round counts.
         peak_gflop_per_second={n: float(flop / seconds[str(n)].min() / 1e9) for n, (_, flop) in peaks.items()},
         forms=forms,
         skipped=skipped,
@@ -127,7 +127,7 @@ def measure(dataset: Dataset, quick: bool) -> Result:
 
 
 def peers(run: Callable, dataset: Dataset) -> tuple[dict[str, str], dict[str, str]]:
-    """Verify the peers: which form of each is the fastest here, and why one is skipped."""
+    """Verify the peers; returns the fastest form of each, and why others are skipped."""
     forms, skipped = {}, {}
     task = task_of(run, limited(dataset, min(15_000, len(dataset.train_images))))
     expected = expected_parameters(task)
@@ -140,7 +140,7 @@ def peers(run: Callable, dataset: Dataset) -> tuple[dict[str, str], dict[str, st
 
 
 def timed(points: Points, rounds: int) -> Axis:
-    """Seconds per epoch by backend, with the number on the axis and the share of the epoch that was measured."""
+    """Time all points of an axis, interleaved, and scale the seconds up to an epoch."""
 
     def repeat(point: Point) -> None:
         for _ in range(point.repeats):
@@ -159,7 +159,7 @@ def timed(points: Points, rounds: int) -> Axis:
 
 
 def image_points(run: Callable, dataset: Dataset, forms: dict[str, str], most: int) -> Points:
-    """Full-batch steps over 1,000 images and more, to `most` times as many as there are; small ones many times."""
+    """Full-batch steps over 1,000 images up to `most` times the data set; those over few images are repeated."""
     counts = [count for count in IMAGES if count <= most * len(dataset.train_images)]
     large = shifted(dataset, counts[-1])
     points = {
@@ -176,9 +176,9 @@ def image_points(run: Callable, dataset: Dataset, forms: dict[str, str], most: i
 
 
 def batch_points(run: Callable, dataset: Dataset, forms: dict[str, str], steps: int) -> Points:
-    """Epochs in mini-batches of all images, shuffled; of many batches, the next `steps` at a time.
+    """Epochs in shuffled mini-batches of all images; if they have more than `steps` batches, the next `steps` of them.
 
-    Ours prepare them anew, peers keep floats.
+    Ours prepare every batch, peers keep floats.
     """
     whole = len(dataset.train_images)
     sizes = [size for size in BATCH_SIZES if size < whole] + [whole]
@@ -200,7 +200,7 @@ def batch_points(run: Callable, dataset: Dataset, forms: dict[str, str], steps: 
 
 
 def hidden_points(run: Callable, dataset: Dataset, forms: dict[str, str]) -> Points:
-    """Full-batch steps over a tenth of the images; pure Python takes fewer, the more units there are."""
+    """Full-batch steps over a tenth of the images; for pure Python, the more units there are, the fewer images."""
     whole = len(dataset.train_images)
     points: Points = {}
     few = limited(dataset, min(whole, HIDDEN_IMAGES))
@@ -216,7 +216,7 @@ def hidden_points(run: Callable, dataset: Dataset, forms: dict[str, str]) -> Poi
 
 
 def thread_points(runs: dict[int, Callable], dataset: Dataset) -> Points:
-    """Full-batch steps on more and more threads; of pure Python, only one at a time may run."""
+    """Full-batch steps by number of threads, without pure Python, which the GIL serializes."""
     return {
         (name, threads): Point(full_batch(run, name, dataset)) for name in compiled() for threads, run in runs.items()
     }
@@ -241,9 +241,9 @@ def mini_batches(run: Callable, name: str, mlp: MLP, dataset: Dataset, size: int
 
 
 def take_batches(step: Callable[[NDArray], Any], images: int, size: int, count: int) -> Callable[[], None]:
-    """A function that calls `step` with the rows of the next `count` batches, in random order.
+    """A function that calls `step` with the row indices of the next `count` batches, in random order.
 
-    Batches always change, as in training: repeated ones would stay in the caches.
+    Batches keep changing, as in training: repeated ones would stay in the caches.
     """
 
     def batches() -> Iterator[NDArray]:
@@ -275,20 +275,20 @@ def network(dataset: Dataset, hidden: int) -> MLP:
 
 
 def compiled() -> list[str]:
-    """Backends that finish an epoch."""
+    """Backends that can finish an epoch."""
     return [name for name in backend_names() if name != "naive"]
 
 
 def thread_counts() -> list[int]:
-    """1, 2, 4 and so on, and all cores."""
+    """Powers of two, and the number of cores."""
     cores = available_cores()
     return sorted({cores, *itertools.takewhile(lambda count: count < cores, (2**n for n in itertools.count()))})
 
 
 def shifted(dataset: Dataset, count: int) -> Dataset:
-    """`dataset` with `count` training images: all of them, again shifted by one pixel, by two, in each direction.
+    """`dataset` with `count` training images: the originals, then copies shifted by up to two pixels each way.
 
-    Shifts wrap around, so each image keeps its number of non-zero pixels.
+    Shifts wrap around, so each copy keeps its number of non-zero pixels.
     """
     whole = len(dataset.train_images)
     edge = int(dataset.train_images.shape[1] ** 0.5)
@@ -303,12 +303,12 @@ def shifted(dataset: Dataset, count: int) -> Dataset:
 
 
 def check(dataset: Dataset) -> None:
-    """One step on every backend ends at the same parameters, and on any number of threads at the same bits."""
+    """Assert that a step gives the same parameters on every backend, and the same bits on any number of threads."""
     for hidden in HIDDEN_UNITS:
         expected = stepped("numpy", dataset, hidden, 1, 4)
         for name in backend_names():
             for ours, theirs in zip(stepped(name, dataset, hidden, 1, 4), expected):
-                # A step moves a parameter by 0.3 at most, with the rounding errors of sums over 784 products.
+                # A step changes a parameter by at most 0.3, with the rounding errors of sums over 784 products.
                 np.testing.assert_allclose(ours, theirs, rtol=0, atol=0.3 * 784 * float(np.finfo(np.float32).eps))
     for name in compiled():
         expected = stepped(name, dataset, HIDDEN, 1)
@@ -330,23 +330,23 @@ def stepped(name: str, dataset: Dataset, hidden: int, threads: int, images: int 
 
 
 def flop(result: Result, axis: str, at: float) -> float:
-    """Operations of the dense form in an epoch."""
+    """FLOP of a dense epoch."""
     images = at if axis == "images" else result.images
     hidden = at if axis == "hidden units" else HIDDEN
     return images * hidden * (FLOP_OF_PIXEL * result.pixels + FLOP_OF_CLASSES)
 
 
 def draw(result: Result, small_print: str, file: Path) -> None:
-    """Seconds per epoch along each axis; straight lines are constant rates of arithmetic."""
+    """Seconds per epoch along each axis; grey lines are constant rates of arithmetic."""
     with figure_file(file, figsize=(8, 7.6)) as figure:
         for axes, (axis, backends) in zip(figure.subplots(2, 2).flat, result.axes.items()):
             draw_axis(axes, result, axis, backends)
         title(figure, _title(result))
-        print_small(figure, f"Hollow: measured on a part of an epoch, and scaled up.\n{small_print}")
+        print_small(figure, f"Hollow marks: measured on part of an epoch and scaled up.\n{small_print}")
 
 
 def draw_axis(axes: Axes, result: Result, axis: str, backends: Axis) -> None:
-    """One panel: the backends, the peak, and the law that they should follow."""
+    """One panel: the competitors, the peak, and the scaling law that they should follow."""
     points = [point for name in backends for point in backends[name]]
     first, last = min(point.at for point in points), max(point.at for point in points)
     x, width = np.array([first, last]), last / first
@@ -391,7 +391,7 @@ def _title(result: Result) -> str:
     times = [row[-1].median / row[whole].median for row in rows.values()]
     more = base[-1].at / base[whole].at
     gains = [row[-1].median / row[0].median for row in result.axes["threads"].values()]
-    on_threads = f"{result.threads} threads, {_range(gains)} × the time of one"
+    on_threads = f"{result.threads} threads take {_range(gains)} × the time of one"
     return f"{more:g} × the images take {_range(times)} × the time; {on_threads}" if more > 1 else on_threads
 
 

@@ -1,9 +1,9 @@
 """Study: seconds from the images in memory to the published test accuracy, in mini-batches.
 
-Each backend uses the batch size and learning rate that were fastest for it on images held out of the training set. The
-test images are used for the report alone. The time includes shuffling, preparing, steps, and an evaluation on all test
-images after every 2,500 training images. It excludes loading and compilation. Pure Python is extrapolated: it takes
-NumPy's steps, at the time per image that it needed for a few.
+Each competitor uses the batch size and learning rate that were fastest for it on images held out of the training set.
+The test images serve only for the reported times. These include shuffling, preparing, steps, and an evaluation on all
+test images after every 2,500 training images, but not loading or compilation. Pure Python is extrapolated: NumPy's
+number of images, at the time per image that pure Python takes for a few.
 """
 
 import itertools
@@ -61,9 +61,9 @@ Curve = list[Evaluation]
 
 
 class Trial(NamedTuple):
-    """What a recipe took on the held-out images, in the median.
+    """Median time and number of images that a recipe took to reach the target on the held-out images.
 
-    None where it did not always reach the target, or was not among the most promising ones after its first trials.
+    Both are None if it missed the target once, or was not among the most promising ones after its first trials.
     """
 
     recipe: Recipe
@@ -76,24 +76,24 @@ class Result:
     """The study's record."""
 
     target: float
-    """Accuracy."""
+    """Test accuracy to reach."""
     trials: dict[str, list[Trial]]
     """The recipes tried, by competitor."""
     recipes: dict[str, Recipe]
-    """The one chosen."""
+    """The recipe chosen, by competitor."""
     times: Comparison
-    """Seconds to the target, of those who always reached it."""
+    """Seconds to the target, for competitors that always reached it."""
     curves: dict[str, list[Curve]]
-    """Some of the runs behind them, by competitor."""
+    """Accuracy curves of some of these runs, by competitor."""
     naive: list[Curve]
-    """NumPy's curves at the pace of pure Python: extrapolated, and no part of the comparison."""
+    """NumPy's curves at pure Python's time per image: extrapolated, so not part of the comparison."""
     skipped: dict[str, str]
     """Why a competitor was not timed."""
     kind: Literal["time_to_accuracy"] = "time_to_accuracy"
 
 
 def measure(dataset: Dataset, quick: bool) -> Result:
-    """Choose a recipe for each competitor, and time them all on it, interleaved; takes two minutes, or half of one."""
+    """Choose a recipe for each competitor, then time all, interleaved; two minutes, or half a minute if `quick`."""
     rounds = 2 if quick else 12
     trials: dict[str, list[Trial]] = {}
     recipes: dict[str, Recipe] = {}
@@ -101,7 +101,7 @@ def measure(dataset: Dataset, quick: bool) -> Result:
     with thread_pool(available_cores()) as run:
         for name in track(NAMES, "choosing recipes", transient=True):
             candidates = recipes_of(name, quick)
-            if name == "torch.compile" and "PyTorch" in recipes:  # each batch size would be compiled anew
+            if name == "torch.compile" and "PyTorch" in recipes:  # it would compile again for each batch size
                 candidates = [recipes["PyTorch"]]
             try:
                 trials[name] = try_recipes(name, held_out(dataset), run, candidates)
@@ -129,7 +129,7 @@ def measure(dataset: Dataset, quick: bool) -> Result:
 
 
 def reach(name: str, dataset: Dataset, recipe: Recipe, seed: int, run: Callable) -> Curve:
-    """Train until the test images of `dataset` are classified as well as the target says, or for 60,000 images."""
+    """Train until the accuracy on the test images of `dataset` reaches the target, or for 60,000 images."""
     start = time.perf_counter()
     task = Task(MLP(seed=seed), dataset.test_images, dataset.test_labels, recipe.learning_rate, recipe.threads, run)
     learner = competitor(name, task)
@@ -154,14 +154,14 @@ def _batches(count: int, batch_size: int, rng: np.random.Generator) -> Iterator[
 
 
 def held_out(dataset: Dataset) -> Dataset:
-    """The last sixth of the training images (10,000 of MNIST) in place of the test images."""
+    """A data set whose test images are the last sixth of the training images (10,000 of MNIST)."""
     count = len(dataset.train_images) * 5 // 6
     images, labels = dataset.train_images, dataset.train_labels
     return Dataset(dataset.name, images[:count], labels[:count], images[count:], labels[count:])
 
 
 def recipes_of(name: str, quick: bool) -> list[Recipe]:
-    """What is tried for a backend. Ours compute a small batch on one thread; for PyTorch, that is to be found out."""
+    """Recipes to try. Ours always use one thread for a small batch; for PyTorch, one thread and all are tried."""
     threads = {1, available_cores()} if name in ("PyTorch", "PyTorch by hand") else {available_cores()}
     pairs = itertools.product(
         BATCH_SIZES[1:2] if quick else BATCH_SIZES, LEARNING_RATES[1:3] if quick else LEARNING_RATES
@@ -170,7 +170,7 @@ def recipes_of(name: str, quick: bool) -> list[Recipe]:
 
 
 def try_recipes(name: str, dataset: Dataset, run: Callable, recipes: list[Recipe]) -> list[Trial]:
-    """Try every recipe from two random starts, interleaved, and the most promising ones from `TRIALS`."""
+    """Try every recipe from two random starts, interleaved, and the three most promising ones from `TRIALS`."""
     for size in {recipe.batch_size: recipe for recipe in recipes}.values():
         reach(name, dataset, size, 0, run)  # compiles
     curves: dict[Recipe, list[Curve]] = {recipe: [] for recipe in recipes}
@@ -212,12 +212,12 @@ def fastest(trials: list[Trial]) -> Recipe:
 
 
 def _run_after_run(name: str, dataset: Dataset, recipe: Recipe, run: Callable, curves: list[Curve]) -> Callable:
-    """A function that adds the curve of the next random start to `curves`."""
+    """A function that trains from the next random start and appends the curve to `curves`."""
     return lambda: curves.append(reach(name, dataset, recipe, len(curves), run))
 
 
 def naive_curves(dataset: Dataset, recipe: Recipe, run: Callable) -> list[Curve]:
-    """NumPy's curves at the pace of pure Python, measured on a few images."""
+    """NumPy's curves at pure Python's time per image, which is measured on a few images."""
     few = slice(NAIVE_IMAGES)
     images, labels = dataset.train_images[few], dataset.train_labels[few]
     learner = competitor("naive", Task(MLP(), images, labels, recipe.learning_rate, available_cores(), run))
@@ -238,7 +238,7 @@ def naive_curves(dataset: Dataset, recipe: Recipe, run: Callable) -> list[Curve]
 
 
 def draw(result: Result, small_print: str, file: Path) -> None:
-    """Accuracy against seconds, the median one of some runs and the ends of all these; below, seconds to the target."""
+    """Above, accuracy against seconds: the median run and the ends of all. Below, seconds to the target."""
     times = dict(result.times.rounds)
     if result.naive:
         times["naive"] = Rounds([curve[-1].seconds for curve in result.naive])
@@ -273,14 +273,14 @@ def draw(result: Result, small_print: str, file: Path) -> None:
                 side,
             )
         below.set(xscale="log", yticks=range(len(names)), ylim=(len(names) - 0.5, -0.5))
-        below.set(xlabel=f"seconds, preparation and evaluations included (log scale); below: to {target:.2f} %")
+        below.set(xlabel=f"seconds, including preparation and evaluations (log scale); below: to {target:.2f} %")
         below.set_yticklabels(names)
         title(figure, _title(result))
-        print_small(figure, f"Below: median and range over the random starts.\n{small_print}")
+        print_small(figure, f"Below: median and range over random starts.\n{small_print}")
 
 
 def _title(result: Result) -> str:
-    """Competitors whose ranges over the random starts overlap share the first place."""
+    """The competitor with the lowest median, or all whose ranges over random starts overlap with its range."""
     seconds = result.times.seconds
     first = min(seconds, key=result.times.median)
     level = [name for name in seconds if min(seconds[name]) <= max(seconds[first])]

@@ -1,7 +1,7 @@
-"""Study: what training on Dask workers costs as workers and images grow, and what a billion images would take.
+"""Study: the cost of training on Dask workers as workers and images grow, and an estimate for a billion images.
 
-Workers and scheduler are processes on this machine and talk over its loopback interface. An epoch is a step over all
-images. Larger files repeat the images, and are read through a memory map.
+Workers and scheduler are processes on this machine and communicate over the loopback interface. An epoch is a step over
+all images. Larger files repeat the images, and are memory-mapped.
 """
 
 import hashlib
@@ -40,13 +40,13 @@ MEMORY_IMAGES = 480_000
 EPOCHS = 4
 WORKERS = (1, 2, 4, 8, 16)
 FEW_EACH = 32_768
-"""Sixteen shards, one for each of as many workers."""
+"""Sixteen shards: one for each of sixteen workers."""
 GROWTH = (60_000, 480_000, 4_800_000)
 QUICK_GROWTH = (60_000, 240_000)
 GROWTH_LIMIT = 3_000_000
-"""So little that even of the fewest images a tenth at most is kept, and all cost the same."""
+"""Bytes, so few that at most a tenth of the images is kept even at the smallest size: the cost per image is equal."""
 BANDWIDTH = 10e9 / 8
-"""Bytes per second of the network in the calculation: 10 Gbit/s."""
+"""Bytes per second of the network in the estimate: 10 Gbit/s."""
 
 PROGRAM = """
 import atexit
@@ -57,7 +57,7 @@ main()
 """
 
 Place = Callable[..., Batch]
-"""Makes the batch of some images for a backend, as `Shards` does."""
+"""Makes a batch of images for a backend, like `Shards`."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,11 @@ class Traffic:
 
     workers: int
     client_bytes: float
-    """Through the client's sockets, in both directions."""
+    """Through the client's sockets, both directions added up."""
     tasks: float
     """Submitted by the client."""
     overhead: float
-    """Seconds more than in one process. The workers share the cores, so this is an upper bound."""
+    """Extra seconds over one process. The workers share the cores, so this is an upper bound."""
 
 
 @dataclass(frozen=True)
@@ -79,17 +79,17 @@ class Growth:
 
     images: int
     microseconds: float
-    """For each image."""
+    """Per image."""
     own_bytes: int
-    """Peak of the memory that no file backs."""
+    """Peak anonymous memory of the process, without mapped files."""
 
 
 @dataclass(frozen=True)
 class Peak:
-    """Training from the command line, in a fresh process."""
+    """Peak memory of training from the command line, in a fresh process."""
 
     limit: int | None
-    """Bytes, as for ``--memory-limit``."""
+    """Bytes, for ``--memory-limit``."""
     peak_bytes: int
 
 
@@ -107,7 +107,7 @@ class Result:
 
 
 def measure(dataset: Dataset, quick: bool) -> Result:
-    """Traffic by workers, cost of an image by images, and memory with and without a limit."""
+    """Measure traffic by workers, cost per image by images, and memory with and without a limit."""
     with TemporaryDirectory() as name:
         folder = Path(name)
         grown = growth(dataset, folder, QUICK_GROWTH if quick else GROWTH)
@@ -136,7 +136,7 @@ def network(images: Dataset) -> MLP:
 
 
 def hash_rate(file: Path) -> float:
-    """Bytes per second of SHA-256, which the client takes of all images."""
+    """Bytes per second of SHA-256, with which images are hashed."""
     content = file.read_bytes()[:100_000_000]
     start = time.perf_counter()
     hashlib.sha256(content)
@@ -144,7 +144,7 @@ def hash_rate(file: Path) -> float:
 
 
 def memory(folder: Path, limit: int | None) -> Peak:
-    """Peak memory of the command line on all images, in a fresh process."""
+    """Peak memory of training from the command line on all images, in a fresh process."""
     options = ["--dataset", "idx", "--data", folder, "--backend", "numpy", "--epochs", EPOCHS, "--eval-every", EPOCHS]
     options += ["--memory-limit", limit] if limit is not None else []
     command = [sys.executable, "-c", PROGRAM, "train", *map(str, options)]
@@ -154,7 +154,7 @@ def memory(folder: Path, limit: int | None) -> Peak:
 
 
 def write(dataset: Dataset, folder: Path) -> None:
-    """Four IDX files, as MNIST's are."""
+    """Write four IDX files like MNIST's."""
     for file, array in zip(FILES, dataset[1:]):
         shape = (len(array), *file.shape[1:])
         header = bytes((0, 0, 8, len(shape))) + struct.pack(f">{len(shape)}I", *shape)
@@ -166,8 +166,7 @@ def write(dataset: Dataset, folder: Path) -> None:
 def traffic(images: Dataset, workers: Iterable[int], epochs: int = 5) -> list[Traffic]:
     """An epoch by number of workers: bytes through the client's sockets, tasks, and the overhead over one process.
 
-    Scheduler and workers are processes that share the cores, more processes than cores, so the overhead is an upper
-    bound.
+    There are more processes than cores, and they share them, so the overhead is an upper bound.
     """
     rows = []
     with (
@@ -201,16 +200,16 @@ def traffic(images: Dataset, workers: Iterable[int], epochs: int = 5) -> list[Tr
 
 
 def alone(images: Dataset, threads: int) -> float:
-    """Median seconds of an epoch in this process, on no more threads than there are cores."""
+    """Median seconds of an epoch in this process, on at most one thread per core."""
     with thread_pool(min(threads, available_cores())) as run:
         train = step(partial(Shards, run), "sparse", images, network(images))
         return float(np.median(interleave({"alone": train}, 3)["alone"]))
 
 
 def growth(dataset: Dataset, folder: Path, counts: Iterable[int]) -> list[Growth]:
-    """Microseconds per image and peak of the process's own memory, through memory maps and with a limit.
+    """Microseconds per image and peak anonymous memory, with memory-mapped files and a memory limit.
 
-    Larger files repeat the images. Pages of mapped files are not counted: the system reclaims them when it needs them.
+    Larger files repeat the images. Pages of mapped files are not counted: the system reclaims them when it needs to.
     """
     rows = []
     for count in counts:
@@ -230,7 +229,7 @@ def growth(dataset: Dataset, folder: Path, counts: Iterable[int]) -> list[Growth
 
 
 def repeat(dataset: Dataset, folder: Path, count: int) -> None:
-    """Write `count` training images, repeating those of the data set."""
+    """Write IDX files with `count` training images, repeating those of the data set."""
     write(dataset, folder)
     for file, array in zip(FILES[:2], dataset[1:3]):
         shape = (count, *file.shape[1:])
@@ -243,14 +242,15 @@ def repeat(dataset: Dataset, folder: Path, count: int) -> None:
 def calculation(result: Result, workers: int, images: float) -> dict[str, float]:
     """The cost of training on workers like this machine: calculated, not measured.
 
-    Assumptions: an image costs what it does at the largest number measured here, and all threads share that; the
-    scheduler handles tasks one by one, each in the time measured here; sums travel up the tree, `FAN_IN` to a worker,
-    and the parameters down as many levels, at `BANDWIDTH`; hashing keeps all threads busy, twice, and disks keep up.
+    Assumptions: an image costs as much as at the largest number measured here, and the work divides evenly over all
+    threads. The scheduler handles tasks one at a time, each in the time measured here. Sums travel up the tree,
+    `FAN_IN` to a worker, and the parameters travel down as many levels, at `BANDWIDTH`. All images are hashed twice, on
+    all threads, and the disks keep up.
 
     Returns
     -------
     dict[str, float]
-        Seconds of arithmetic in an epoch; seconds of tasks and of network in it; seconds of hashing, before the first.
+        Seconds of arithmetic, tasks and network in an epoch, and of hashing before the first epoch.
     """
     few, many = result.traffic[0], result.traffic[-1]
     task = max(0.0, many.overhead - few.overhead) / (many.tasks - few.tasks)
@@ -266,13 +266,13 @@ def calculation(result: Result, workers: int, images: float) -> dict[str, float]
 
 
 def _own_bytes() -> int:
-    """Memory of this process that no file backs."""
+    """Anonymous memory of this process: what no file backs."""
     (kilobytes,) = re.findall(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
     return 1024 * int(kilobytes)
 
 
 def _socket_bytes() -> int:
-    """Bytes that have passed through this process's TCP connections, in both directions: tcp_info of linux/tcp.h."""
+    """Bytes through this process's open TCP connections, both directions added up: tcp_info of linux/tcp.h."""
     total = 0
     for connection in psutil.Process().net_connections("tcp"):
         if connection.status == psutil.CONN_ESTABLISHED:
