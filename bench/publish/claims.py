@@ -1,4 +1,4 @@
-"""What the study claims, and on which machines it holds: the one place that "faster" comes from."""
+"""What the study claims, and on which machines each claim holds: the only place where "faster" is decided."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ FASTEST = "the fastest framework"
 
 Pick = Callable[[Run], Comparison | None]
 Bound = Callable[[Folder], float | None]
-"""Seconds at the peak of a machine's multiply-add units; None where that was not measured."""
+"""Seconds at a machine's peak FMA throughput; None if that was not measured."""
 
 
 @dataclass(frozen=True)
@@ -27,15 +27,15 @@ class Claim:
     key: str
     competitor: str
     base: str
-    """A competitor, or `FASTEST`: whichever framework that is on the machine."""
+    """A competitor, or `FASTEST`: the framework that is the fastest on the machine."""
     what: str
     pick: Pick
-    """The comparison of a run that decides."""
+    """Selects the comparison in a run that decides the claim."""
     at_peak: Bound = lambda folder: None
-    """What the multiply-adds of the competitor would take at least."""
+    """Lower bound of the competitor's seconds: its multiply-adds at peak throughput."""
 
     def ratio(self, run: Run) -> Ratio | None:
-        """As a run measured it; None where it did not."""
+        """The ratio that a run measured; None if it did not."""
         comparison = self.pick(run)
         if comparison is None or self.competitor not in comparison:
             return None
@@ -63,7 +63,7 @@ class Cell:
 
     @property
     def base_seconds(self) -> float:
-        """Of the base, in the median of the runs."""
+        """Seconds of the base, the median of the runs."""
         return float(np.median([row.base_seconds for row in self.ratios]))
 
     @property
@@ -73,7 +73,7 @@ class Cell:
 
     @property
     def verdict(self) -> str:
-        """The verdict of all runs; "undecided" if they disagree or one cannot tell."""
+        """The verdict of all runs; "undecided" if they disagree or an interval includes 1."""
         verdicts = {row.verdict for row in self.ratios}
         return verdicts.pop() if len(verdicts) == 1 and "equal" not in verdicts else "undecided"
 
@@ -84,7 +84,7 @@ class Cell:
 
 
 def _step(run: Run) -> Comparison | None:
-    """A full-batch step beside the peers; without them, beside the backends."""
+    """A full-batch step, interleaved with the peers if the run has them, otherwise with the backends alone."""
     if section := run.sections.get("head_to_head"):
         return section.found.steps
     return section.found.epochs if (section := run.sections.get("epochs")) else None
@@ -128,7 +128,7 @@ def _climb(product: str) -> Pick:
 
 
 def _peak(folder: Folder, one: bool) -> float | None:
-    """Operations per second, on one thread or on all."""
+    """Peak FLOP per second of one thread or of all."""
     if one:
         return 1e9 * folder.machine.peak_gflop_per_second if folder.machine.peak_gflop_per_second else None
     result = folder.result("scaling")
@@ -144,7 +144,7 @@ def _product_bound(flop: float, one: bool) -> Bound:
 
 
 def _step_bound(backend: str, images: int | None = None) -> Bound:
-    """Of its big products over all images on all threads, or some on one; for sparse, of the non-zero pixels alone."""
+    """Of the big products over all images on all threads, or over `images` on one; for sparse, of non-zeros only."""
 
     def seconds(folder: Folder) -> float | None:
         peak, result = _peak(folder, one=images is not None), folder.result("roofline")
@@ -165,7 +165,7 @@ def _climb_bound(product: str) -> Bound:
 
 
 FLOP_OF_IMAGE = 2 * 784 * 128
-"""In one of the big products."""
+"""FLOP per image in one of the big products."""
 
 STEP = "a full-batch step"
 CLAIMS = (
@@ -197,7 +197,7 @@ CLAIMS = (
     ),
     Claim("time-numba", "numba", "numpy", "mini-batches to the published accuracy", _time_to),
     Claim("time-sparse", "sparse", "numpy", "mini-batches to the published accuracy", _time_to),
-    Claim("command", "sparse", "numpy", "250 epochs with start and evaluations", _command),
+    Claim("command", "sparse", "numpy", "250 epochs with start-up and evaluations", _command),
     *(
         Claim(
             f"product-{key}-{'1' if one else 'all'}",
@@ -216,12 +216,12 @@ CLAIMS = (
         )
         for one in (True, False)
     ),
-    Claim("ladder-compiled", "compiled", "loops", "the ladder at the MLP's product, 1 thread", _climb("MLP")),
+    Claim("ladder-compiled", "compiled", "loops", "ladder, MLP product, 1 thread", _climb("MLP")),
     Claim(
         "ladder-last",
         "vectors",
         OPENBLAS,
-        "the ladder at the MLP's product, 1 thread",
+        "ladder, MLP product, 1 thread",
         _climb("MLP"),
         _climb_bound("MLP"),
     ),
@@ -230,18 +230,18 @@ BY_KEY = {claim.key: claim for claim in CLAIMS}
 
 
 def cell(claim: Claim, folder: Folder) -> Cell | None:
-    """A machine's evidence; None if the claim was not measured there."""
+    """The evidence of a machine; None if the claim was not measured there."""
     ratios = [row for run in folder.runs if (row := claim.ratio(run))]
     return Cell(ratios) if ratios else None
 
 
 def cells(claim: Claim, folders: Iterable[Folder]) -> dict[str, Cell]:
-    """The evidence by machine, where the claim was measured."""
+    """The evidence by machine, for machines on which the claim was measured."""
     return {folder.machine.name: evidence for folder in folders if (evidence := cell(claim, folder))}
 
 
 def cell_text(evidence: Cell | None, what_base: str) -> str:
-    """The smallest and largest ratio, the base's seconds, and whether it holds."""
+    """The smallest and largest ratio, the base's seconds, and whether the claim holds."""
     if not evidence:
         return ""
     low, high = two_digits(evidence.low), two_digits(evidence.high)
@@ -257,7 +257,7 @@ def two_digits(ratio: float) -> str:
 
 
 def where(claim: Claim, folders: Iterable[Folder]) -> str:
-    """The quantifier: on how many machines it holds, and on which."""
+    """The quantifier: on how many machines a claim holds, and on which."""
     evidence = cells(claim, folders)
     holding = [name for name, each in evidence.items() if each.holds]
     if not evidence:
@@ -266,11 +266,13 @@ def where(claim: Claim, folders: Iterable[Folder]) -> str:
         return f"on {next(iter(evidence))}" if holding else f"not on {next(iter(evidence))}"
     if len(holding) == len(evidence):
         return "on both machines" if len(evidence) == 2 else f"on all {len(evidence)} machines"
-    return f"on {len(holding)} of {len(evidence)} machines" + (f" ({', '.join(holding)})" if holding else "")
+    if not holding:
+        return "on neither machine" if len(evidence) == 2 else f"on none of {len(evidence)} machines"
+    return f"on {len(holding)} of {len(evidence)} machines ({', '.join(holding)})"
 
 
 def sentence(claim: Claim, folders: Iterable[Folder]) -> str:
-    """The claim in words, with where it holds and the range of the ratios, machine by machine."""
+    """The claim in words, with the machines on which it holds and the range of ratios on each."""
     folders = list(folders)
     spans = []
     for name, evidence in cells(claim, folders).items():
@@ -278,16 +280,18 @@ def sentence(claim: Claim, folders: Iterable[Folder]) -> str:
         spans.append(f"{name} {low if low == high else f'{low} to {high}'}")
     if not spans:
         return f"How `{claim.competitor}` compares with `{claim.base}` has not been measured yet."
+    place = where(claim, folders)
+    verb = "is not" if place.startswith("not ") else "is"
     return (
-        f"`{claim.competitor}` is faster than {claim.base if claim.base == FASTEST else f'`{claim.base}`'} "
-        f"{where(claim, folders)}. Relative time: {'; '.join(spans)}."
+        f"`{claim.competitor}` {verb} faster than {claim.base if claim.base == FASTEST else f'`{claim.base}`'} "
+        f"{place.removeprefix('not ')}. Relative time: {'; '.join(spans)}."
     )
 
 
 def draw(folders: list[Folder], file: Path) -> None:
-    """One dot for each claim and machine at the median of its runs, with their range; 1 is marked.
+    """A dot for each claim and machine at the median of its runs, with their range; a line marks 1.
 
-    A faint mark is the ratio at the peak of the machine's multiply-add units, where that was measured.
+    A faint tick is the ratio at the machine's peak FMA throughput, if that was measured.
     """
     rows = [claim for claim in CLAIMS if any(cell(claim, folder) for folder in folders)]
     rows = [claim for claim in rows if claim.key not in ("numpy-naive", "ladder-compiled")]  # thousands to one
@@ -306,7 +310,7 @@ def draw(folders: list[Folder], file: Path) -> None:
                     axes.plot(middle, row + shift, "o", color=shade, markersize=4.5)
                     if seconds := claim.at_peak(folder):
                         axes.plot(seconds / each.base_seconds, row + shift, "|", color=shade, alpha=0.5, markersize=8)
-        axes.set(xscale="log", xlabel="× the time of the base (log scale)")
+        axes.set(xscale="log", xlabel="time relative to the base (log scale)")
         ticks = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3]
         low, high = axes.get_xlim()
         axes.set_xticks([tick for tick in ticks if low <= tick <= high], minor=False)
@@ -318,11 +322,10 @@ def draw(folders: list[Folder], file: Path) -> None:
         axes.legend(
             loc="upper center", bbox_to_anchor=(0.2, -0.55 / (0.27 * len(rows))), ncols=3, frameon=False, fontsize=7
         )
-        title(figure, "Each claim on each machine: the range of its runs")
+        title(figure, "Every claim on every machine, with the range over its runs")
         print_small(
             figure,
-            "Medians of interleaved rounds; a dot is the median of the runs, a bar their range. "
-            "A faint tick: the competitor's big products\nat the peak of the multiply-add units; "
-            "for sparse, those of non-zero pixels.",
+            "Ratios of medians over interleaved rounds. Dot: median of the runs. Bar: their range. "
+            "Faint tick: the competitor's big products\nat peak FMA throughput; for sparse, on non-zero pixels only.",
         )
         axes.spines["left"].set_color(BOUND_COLOUR)

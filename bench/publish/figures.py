@@ -1,4 +1,4 @@
-"""Draw every figure that a folder of results has data for. One that fails is reported, and the others are drawn."""
+"""Draw every figure that a folder of results has data for. If one fails, that is reported, and the others are drawn."""
 
 from collections.abc import Callable
 from functools import partial
@@ -19,7 +19,7 @@ def draw_all(folder: Folder, output: Path, say: Callable[[str], None]) -> dict[s
         file.unlink(missing_ok=True)
         try:
             draw(file)
-            if file.exists():  # results of before may lack what it shows
+            if file.exists():  # older results may lack its data
                 drawn[name] = file
         except Exception as error:
             say(f"{file.name} was not drawn: {type(error).__name__}: {' '.join(str(error).split())[:200]}")

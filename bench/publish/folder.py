@@ -19,21 +19,21 @@ class Folder:
     runs: list[Run]
 
     def section(self, study: str) -> Section | None:
-        """A study's section of the first run that has it; None if there is none."""
+        """A study's section in the first run that has it; None if no run does."""
         return next((run.sections[study] for run in self.runs if study in run.sections), None)
 
     def result(self, study: str) -> Any:
-        """The record of :meth:`section`, or None."""
+        """The study's `Result` in that section, or None."""
         section = self.section(study)
         return section.found if section else None
 
     def every(self, study: str) -> list[Any]:
-        """A study's record from each run that has it."""
+        """A study's `Result` from each run that has it."""
         return [run.sections[study].found for run in self.runs if study in run.sections]
 
     @property
     def studies(self) -> set[str]:
-        """Names of all that was measured."""
+        """Names of all studies that were measured."""
         return {name for run in self.runs for name in run.sections}
 
     @property
@@ -44,7 +44,7 @@ class Folder:
 
 
 def read_folder(path: Path) -> Folder:
-    """The results in a folder.
+    """Read a folder of results.
 
     Raises
     ------
@@ -52,7 +52,7 @@ def read_folder(path: Path) -> Folder:
         If a file in it is damaged or missing.
     """
     if not (path / MACHINE).is_file():
-        raise RecordError(f"{path} is no folder of results: it has no {MACHINE}")
+        raise RecordError(f"{path} is not a folder of results: it has no {MACHINE}")
     files = sorted(path.glob("run*.json"))
     if not files:
         raise RecordError(f"{path} has no run*.json: nothing was measured there")
@@ -60,17 +60,17 @@ def read_folder(path: Path) -> Folder:
 
 
 def read_all(path: Path) -> list[Folder]:
-    """The folders in a folder, by name."""
+    """Read all folders of results in a folder, sorted by name."""
     return [read_folder(file.parent) for file in sorted(path.glob(f"*/{MACHINE}"))]
 
 
 def existing_run(folder: Path) -> Run:
-    """What the run in a folder holds so far: looked at before anything is measured, so that no work is lost.
+    """Read the run in a folder, or start one. Called before anything is measured, so that an error costs no work.
 
     Raises
     ------
     RecordError
-        If it is damaged.
+        If the run is damaged.
     OSError
         If the folder cannot be written.
     """

@@ -17,58 +17,58 @@ from model.extras.files import write_whole
 
 REPORT = "report.html"
 
-# For each figure: what to see in it, and what limits it.
+# For each figure: what it shows, and its limitations.
 CAPTIONS = {
     "claims": (
-        "Each claim of the study on this machine: left of the line, the first takes less time than the second.",
-        "The bars span the runs, so a single run has none. A faint tick is the ratio at the peak of the multiply-adds.",
+        "Every claim on this machine. Left of the line, the competitor takes less time than its base.",
+        "Bars span the runs, so a single run has none. A faint tick marks the ratio at peak FMA throughput.",
     ),
     "epochs": (
-        "Seconds of a full-batch epoch on each backend, on a log scale, beside the two big products on OpenBLAS.",
-        "Hatched bars are scaled up from a few images; the products are a reference, not a bound.",
+        "Seconds per full-batch epoch on each backend (log scale), and of the two big products on OpenBLAS.",
+        "Hatched bars are scaled up from a few images. The big products are a reference, not a bound.",
     ),
     "kernels": (
-        "How fast each of the four kernels runs on one thread at the shapes of a training step.",
-        "Operations of the dense form are counted, so a backend that leaves zeros out can stand above the peak.",
+        "Throughput of each kernel on one thread, at the shapes of a training step.",
+        "Multiplications by zero are counted, so a backend that skips them can exceed the peak.",
     ),
     "ladder": (
-        "What each step of the matrix multiplication brings, from Python loops to vectors and threads.",
-        "Slow steps compute a part of the rows; the same step differs between CPUs, as each has other caches.",
+        "The gain of each step in optimizing matrix multiplication, from Python loops to vectors and threads.",
+        "Slow steps compute only part of the rows. Gains differ between CPUs, as their caches do.",
     ),
     "roofline": (
-        "How near the big products come to what arithmetic and each level of memory allow on one thread.",
-        "The traffic is the least possible; what a product reads twice is not counted.",
+        "How close the big products come to the bounds of arithmetic and of each memory level, on one thread.",
+        "Only compulsory traffic is counted, not what a product reads again.",
     ),
     "head_to_head": (
-        "The same full-batch step in other packages, verified equal before it is timed.",
-        "It is one network on one machine, and packages differ in what they were made for.",
+        "The same full-batch step in other packages, each verified against float64 before it is timed.",
+        "This is one small network on one machine; the packages are designed for other workloads, too.",
     ),
     "mini_batches": (
-        "Microseconds of a training step against the number of images in a batch, which are different ones each time.",
-        "Small batches cost calls from Python rather than arithmetic; ours also prepare each batch from bytes.",
+        "Microseconds per training step against batch size. Every step takes different images.",
+        "Small batches are bound by Python's call overhead, not arithmetic. Ours also prepare each batch from bytes.",
     ),
     "products": (
-        "The time of each product relative to OpenBLAS's, for shapes down and transposes across: below 1 takes less.",
-        "One thread, operands as they come; a library that packs them first pays for it here.",
+        "Time of each product relative to OpenBLAS's, by shape (rows) and transposes (columns). Below 1 is less time.",
+        "One thread, with operands as they lie in memory: packing them is part of the time.",
     ),
     "time_to_accuracy": (
-        "Test accuracy against seconds of training in mini-batches, each competitor on the recipe chosen for it.",
-        "Random starts scatter; where ranges overlap, there is no ranking.",
+        "Test accuracy against seconds of mini-batch training, each competitor at its best batch size and rate.",
+        "Times vary with the random start; where ranges overlap, there is no ranking.",
     ),
     "density": (
-        "From which share of non-zero pixels on dense products take less time than skipping zeros.",
-        "The images are random, but for the marked point.",
+        "The share of non-zero pixels above which dense products take less time than skipping zeros.",
+        "The images are random, except at the marked point.",
     ),
     "scaling": (
-        "How an epoch grows with images, batch size, hidden units and threads.",
-        "Hollow marks were measured on a part of an epoch and scaled up.",
+        "How the time of an epoch scales with images, batch size, hidden units and threads.",
+        "Hollow marks were measured on part of an epoch and scaled up.",
     ),
     "break_even": (
-        "Total seconds from the start of the process, and after how many epochs compilation has paid.",
-        "The slope is the median epoch; the disk's and the interpreter's state move the start.",
+        "Seconds since process start against epochs. A line starts to pay off where it crosses NumPy's.",
+        "The slope is the median epoch. The start depends on the state of the disk and the interpreter.",
     ),
     "reproduction": (
-        "Accuracy by epoch over the published points, with a band over random starts.",
+        "Accuracy by epoch, with the published points and a band over random starts.",
         "Learning rate and initialisation were fitted to the published table.",
     ),
 }
@@ -91,11 +91,11 @@ def write_report(folder: Folder, output: Path, say: Callable[[str], None], missi
     folder
         The results.
     output
-        Where to.
+        Folder for figures and report.
     say
-        Takes a line on each figure that could not be drawn.
+        Called with a line for each figure that could not be drawn.
     missing
-        What was left out, and why.
+        Studies that were not measured, with the reason.
     """
     figures = draw_all(folder, output, say)
     for run in folder.runs:
@@ -103,7 +103,7 @@ def write_report(folder: Folder, output: Path, say: Callable[[str], None], missi
     sections = [(name, section) for run in folder.runs for name, section in run.sections.items()]
     warnings = [f"{name}: {section.conditions.busy}." for name, section in sections if section.conditions.busy]
     if any(section.conditions.quick for _, section in sections):
-        warnings.insert(0, "A quick run, on few images and rounds: only to see that everything works.")
+        warnings.insert(0, "A quick run on few images and rounds: a smoke test, not a measurement.")
     claims = _claims(folder)
     tables = [*_timings(folder), _conditions(folder), _skipped(folder, missing)]
     environment = Environment(loader=PackageLoader("bench.publish", "."), autoescape=True, undefined=StrictUndefined)
@@ -145,13 +145,13 @@ def _claims(folder: Folder) -> TableOf:
                     f"{interval[0]:.2f} to {interval[1]:.2f}" if interval else "",
                 ]
             )
-    columns = ["time of / relative to", "ratio, all runs", "verdict", "base (s)", "95 % interval, 1st run"]
-    text = "Ratios of median times of interleaved rounds. A verdict needs all runs to agree."
+    columns = ["competitor / base: task", "time ratio, all runs", "verdict", "base (s)", "95 % interval, 1st run"]
+    text = "Ratios of median times over interleaved rounds. A verdict requires all runs to agree."
     return TableOf("Claims", text, columns, rows)
 
 
 def _timings(folder: Folder) -> list[TableOf]:
-    """A table of seconds for the comparisons that people look up."""
+    """Tables of seconds for the main comparisons, and of the kernels."""
     tables = []
     comparisons: list[tuple[str, Comparison]] = []
     if result := folder.result("epochs"):
@@ -202,12 +202,12 @@ def _conditions(folder: Folder) -> TableOf:
                     f"Python {environment.get('python')}, {versions}; {variables}",
                 ]
             )
-    columns = ["run", "study", "began", "images", "commit", "took (s)", "load", "stolen", "environment"]
-    return TableOf("How it was measured", "Each study under its own conditions.", columns, rows)
+    columns = ["run", "study", "start", "data set", "commit", "duration (s)", "load", "steal time", "environment"]
+    return TableOf("Measuring conditions", "One row for each study of each run.", columns, rows)
 
 
 def _skipped(folder: Folder, missing: dict[str, str]) -> TableOf:
     rows = [[name, reason] for name, reason in missing.items()]
     for study in sorted(folder.studies):
         rows += [[f"{study}: {name}", reason] for name, reason in getattr(folder.result(study), "skipped", {}).items()]
-    return TableOf("Skipped", "What is not here, and why.", ["what", "why"], rows)
+    return TableOf("Skipped", "What was not measured, and why.", ["what", "why"], rows)

@@ -1,4 +1,4 @@
-"""Labels, bounds, ticks and numbers that the figures share."""
+"""Labels, reference lines, ticks and number formats that the figures share."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -23,7 +23,7 @@ def label(
     above: float = 0,
     shade: str = "black",
 ) -> None:
-    """`text` right of a bar's end, or left of it if `side` is -1, readable over the line of a bound."""
+    """Write `text` right of a point, or left of it if `side` is -1, on a white background that hides lines."""
     axes.annotate(
         text,
         (x, y),
@@ -39,13 +39,13 @@ def label(
 
 
 def note(axes: Axes, text: str, place: tuple[float, float], above: float, **look: Any) -> None:
-    """Small `text`, `above` points over a place on a line."""
+    """Write small `text` over a place on a line, `above` typographic points higher."""
     look = {"fontsize": 8, "color": BOUND_COLOUR, **look}
     axes.annotate(text, place, (0, above), textcoords="offset points", annotation_clip=True, **look)
 
 
 def bound(axes: Axes, x: float, text: str, y: float) -> None:
-    """A labelled vertical line at a reference that dense code hardly exceeds."""
+    """Draw a labelled vertical line at a reference time."""
     axes.axvline(x, color=BOUND_COLOUR, linestyle="--", linewidth=1)
     axes.annotate(
         text, (x, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=7.5, color=BOUND_COLOUR
@@ -60,7 +60,7 @@ def short(value: float) -> str:
 
 
 def plain_ticks(*axis: Axis) -> None:
-    """Numbers like 0.01 and 1,000 on log axes, in place of powers of ten."""
+    """Label log axes with numbers like 0.01 and 1,000 instead of powers of ten."""
     for each in axis:
         low, high = each.get_view_interval()
         each.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,), numticks=6))
@@ -69,7 +69,7 @@ def plain_ticks(*axis: Axis) -> None:
 
 
 def end_labels(axes: Axes, ends: list[tuple[str, float, float, str]], fontsize: float = 8) -> list[float]:
-    """Names right of points, moved apart where they would overlap; returns their heights in points.
+    """Write names right of points, moved apart if they would overlap; returns their heights in typographic points.
 
     Parameters
     ----------
@@ -81,7 +81,7 @@ def end_labels(axes: Axes, ends: list[tuple[str, float, float, str]], fontsize: 
         In points.
     """
     heights = [-np.inf]
-    anchor = 0.0  # of names that push each other up: the layout still moves places, but not the points between them
+    anchor = 0.0  # y of the lowest in a stack of names: later layout moves data coordinates, but not offsets in points
     for text, x, y, shade in sorted(ends, key=lambda end: end[2]):
         height, lowest = points_up(axes, x, y), heights[-1] + 1.35 * fontsize
         heights.append(max(height, lowest))
@@ -91,14 +91,14 @@ def end_labels(axes: Axes, ends: list[tuple[str, float, float, str]], fontsize: 
 
 
 def points_up(axes: Axes, x: float, y: float) -> float:
-    """The height of a place, in points."""
+    """The height of a place in typographic points."""
     return axes.transData.transform((x, y))[1] * 72 / axes.figure.dpi
 
 
 def right_labels(
     axes: Axes, texts: Sequence[str], fontsize: float = 8.5, places: Sequence[float] | None = None
 ) -> None:
-    """A text for each row, or at each place, in a column right of the axes, where no line runs through it."""
+    """Write a text for each row, or at each place, in a column right of the axes, where no line crosses it."""
     right = axes.secondary_yaxis("right")
     right.set_yticks(range(len(texts)) if places is None else places, texts, fontsize=fontsize)
     right.tick_params(length=0)
@@ -106,7 +106,7 @@ def right_labels(
 
 
 def ordered(names: Any) -> list[str]:
-    """Backends in the study's order, others last."""
+    """Sort names: backends in the study's order, others last."""
     known = backend_names()
     return sorted(names, key=lambda name: (known.index(name) if name in known else len(known), name))
 
@@ -116,7 +116,7 @@ def in_seconds(seconds: float) -> str:
 
 
 def small_print(conditions: Conditions, machine: Machine) -> str:
-    """The origin of results, in two lines."""
+    """Conditions and versions of a measurement, in two lines."""
     environment = conditions.environment
     packages = environment["packages"]
     versions = ", ".join(f"{name} {packages[name]}" for name in ("numpy", "numba", "llvmlite") if name in packages)

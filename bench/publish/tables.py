@@ -1,6 +1,6 @@
-"""Tables and numbers of the READMEs, from the published results: ``python -m bench.publish.tables`` renews them.
+"""Tables and numbers in the READMEs, from the published results: ``python -m bench.publish.tables`` updates them.
 
-Claims come from every machine; other tables from the one on which most was measured.
+Claims cover every machine; other tables show the machine with the most studies.
 """
 
 import functools
@@ -43,9 +43,9 @@ class MissingError(Exception):
 
 
 def refresh(text: str, results: Path) -> str:
-    """`text` with everything between ``<!-- name -->`` and ``<!-- /name -->`` renewed from the folders in `results`.
+    """Update everything in `text` between ``<!-- name -->`` and ``<!-- /name -->`` from the folders in `results`.
 
-    Tables are on separate lines, numbers within a sentence. One that no machine has data for stays as it is.
+    Tables are on separate lines, numbers within a sentence. If no machine has the data, the old text stays.
 
     Raises
     ------
@@ -66,12 +66,12 @@ def refresh(text: str, results: Path) -> str:
 
 @functools.cache
 def folders(results: Path) -> list[Folder]:
-    """Every machine."""
+    """The results of every machine, read once."""
     return read_all(results)
 
 
 def main_folder(results: Path) -> Folder:
-    """The machine on which most was measured; of several, the one measured last."""
+    """The machine with the most studies; of several, the one measured last."""
 
     def rank(folder: Folder) -> tuple[int, str]:
         dates = [section.conditions.date for run in folder.runs for section in run.sections.values()]
@@ -81,7 +81,7 @@ def main_folder(results: Path) -> Folder:
 
 
 def result_of(results: Path, study: str) -> Any:
-    """A study's record on the main machine."""
+    """A study's `Result` on the main machine."""
     result = main_folder(results).result(study)
     if result is None:
         raise MissingError(study)
@@ -99,7 +99,7 @@ def claim_table(results: Path, products: bool = False) -> str:
     """Claims by machine: those about single products, or all others."""
     every = folders(results)
     columns = [f"{folder.machine.name}, at {', '.join(folder.commits)}" for folder in every]
-    table = Table("time of / relative to", *columns, "holds on", box=MARKDOWN)
+    table = Table("competitor / base, task", *columns, "holds on", box=MARKDOWN)
     for claim in CLAIMS:
         evidence = cells(claim, every) if claim.key.startswith("product-") == products else {}
         if evidence:
@@ -108,9 +108,9 @@ def claim_table(results: Path, products: bool = False) -> str:
             name = f"{claim.competitor} / {claim.base}, {claim.what}"
             table.add_row(name, *texts, f"{holding} of {len(evidence)}")
     return (
-        f"{_markdown(table)}\n\nThe range of ratios over all runs × the base's seconds. "
-        "✓ every run takes less time, ✗ every run takes more, ≈ the runs disagree or cannot tell. "
-        "Ladder rows: seconds for 10⁹ operations."
+        f"{_markdown(table)}\n\nEach cell: time ratio (its range over all runs) × the base's seconds. "
+        "✓ less time in every run, ✗ more time in every run, ≈ undecided: runs disagree, or an interval includes 1. "
+        "Ladder: seconds per 10⁹ operations."
     )
 
 
@@ -164,7 +164,7 @@ def _range(values: list[float]) -> str:
 
 
 def competitor_table(results: Path) -> str:
-    """Seconds of a step, memory and compilation of every backend and peer, and who is missing."""
+    """Seconds per step, peak memory and compile time of every backend and peer, and which are missing."""
     result, memory = result_of(results, "head_to_head"), result_of(results, "memory")
     table = Table("", "form", "seconds per step", "95 % interval", "peak memory (MB)", "compilation (s)", box=MARKDOWN)
     known = {name: form for form, names in result.forms.items() for name in names}
@@ -180,7 +180,7 @@ def competitor_table(results: Path) -> str:
 
 
 def ablation_table(results: Path) -> str:
-    """Milliseconds of both products without each idea of the sparse backend."""
+    """Milliseconds of both products without each technique of the sparse backend."""
     result = result_of(results, "ablation")
     table = Table("variant", box=MARKDOWN)
     for column in ("forward", "backward", "both, relative to BLAS", "MB, both forms"):
@@ -194,7 +194,7 @@ def ablation_table(results: Path) -> str:
 
 
 def workers_table(results: Path) -> str:
-    """What an epoch on Dask workers sends through the client, by their number."""
+    """Client traffic and overhead of an epoch, by number of Dask workers."""
     table = Table("workers", "MB through the client", "tasks", "overhead (s)", box=MARKDOWN)
     for column in table.columns:
         column.justify = "right"
@@ -205,7 +205,7 @@ def workers_table(results: Path) -> str:
 
 
 def growth_table(results: Path) -> str:
-    """The cost of an image as their number grows, through memory maps and with a memory limit."""
+    """Cost per image as their number grows, with memory-mapped files and a memory limit."""
     table = Table("images", "µs per image", "memory of the process (MB)", box=MARKDOWN)
     for column in table.columns:
         column.justify = "right"
@@ -215,7 +215,7 @@ def growth_table(results: Path) -> str:
 
 
 def billion_table(results: Path) -> str:
-    """What an epoch over a billion images would take: calculated."""
+    """Seconds of an epoch over a billion images: calculated, not measured."""
     table = Table("workers", "arithmetic (s)", "tasks (s)", "network (s)", "hashing, once (s)", box=MARKDOWN)
     for column in table.columns:
         column.justify = "right"
@@ -225,7 +225,7 @@ def billion_table(results: Path) -> str:
 
 
 def picture_table(results: Path) -> str:
-    """Kinds of pictures, and how often they are recognised, or refused as they should be."""
+    """How often each kind of picture is recognised, and its blank pages are refused."""
     result = result_of(results, "pictures")
     table = Table("kind", "right (%)", "blank pages refused (%)", box=MARKDOWN)
     for column in table.columns[1:]:
@@ -238,7 +238,7 @@ def picture_table(results: Path) -> str:
 
 
 def machine_table(results: Path) -> str:
-    """Each machine, and how often and when it was measured."""
+    """Each machine, with the number and dates of its runs."""
     table = Table("machine", "CPU", "runs", "days", "commit", "NumPy's BLAS", box=MARKDOWN)
     for folder in folders(results):
         sections = [section for run in folder.runs for section in run.sections.values()]
@@ -266,7 +266,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
 
 
 def _step_gain(product: str, step: str, base: str, base_product: str = "") -> Callable[[Path], str]:
-    """The speed of a step of the ladder relative to another, on one thread: the range of the runs."""
+    """The speed of a step of the ladder relative to another's, on one thread: its range over the runs."""
 
     def number(results: Path) -> str:
         runs = main_folder(results).every("ladder")
@@ -333,7 +333,7 @@ NUMBERS: dict[str, Callable[[Path], str]] = {
     "peak-limited": lambda results: _peak_megabytes(results, MEMORY_LIMIT),
     "command-ratio": lambda results: _command(results, False),
     "command-seconds": lambda results: _command(results, True),
-    # Claims in words, for every key: the whole sentence, where it holds, and the ratio on the main machine.
+    # For every claim: the whole sentence, where it holds, and the ratio on the main machine.
     **{f"says-{key}": lambda results, key=key: sentence(BY_KEY[key], folders(results)) for key in BY_KEY},  # type: ignore[misc]
     **{f"where-{key}": lambda results, key=key: where(BY_KEY[key], folders(results)) for key in BY_KEY},  # type: ignore[misc]
     **{f"ratio-{key}": lambda results, key=key: _ratio_range(results, key) for key in BY_KEY},  # type: ignore[misc]
