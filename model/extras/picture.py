@@ -1,7 +1,7 @@
-"""A picture of one handwritten digit, prepared as the images of MNIST were.
+"""Read a picture of one handwritten digit, and prepare it the way MNIST's images were.
 
-Pictures come from outside, so nothing in them is trusted. The size of the file and the number of pixels that it
-declares are bounded before anything is decoded, and every error is one line.
+Pictures are untrusted input. The size of the file and the number of pixels that it declares are checked before anything
+is decoded, and every error is one line.
 """
 
 import io
@@ -21,39 +21,39 @@ from skimage.morphology import area_opening
 from model.data import DataError
 
 MAX_BYTES = 100_000_000
-MAX_PIXELS = 50_000_000  # no more than 500 MB while they are decoded and converted
-WORKING_SIZE = 320  # longer sides are reduced to this: a digit needs no more, and it averages noise out
+MAX_PIXELS = 50_000_000  # decoding and converting them takes at most 500 MB
+WORKING_SIZE = 320  # larger pictures are reduced to this: enough for a digit, and averaging removes noise
 
-CONTRAST = 16 / 255  # of the paper's brightness: a picture in which nothing stands out more is blank
+CONTRAST = 16 / 255  # of the paper's brightness: with less contrast, a picture is blank
 NOISE = 5  # standard deviations of the paper: likewise
-DIMMEST = 48  # of 255: darker paper counts as this bright, or its noise would look like ink
-SPECK = 0.0015  # of the picture's area: smaller parts are specks of dust
-SMALL = 0.05  # of the largest part's area: smaller ones belong to no digit
-EDGE = 0.015  # of a side: a part this close to the edge of the picture touches it
+DIMMEST = 48  # of 255: darker paper counts as this bright, as its noise would look like ink
+SPECK = 0.0015  # of the picture's area: smaller components are specks of dust
+SMALL = 0.05  # of the largest component's area: smaller ones belong to no digit
+EDGE = 0.015  # of a side: a component this close to the picture's edge touches it
 DARK = 0.5  # of the paper's brightness: no shadow is this deep
-RECTANGLE = 0.85  # of the smallest rectangle around it: a part that fills more is a sheet, not a digit
-FAINT = 0.25  # of full ink: the rims of strokes end here
-ONE_COLOUR = 8  # of 255: colours that differ by less are one, but for rounding
+RECTANGLE = 0.85  # of its minimum bounding rectangle: a component that fills more is a sheet, not a digit
+FAINT = 0.25  # of full ink: the edges of strokes end here
+ONE_COLOUR = 8  # of 255: colours that differ by less are the same up to rounding
 FULL = 95  # percentile of a digit's pixels that counts as full ink
 
 PNG, METADATA, END_OF_JPEG = b"\x89PNG\r\n\x1a\n", (b"tEXt", b"zTXt", b"iTXt", b"iCCP"), b"\xff\xd9"
-ADVICE = "Draw the digit with more contrast, and with room around it"
+ADVICE = "Draw the digit with more contrast, and with a margin around it"
 
-SIDE, BOX, CENTRE = 28, 20, 14  # pixels of an image, of the box that holds the digit, and where its mass is centred
+SIDE, BOX, CENTRE = 28, 20, 14  # pixels: side of an image, side of the digit's box, position of its centre of mass
 
 
 class PictureError(DataError):
-    """The picture cannot be used; the message says in one line what is wrong and what to do about it."""
+    """The picture cannot be used; the message says in one line what is wrong and what to do."""
 
 
 def read_picture(file: str | os.PathLike[str]) -> NDArray[np.uint8]:
-    """Read a picture of one digit and prepare it as the images of MNIST were.
+    """Read a picture of one digit and prepare it the way MNIST's images were.
 
     Parameters
     ----------
     file : path
         PNG or JPEG of at most 100 MB and 50 million pixels: 1 to 16 bits, grey, colour or palette, transparent or not,
-        of any ink on any plain background. An orientation in its EXIF data is obeyed, if it can be read.
+        with any ink on any plain background. The orientation in the EXIF data is applied, if it can be read.
 
     Returns
     -------
@@ -63,7 +63,7 @@ def read_picture(file: str | os.PathLike[str]) -> NDArray[np.uint8]:
     Raises
     ------
     PictureError
-        If the file cannot be read, is no such picture, or is blank.
+        If the file cannot be read or is not such a picture, or if it is blank or shows several digits.
     """
     path = Path(file)
     try:
@@ -75,7 +75,7 @@ def read_picture(file: str | os.PathLike[str]) -> NDArray[np.uint8]:
             if os.fstat(stream.fileno()).st_size > MAX_BYTES:
                 raise PictureError(f"{file}: has more than {MAX_BYTES:,} bytes. Make the picture smaller")
             return prepare(decode(stream, str(file)), str(file)).reshape(-1)
-    except (OSError, ValueError) as error:  # the latter from a name that no file can have
+    except (OSError, ValueError) as error:  # the latter if no file can have this name
         reason = getattr(error, "strerror", None) or error
         raise PictureError(f"{file}: cannot be opened ({reason}). Name a PNG or JPEG file") from error
 
@@ -97,17 +97,17 @@ def decode(stream: BinaryIO, source: str) -> NDArray[np.uint8]:
     Raises
     ------
     PictureError
-        If it is no PNG or JPEG, is damaged or animated, or declares more than 50 million pixels.
+        If it is not a PNG or JPEG, is damaged or animated, or declares more than 50 million pixels.
     """
     too_large = f"{source}: declares more than {MAX_PIXELS:,} pixels. Make the picture smaller"
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd metadata, and of sizes that are refused below
+            warnings.simplefilter("ignore")  # about odd metadata, and sizes that are refused below
             content = without_metadata(stream.read(MAX_BYTES + 1))
             image: Image.Image = Image.open(io.BytesIO(content), formats=("PNG", "JPEG"))
             if image.width * image.height > MAX_PIXELS:
                 raise PictureError(too_large)
-            # A JPEG may hold a preview as its second frame.
+            # A JPEG may have a preview as its second frame.
             if image.format == "PNG" and getattr(image, "is_animated", False):
                 raise PictureError(f"{source}: is animated. Save one of its frames")
             try:
@@ -119,7 +119,7 @@ def decode(stream: BinaryIO, source: str) -> NDArray[np.uint8]:
             turn_upright(image)
             if image.mode.startswith("I"):  # grey of 16 bits, which Pillow's conversion would clip
                 image = Image.fromarray(full_range(np.asarray(image)))
-            # With colours multiplied by alpha, pixels that nobody sees have no colour that could bleed into others.
+            # In premultiplied alpha, invisible pixels have no colour that could bleed into others when averaged.
             image = image.convert("RGBA").convert("RGBa")
             return opaque(np.asarray(image.reduce(-(-max(image.size) // WORKING_SIZE))))
     except (PictureError, MemoryError):
@@ -127,13 +127,13 @@ def decode(stream: BinaryIO, source: str) -> NDArray[np.uint8]:
     except Image.DecompressionBombError as error:
         raise PictureError(too_large) from error
     except UnidentifiedImageError as error:
-        raise PictureError(f"{source}: is no PNG or JPEG picture. Save or export it as one") from error
-    except Exception as error:  # Pillow lets through whatever its parsers stumble over
+        raise PictureError(f"{source}: is not a PNG or JPEG picture. Save or export it as one") from error
+    except Exception as error:  # Pillow's parsers raise anything on damaged data
         raise PictureError(f"{source}: is damaged or truncated. Save or export it again") from error
 
 
 def without_end(content: bytes) -> Image.Image:
-    """Decode a JPEG that lacks its end mark, but no pixels: those would come out grey, the last one among them."""
+    """Decode a JPEG that lacks only its end marker. If pixels are missing, too, the last one comes out grey."""
     image = Image.open(io.BytesIO(content + END_OF_JPEG), formats=("JPEG",))
     if image.convert("L").getpixel((image.width - 1, image.height - 1)) == 128:
         raise OSError("truncated")
@@ -141,7 +141,7 @@ def without_end(content: bytes) -> Image.Image:
 
 
 def without_metadata(content: bytes) -> bytes:
-    """Drop texts and the colour profile from a PNG file: if they are large, Pillow refuses the whole file."""
+    """Drop text chunks and the colour profile from a PNG file: Pillow refuses the whole file if they are large."""
     if not content.startswith(PNG):
         return content
     kept, at = [PNG], len(PNG)
@@ -154,16 +154,16 @@ def without_metadata(content: bytes) -> bytes:
 
 
 def full_range(levels: NDArray[Any]) -> NDArray[np.uint8]:
-    """Scale grey levels to 0 to 255, by the range that they use, a few stray pixels aside."""
+    """Stretch grey levels to 0 to 255 between their 0.1 and 99.9 percentiles, which ignores a few stray pixels."""
     low, high = np.percentile(levels, (0.1, 99.9))
     return np.rint(255 / max(high - low, 1) * (levels.clip(low, high) - low)).astype(np.uint8)
 
 
 def opaque(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Colours, (height, width, 3), of premultiplied ones with alpha.
+    """Colours without alpha, (height, width, 3), from premultiplied ones.
 
-    If all that is opaque has one colour, it is ink on white paper. If it is a sheet, it is cut out, and what is missing
-    at its corners has its median colour. Anything else lies on white.
+    If everything opaque has the same colour, it is ink on white paper. If it is a sheet of paper, it is cropped, and its
+    missing corners get its median colour. Anything else is composited on white.
     """
     alpha = pixels[..., 3:]
     visible = alpha[..., 0] > 127
@@ -179,27 +179,27 @@ def opaque(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def turn_upright(image: Image.Image) -> None:
-    """Turn a picture in place as its EXIF data say; damaged data are ignored."""
+    """Apply the orientation in a picture's EXIF data in place; damaged data are ignored."""
     try:
         ImageOps.exif_transpose(image, in_place=True)
     except MemoryError:
         raise
-    except Exception:  # while the data are read, or written back after turning
+    except Exception:  # when the data are read, or written back after rotation
         return
 
 
 def prepare(pixels: NDArray[np.uint8], source: str) -> NDArray[np.uint8]:
-    """Turn a picture of a digit into an image like those of MNIST.
+    """Turn a picture of a digit into an image like MNIST's.
 
     MNIST's digits were scaled to fit 20 x 20 pixels, keeping their aspect ratio, with grey levels from antialiasing,
     and placed with their centre of mass in the middle of 28 x 28 (LeCun, Bottou, Bengio and Haffner 1998,
-    Gradient-based learning applied to document recognition). Before that, the ink is separated from the paper, see
-    `separate_ink`, and the digit from whatever else is on the paper, see `strokes`.
+    Gradient-based learning applied to document recognition). Before that, `separate_ink` separates the ink from the
+    paper, and `strokes` separates the digit from everything else on the paper.
 
     Parameters
     ----------
     pixels : uint8 array of shape (height, width, channels)
-        Neither side 0.
+        Both sides at least 1.
     source : str
         What to call the picture in an error.
 
@@ -219,18 +219,18 @@ def prepare(pixels: NDArray[np.uint8], source: str) -> NDArray[np.uint8]:
     mask = strokes(ink, whole=grey[page].shape == grey.shape)
     full = np.percentile(ink[mask], FULL) if mask.any() else 0
     if full <= max(CONTRAST, NOISE * noise):
-        raise PictureError(f"{source}: is blank, with no digit that stands out. {ADVICE}")
+        raise PictureError(f"{source}: is blank: no digit stands out from the paper. {ADVICE}")
     if shows_several(mask):
-        raise PictureError(f"{source}: shows several digits. Cut out one of them")
+        raise PictureError(f"{source}: shows several digits. Crop it to one of them")
     rims = ndimage.binary_dilation(mask, iterations=3) & (ink > FAINT * full)
     (box,) = ndimage.find_objects(rims.astype(int))
     return placed(np.where(rims, np.minimum(ink / full, 1), 0)[box])
 
 
 def grey_levels(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Grey of 0 to 255, (height, width), along the axis on which colours differ most: their principal component.
+    """Grey levels of 0 to 255, (height, width): the first principal component of the colours.
 
-    Luminance would not show red ink on green paper of the same brightness.
+    In luminance, red ink on green paper of the same brightness would be invisible.
     """
     colours = pixels.reshape(-1, pixels.shape[2]).astype(np.float32)
     covariance = np.atleast_2d(np.cov(colours, rowvar=False, bias=True))
@@ -240,7 +240,7 @@ def grey_levels(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 
 def find_sheet(grey: NDArray[np.floating]) -> tuple[slice, ...]:
-    """Where the paper is: the whole picture, or a light rectangle that the picture's edges do not cut off."""
+    """Find the paper: a light rectangle that at most one edge of the picture cuts off, or else the whole picture."""
     labels, count = ndimage.label(grey > threshold_otsu(grey))
     if count:
         largest = labels == np.argmax(np.bincount(labels.ravel())[1:]) + 1
@@ -252,14 +252,14 @@ def find_sheet(grey: NDArray[np.floating]) -> tuple[slice, ...]:
 
 
 def is_sheet(mask: NDArray[np.bool_]) -> bool:
-    """Whether what is true is a large rectangle, at any angle; holes do not count."""
+    """Whether the mask is a large rectangle at any angle, ignoring holes."""
     filled = ndimage.binary_fill_holes(mask)
     sides = smallest_rectangle(filled)
     return bool(filled.sum() > RECTANGLE * np.prod(sides) and min(sides) > min(mask.shape) / 2)
 
 
 def smallest_rectangle(mask: NDArray[np.bool_]) -> tuple[float, float]:
-    """Sides of the smallest rectangle, at any angle, around everything that is true."""
+    """Sides of the minimum bounding rectangle of the mask, at any angle."""
     points = np.argwhere(mask ^ ndimage.binary_erosion(mask))
     angles = np.radians(np.arange(0, 90, 2))
     turned = (points @ np.array([[np.cos(a), -np.sin(a)], [np.sin(a), np.cos(a)]]) for a in angles)
@@ -269,18 +269,18 @@ def smallest_rectangle(mask: NDArray[np.bool_]) -> tuple[float, float]:
 def separate_ink(grey: NDArray[np.floating]) -> tuple[NDArray[np.floating], float]:
     """Separate ink from paper, dark on light or light on dark.
 
-    The paper is the local median, which follows gradients and the edges of shadows. It is taken twice, the second time
-    without what looks like ink, as a bold digit fills half a window. Ink is what is missing of the paper's brightness,
-    as a fraction of it, because light and shadow multiply.
+    The paper is estimated by a local median, which follows gradients and the edges of shadows. The median is taken
+    twice, the second time without pixels that look like ink, because a bold digit fills half a window. Ink is the
+    missing fraction of the paper's brightness, because light and shadow are factors.
 
     Returns
     -------
     float32 array of shape (height, width)
-        From 0, paper, to 1.
+        Ink, from 0 for paper to 1.
     float
-        The standard deviation of the paper.
+        Standard deviation of the paper's noise.
     """
-    step = 2 if max(grey.shape) > 100 else 1  # a quarter of the pixels tell as much of the paper, in far less time
+    step = 2 if max(grey.shape) > 100 else 1  # a quarter of the pixels is enough, and far cheaper
     some = grey[::step, ::step]
     levels = np.rint(some).clip(1).astype(np.uint8)
     window = np.ones((max(some.shape) // 2 | 1,) * 2, np.uint8)
@@ -293,7 +293,7 @@ def separate_ink(grey: NDArray[np.floating]) -> tuple[NDArray[np.floating], floa
     blur = max(grey.shape) / 400 if max(grey.shape) > 100 else 0
     lacking = ndimage.gaussian_filter(paper - grey, blur)
     if np.square(lacking.clip(max=0)).sum() > np.square(lacking.clip(min=0)).sum():
-        lacking, paper = -lacking, np.maximum(255 - paper, 128)  # on bright paper, a little more light is not white ink
+        lacking, paper = -lacking, np.maximum(255 - paper, 128)  # on bright paper, a bit more light is not white ink
     ink = lacking / np.maximum(paper, DIMMEST)
     bare_ink = ink[::step, ::step][bare]
     noise = 1.4826 * np.median(np.abs(bare_ink - np.median(bare_ink)))
@@ -301,12 +301,13 @@ def separate_ink(grey: NDArray[np.floating]) -> tuple[NDArray[np.floating], floa
 
 
 def strokes(ink: NDArray[np.floating], whole: bool) -> NDArray[np.bool_]:
-    """The strokes of digits, without specks, lines on the paper, table tops, and lines and bars along the edge.
+    """Mask of the strokes of digits, without specks, lines on the paper, table tops, and lines and bars at the edge.
 
-    A part that touches the edge is a digit only if it looks like one, and is all there is on the `whole` picture.
+    A component that touches the edge is a digit only if it looks like one, nothing else is left, and the picture was
+    used as a `whole`.
     """
     levels = np.rint(255 * ink).astype(np.uint8)
-    opened = area_opening(np.pad(levels, 2), int(SPECK * levels.size) + 1)[2:-2, 2:-2]  # fails on a few pixels
+    opened = area_opening(np.pad(levels, 2), int(SPECK * levels.size) + 1)[2:-2, 2:-2]  # padded: it fails on tiny arrays
     levels = opened if opened.max() > 255 * CONTRAST else levels
     labels, _ = ndimage.label(levels > threshold_otsu(levels), np.ones((3, 3)))
     areas = np.bincount(labels.ravel())
@@ -314,7 +315,7 @@ def strokes(ink: NDArray[np.floating], whole: bool) -> NDArray[np.bool_]:
     inside[tuple(slice(int(EDGE * length) + 1, -int(EDGE * length) - 1) for length in ink.shape)] = True
     at_edge = np.isin(np.arange(len(areas)), labels[~inside])
     areas[0] = 0
-    if at_edge[1:].any():  # the edge of a shadow leaves crumbs
+    if at_edge[1:].any():  # the edge of a shadow leaves fragments
         areas[~at_edge & (areas < 4 * SPECK * ink.size)] = 0
     if not areas[~at_edge].any():
         largest = labels == areas.argmax()
@@ -325,14 +326,14 @@ def strokes(ink: NDArray[np.floating], whole: bool) -> NDArray[np.bool_]:
 
 
 def like_a_digit(part: NDArray[np.bool_], inside: NDArray[np.bool_]) -> bool:
-    """Whether a part at the edge may be a digit: not a thin line, mostly away from the edge, with few holes."""
+    """Whether a component at the edge may be a digit: not a thin line, mostly off the edge, with at most two holes."""
     (box,) = ndimage.find_objects(part.astype(int))
     wide = min(at.stop - at.start for at in box) > min(part.shape) / 8
     return wide and 4 * (part & ~inside).sum() < (~inside).sum() and euler_number(part) >= -1
 
 
 def shows_several(mask: NDArray[np.bool_]) -> bool:
-    """Whether two parts stand apart, and the lower one is at least half as high as the higher one."""
+    """Whether there are two separate components, the shorter more than half as tall as the taller."""
     heights = [box[0].stop - box[0].start for box in ndimage.find_objects(ndimage.label(mask, np.ones((3, 3)))[0])]
     gap = max(heights) // 10
     apart, _ = ndimage.label(ndimage.binary_dilation(mask, np.ones((3, 3)), iterations=gap) if gap else mask)
@@ -341,7 +342,7 @@ def shows_several(mask: NDArray[np.bool_]) -> bool:
 
 
 def placed(digit: NDArray[np.floating]) -> NDArray[np.uint8]:
-    """Scale a digit to 20 x 20 pixels, and place its centre of mass in the middle of 28 x 28."""
+    """Scale a digit to fit 20 x 20 pixels, and place its centre of mass in the middle of 28 x 28."""
     crop = Image.fromarray(digit.astype(np.float32))
     scale = BOX / max(crop.size)
     width, height = (max(1, round(scale * length)) for length in crop.size)

@@ -251,9 +251,9 @@ def animated():
 
 
 REFUSED = {
-    "empty file": (b"", "no PNG or JPEG"),
-    "text": (b"seven\n" * 100, "no PNG or JPEG"),
-    "GIF": (encoded(digit(), "GIF"), "no PNG or JPEG"),
+    "empty file": (b"", "not a PNG or JPEG"),
+    "text": (b"seven\n" * 100, "not a PNG or JPEG"),
+    "GIF": (encoded(digit(), "GIF"), "not a PNG or JPEG"),
     "animated": (animated(), "is animated"),
     "truncated PNG": (PICTURES["grey"][:-40], "damaged or truncated"),
     "truncated JPEG": (JPEGS["JPEG"][:-400], "damaged or truncated"),
@@ -262,7 +262,7 @@ REFUSED = {
     "transparent": (encoded(Image.new("RGBA", SIZE, (10, 20, 30, 0))), "is blank"),
     "nearly white": (encoded(digit("L", 240, 255)), "is blank"),
     "one pixel": (encoded(Image.new("L", (1, 1))), "is blank"),
-    "no pixels": (png_that_declares(0, 5), "no PNG or JPEG|damaged"),
+    "no pixels": (png_that_declares(0, 5), "not a PNG or JPEG|damaged"),
     "bomb": (png_that_declares(60_000, 60_000), "declares more than 50,000,000 pixels"),
     "largest bomb": (png_that_declares(2**31 - 1, 2**31 - 1), "declares more than 50,000,000 pixels"),
     "little bomb": (png_that_declares(10_000, 10_000), "declares more than 50,000,000 pixels"),
@@ -431,7 +431,7 @@ def test_several_digits_are_refused(tmp_path):
         for left in (0, SIZE[0]):
             pair.paste(digit("L"), (left, 10))
         (pair.rotate(90, expand=True) if turned else pair).save(file)
-        with pytest.raises(PictureError, match=rf"^{re.escape(str(file))}: shows several digits\. Cut out one of"):
+        with pytest.raises(PictureError, match=rf"^{re.escape(str(file))}: shows several digits\. Crop it to one of"):
             predict_command(file, network)
 
 
@@ -447,7 +447,7 @@ def test_predict_says_in_one_line_what_is_wrong(tmp_path):
     huge = saved(tmp_path / "huge", huge)
     result = run_model("predict", text, "--checkpoint", network)
     assert (result.returncode, result.stdout) == (2, "")
-    assert re.fullmatch(rf"error: {re.escape(str(text))}: is no PNG or JPEG picture.*\n", result.stderr)
+    assert re.fullmatch(rf"error: {re.escape(str(text))}: is not a PNG or JPEG picture.*\n", result.stderr)
     for checkpoint, message in (
         (small, f"^{re.escape(str(small))}: its network is not for images of 28 x 28 pixels"),
         (huge, f"^{re.escape(str(huge))}: its parameters are too large"),
