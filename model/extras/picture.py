@@ -162,8 +162,8 @@ def full_range(levels: NDArray[Any]) -> NDArray[np.uint8]:
 def opaque(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Colours without alpha, (height, width, 3), from premultiplied ones.
 
-    If everything opaque has the same colour, it is ink on white paper. If it is a sheet of paper, it is cropped, and its
-    missing corners get its median colour. Anything else is composited on white.
+    If everything opaque has the same colour, it is ink on white paper. If it is a sheet of paper, the picture is its
+    bounding box, and missing corners get its median colour. Anything else is composited on white.
     """
     alpha = pixels[..., 3:]
     visible = alpha[..., 0] > 127
@@ -307,7 +307,7 @@ def strokes(ink: NDArray[np.floating], whole: bool) -> NDArray[np.bool_]:
     used as a `whole`.
     """
     levels = np.rint(255 * ink).astype(np.uint8)
-    opened = area_opening(np.pad(levels, 2), int(SPECK * levels.size) + 1)[2:-2, 2:-2]  # padded: it fails on tiny arrays
+    opened = area_opening(np.pad(levels, 2), int(SPECK * levels.size) + 1)[2:-2, 2:-2]  # fails on tiny arrays
     levels = opened if opened.max() > 255 * CONTRAST else levels
     labels, _ = ndimage.label(levels > threshold_otsu(levels), np.ones((3, 3)))
     areas = np.bincount(labels.ravel())
