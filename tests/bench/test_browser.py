@@ -1,4 +1,4 @@
-"""The report in a browser: headless Chromium opens it without a network."""
+"""The report in headless Chromium, without a network."""
 
 import json
 import os
@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium: install it to test the report in a browser"),
 ]
 
-# Runs after the page's own script, sorts the claims by their ratios, and writes down what a reader would see.
+# Runs after the page's own script, sorts the claims by their ratios, and records what a reader would see.
 PROBE = """
 <script>
 const column = (table, n) => [...table.tBodies[0].rows].map(row => row.cells[n].textContent);
@@ -52,11 +52,11 @@ def chromium(page, *options):
 
 
 @pytest.mark.parametrize("width", [390, 1200])
-def test_nothing_sticks_out_and_tables_sort(page, width):
-    """On a phone and on a screen."""
+def test_nothing_overflows_and_tables_sort(page, width):
+    """On a phone and on a desktop."""
     text = chromium(page, f"--window-size={width},900", "--dump-dom")
     seen = json.loads(re.search(r'<pre id="seen">(.*?)</pre>', text, re.DOTALL)[1])
-    assert seen["width"] <= max(width, 500)  # some versions make no window that is narrower
+    assert seen["width"] <= max(width, 500)  # some versions have a minimum window width
     assert seen["content"] <= seen["width"]
     assert len(seen["images"]) > 2
     assert all(natural > 0 and right <= seen["width"] for natural, right in seen["images"])

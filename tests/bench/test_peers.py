@@ -1,4 +1,4 @@
-"""The other packages do the same steps as ours, and what is measured of them is what the studies say."""
+"""Other packages take the same steps as ours, and the studies measure what they say."""
 
 import itertools
 import time
@@ -29,19 +29,19 @@ PEERS_TO_TEST = [
 
 
 def noisy_patterns(pixels, train=2700, test=300):
-    """Images of ten patterns that can be told apart, three quarters of their pixels zero."""
+    """Images of ten distinguishable patterns, with three quarters of the pixels zero."""
     rng = np.random.default_rng(0)
     patterns = rng.integers(0, 256, (10, pixels)) * (rng.random((10, pixels)) < 0.25)
     labels = rng.integers(0, 10, train + test).astype(np.uint8)
     images = (patterns[labels] * rng.uniform(0.5, 1.0, (train + test, pixels))).astype(np.uint8)
     for array in (images, labels):
-        array.setflags(write=False)  # as those of the real data are
+        array.setflags(write=False)  # like the real data
     return Dataset("patterns", images[:train], labels[:train], images[train:], labels[train:])
 
 
 @pytest.fixture(scope="module")
 def task():
-    """Some steps of a small network, over more images than a part of any peer's takes."""
+    """Steps of a small network over more images than one part of any peer."""
     dataset = noisy_patterns(25)
     with thread_pool(2) as run:
         yield Task(MLP((25, 6, 10)), dataset.train_images, dataset.train_labels, 0.3, 2, run)
@@ -55,7 +55,7 @@ def available(name, task):
 
 
 @pytest.mark.parametrize(("name", "form"), PEERS_TO_TEST)
-def test_three_steps_lead_where_ours_lead(name, form, task):
+def test_three_steps_match_ours(name, form, task):
     start = [parameter.copy() for parameter in task.mlp.parameters]
     expected = expected_parameters(task)
     try:
@@ -65,12 +65,12 @@ def test_three_steps_lead_where_ours_lead(name, form, task):
     assert (how.compile_seconds is not None) == (name in ("torch.compile", "JAX"))
     assert all(parameter.dtype == np.float32 for parameter in peer.parameters())
     for before, now in zip(start, task.mlp.parameters):
-        np.testing.assert_array_equal(before, now)  # the start of the next competitor
+        np.testing.assert_array_equal(before, now)  # the next competitor starts here
     np.testing.assert_allclose(peer.step(), fourth_loss(task), rtol=1e-5)
 
 
 @pytest.mark.parametrize("missing", [0, 31_234, 59_999])
-def test_a_missing_image_is_noticed(missing):
+def test_a_missing_image_is_detected(missing):
     """Even one of 60,000."""
     dataset = noisy_patterns(25, train=60_000)
     with thread_pool(2) as run:
@@ -113,7 +113,7 @@ def test_bfloat16_is_less_exact_but_within_its_tolerance(task, monkeypatch):
     assert how.error > tolerance(len(task.images))
 
 
-def test_the_fastest_form_is_the_peer(task, monkeypatch):
+def test_the_fastest_form_is_chosen(task, monkeypatch):
     class Slow(PyTorch):
         def step(self):
             time.sleep(0.02)
@@ -134,7 +134,7 @@ def test_the_fastest_form_is_the_peer(task, monkeypatch):
 
 @pytest.mark.parametrize("size", [1, 8, 200])
 @pytest.mark.parametrize("name", mini_batches.NAMES)
-def test_steps_over_rows_lead_where_ours_lead(name, size, task):
+def test_steps_over_rows_match_ours(name, size, task):
     rows = mini_batches.batches(len(task.images), size)
     first = [next(rows) for _ in range(3)]
     available(name, task)
@@ -153,7 +153,7 @@ def fourth_loss(task):
     return [ours.step() for _ in range(4)][-1]
 
 
-def test_a_slightly_wrong_step_is_noticed(task):
+def test_a_slightly_wrong_step_is_detected(task):
     expected = expected_parameters(task._replace(learning_rate=1.001 * task.learning_rate))
     with pytest.raises(AssertionError, match="numpy"):
         verified("numpy", task, expected)
@@ -184,7 +184,7 @@ def without_frameworks(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("without_frameworks")
-def test_head_to_head_says_who_is_missing(tmp_path):
+def test_head_to_head_reports_missing_packages(tmp_path):
     result = head_to_head.measure(noisy_patterns(784, train=600), quick=True)
     assert {"PyTorch", "PyTorch by hand", "torch.compile", "JAX", "PyTorch CSR", "MKL CSR"} <= set(result.skipped)
     assert result.skipped["JAX"] == "jax is not installed: make bench-peers installs it"
@@ -198,7 +198,7 @@ def test_head_to_head_says_who_is_missing(tmp_path):
 
 
 class Clock:
-    """A time that passes only in `sleep`."""
+    """A clock that advances only in `sleep`."""
 
     def __init__(self):
         self.now = 0.0
@@ -239,7 +239,7 @@ def test_the_first_of_several_steps_in_a_turn_is_not_counted(monkeypatch):
     np.testing.assert_allclose(timed["a"], [3, 3])
 
 
-def test_ratios_are_not_disturbed_by_a_drifting_machine():
+def test_machine_drift_cancels_in_ratios():
     rng = np.random.default_rng(1)
     drift = rng.uniform(1, 4, 40)
     noise = rng.normal(1, 0.01, (3, 40))
@@ -248,7 +248,7 @@ def test_ratios_are_not_disturbed_by_a_drifting_machine():
     half = comparison.ratio("half", "base")
     low, high = half.interval
     assert low <= 0.5 <= high
-    assert high - low < 0.05  # the base alone, from 1 to 4, would leave ten times that
+    assert high - low < 0.05  # the drift from 1 to 4 would make it ten times as wide
     verdicts = [comparison.ratio(*pair).verdict for pair in (("half", "base"), ("same", "base"), ("base", "half"))]
     assert verdicts == ["faster", "equal", "slower"]
     assert half.ratio == pytest.approx(comparison.median("half") / half.base_seconds)
@@ -267,12 +267,12 @@ class Hungry(Competitor):
         return []
 
 
-@pytest.mark.skipif(not memory.PROCESS.exists(), reason="only Linux tells")
+@pytest.mark.skipif(not memory.PROCESS.exists(), reason="only Linux reports peak memory")
 def test_peak_memory():
     assert memory.in_fresh_process(memory.peak_bytes, Hungry, MALLOC_ARENA_MAX="1") == pytest.approx(60e6, rel=0.05)
 
 
-def test_peak_memory_where_the_system_does_not_tell(monkeypatch, tmp_path):
+def test_peak_memory_on_an_unsupported_system(monkeypatch, tmp_path):
     monkeypatch.setattr(memory, "PROCESS", tmp_path / "missing")
     with pytest.raises(UnavailableError, match="cannot measure the peak memory"):
         memory.peak_bytes(Hungry)
@@ -294,7 +294,7 @@ def test_held_out_images_are_not_trained_on():
 
 
 class Scripted(Learner):
-    """Its accuracy is the next of a list, whatever it learns; each step and evaluation takes a second."""
+    """Its accuracies come from a list; each step and each evaluation takes one second."""
 
     def __init__(self, clock, accuracies):
         self.clock, self.accuracies, self.seen = clock, iter(accuracies), []

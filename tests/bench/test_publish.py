@@ -32,7 +32,7 @@ def run_of(**seconds):
     return Run({"epochs": Section(CONDITIONS, result)})
 
 
-def test_records_come_back_as_they_were(tmp_path):
+def test_records_survive_a_round_trip(tmp_path):
     run = run_of(numpy=[1.0, 2.0], numba=[0.5, 0.25])
     save(tmp_path, machine(), run)
     assert read_folder(tmp_path).runs == [run]
@@ -51,7 +51,7 @@ def test_records_come_back_as_they_were(tmp_path):
         '{"kind": "run", "sec',
     ],
 )
-def test_a_damaged_file_is_one_line_before_any_work(tmp_path, text):
+def test_a_damaged_file_is_reported_before_any_work(tmp_path, text):
     (tmp_path / "run.json").write_text(text)
     with pytest.raises(RecordError, match=r"run.json is not a valid run"):
         existing_run(tmp_path)
@@ -89,7 +89,7 @@ def test_a_verdict_needs_all_runs(tmp_path, numba, verdict):
 
 
 def test_the_peak_bounds_a_ratio(tmp_path):
-    """10 GFLOP/s: a product of 2 · 1024³ operations takes 0.21 s at least; without a peak, nothing is said."""
+    """10 GFLOP/s: a product of 2 · 1024³ operations takes 0.21 s at least. Without a peak, there is no bound."""
     slow = dataclasses.replace(machine(), peak_gflop_per_second=10.0)
     claim = claims.BY_KEY["product-1024-1"]
     assert claim.at_peak(Folder(tmp_path, slow, [])) == pytest.approx(2 * 1024**3 / 1e10)
@@ -98,8 +98,8 @@ def test_the_peak_bounds_a_ratio(tmp_path):
     assert claims.BY_KEY["sparse-numpy"].at_peak(Folder(tmp_path, slow, [])) is None
 
 
-def test_the_step_of_sparse_is_bound_by_its_non_zeros(tmp_path):
-    """A fifth of 60,000 images' pixels are not zero."""
+def test_the_bound_of_sparse_counts_non_zeros_only(tmp_path):
+    """A fifth of the pixels of 60,000 images are non-zero."""
     dense = 60_000 * claims.FLOP_OF_IMAGE
     placed = [
         roofline.Placed(name, which, dense // share, 1.0, Rounds([1.0]))
@@ -118,15 +118,15 @@ def test_every_figure_has_a_caption():
     assert set(CAPTIONS) == {"claims", *drawn}
 
 
-def test_what_mkl_says_of_itself(monkeypatch):
-    said = "MKL_VERBOSE oneMKL 2024.0 for AVX2, Lnx\nMKL_VERBOSE SGEMM(N,N,64)\n"
-    monkeypatch.setattr(pytorch.subprocess, "run", lambda *command, **options: SimpleNamespace(stdout=said))
+def test_mkl_reports_its_code_path(monkeypatch):
+    printed = "MKL_VERBOSE oneMKL 2024.0 for AVX2, Lnx\nMKL_VERBOSE SGEMM(N,N,64)\n"
+    monkeypatch.setattr(pytorch.subprocess, "run", lambda *command, **options: SimpleNamespace(stdout=printed))
     assert pytorch.mkl_code_path.__wrapped__() == "oneMKL 2024.0 for AVX2, Lnx"
-    said = ""  # without PyTorch
+    printed = ""  # without PyTorch
     assert pytorch.mkl_code_path.__wrapped__() is None
 
 
-def test_caches_are_those_of_the_system(tmp_path):
+def test_caches_are_read_from_the_system(tmp_path):
     for index, (level, kind, size, cpus) in enumerate(
         [(1, "Data", "48K", "0"), (1, "Instruction", "32K", "0"), (3, "Unified", "32M", "0-3,8")]
     ):
@@ -138,7 +138,7 @@ def test_caches_are_those_of_the_system(tmp_path):
 
 
 class Parser(HTMLParser):
-    """Tags and addresses of a page."""
+    """Collects the tags and addresses of a page."""
 
     def __init__(self):
         super().__init__()
@@ -172,7 +172,7 @@ def test_names_of_any_length_and_script_are_drawn(tmp_path):
     assert {file.name for file in tmp_path.glob("*.png")} == {"epochs.png"}
 
 
-def test_a_figure_that_fails_is_a_line(tmp_path, monkeypatch):
+def test_a_failing_figure_is_one_line(tmp_path, monkeypatch):
     def fail(*arguments):
         raise ValueError("no ink")
 
@@ -183,7 +183,7 @@ def test_a_figure_that_fails_is_a_line(tmp_path, monkeypatch):
     assert report.exists()
 
 
-def test_every_published_folder_holds_whole_runs():
+def test_published_runs_have_clean_commits():
     assert len(folders(PUBLISHED_RESULTS)) >= 2
     for folder in folders(PUBLISHED_RESULTS):
         assert folder.machine.name
@@ -192,7 +192,7 @@ def test_every_published_folder_holds_whole_runs():
 
 
 def bench_command(folder, *arguments):
-    """The benchmarks of NumPy, on few images."""
+    """The command for the benchmarks of NumPy on a few images."""
     options = ["--benchmark-only", "--quick", "--dataset", "digits28", "--backend", "numpy", "--output", folder]
     return [sys.executable, *map(str, ("-m", "pytest", "bench/", *options, "-p", "no:cacheprovider", *arguments))]
 
@@ -204,7 +204,7 @@ def bench(folder, *arguments, limit=None, **variables):
 
 @pytest.mark.slow
 def test_a_partial_run_never_replaces_a_complete_one(tmp_path):
-    """In a notebook's environment, with a matplotlibrc of the user's own."""
+    """With a notebook's MPLBACKEND, and the user's own matplotlibrc."""
     (tmp_path / "matplotlibrc").write_text("text.usetex: True\nsavefig.dpi: 30\n")
     save(tmp_path, machine(), run_of(numpy=[1.0]))
     before = (tmp_path / "run.json").read_bytes()
@@ -217,7 +217,7 @@ def test_a_partial_run_never_replaces_a_complete_one(tmp_path):
 
 
 @pytest.mark.parametrize("option", [("-p", "no:benchmark"), ()])
-def test_what_cannot_work_is_a_usage_error(tmp_path, option):
+def test_unusable_options_are_usage_errors(tmp_path, option):
     file = tmp_path / "file"
     file.touch()
     result = bench(file, *option)
@@ -228,7 +228,7 @@ def test_what_cannot_work_is_a_usage_error(tmp_path, option):
 
 @pytest.fixture
 def complete(tmp_path):
-    """A folder with a complete run, and a quick one; yields it, and finds both unchanged."""
+    """Yields a folder with a complete run and a quick one; asserts afterwards that both are unchanged."""
     for folder in (tmp_path, tmp_path / "quick"):
         folder.mkdir(exist_ok=True)
         save(folder, machine(), run_of(numpy=[1.0]))
@@ -257,7 +257,7 @@ def test_ctrl_c_leaves_the_complete_runs(complete):
 @pytest.mark.slow
 @needs_posix
 def test_a_full_disk_costs_no_table_and_no_complete_run(complete):
-    """Where no file may have more than 300 bytes."""
+    """No file may be larger than 300 bytes."""
 
     def limit():
         import resource
@@ -272,8 +272,8 @@ def test_a_full_disk_costs_no_table_and_no_complete_run(complete):
 
 
 @pytest.mark.parametrize("function", ["os.fsync", "pathlib.Path.replace"])
-def test_a_full_disk_leaves_the_whole_run(tmp_path, monkeypatch, function):
-    """Halfway, when the file has been written but not synced or renamed."""
+def test_a_full_disk_leaves_the_old_run_intact(tmp_path, monkeypatch, function):
+    """The new file has been written, but not yet synced or renamed."""
     save(tmp_path, machine(), run_of(numpy=[1.0]))
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
 
@@ -287,8 +287,8 @@ def test_a_full_disk_leaves_the_whole_run(tmp_path, monkeypatch, function):
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
-def test_a_folder_that_cannot_be_used_is_one_line(tmp_path, monkeypatch):
-    """A file, a folder in a file, a loop of links, and a read-only file system, which root can write on otherwise."""
+def test_an_unusable_folder_is_one_line(tmp_path, monkeypatch):
+    """A file, a folder in a file, a symlink loop, and a read-only file system, simulated because root may run this."""
     (tmp_path / "file").touch()
     for name in ("file", "file/folder", *(["loop"] if os.name == "posix" else [])):
         if name == "loop":

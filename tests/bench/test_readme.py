@@ -1,4 +1,4 @@
-"""What the README says works and is what was measured."""
+"""The READMEs' examples, numbers, claims and links."""
 
 import re
 
@@ -20,7 +20,7 @@ def test_python_example(monkeypatch, digits28, capsys):
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_tables_and_numbers_are_those_of_the_published_results(document):
+def test_tables_and_numbers_match_the_published_results(document):
     text = (ROOT / document).read_text()
     assert refresh(text, PUBLISHED_RESULTS) == text
 
@@ -32,13 +32,13 @@ def test_every_table_is_used_and_every_marker_known():
     assert markers <= {*TABLES, *NUMBERS}
 
 
-def test_speed_is_claimed_by_the_claim_table_alone():
+def test_only_generated_text_claims_speed():
     """Text between markers is generated, including the quantifier."""
     text = re.sub(r"<!-- ([\w-]+) -->.*?<!-- /\1 -->", "", README.read_text(), flags=re.DOTALL)
     assert CLAIMED.findall(text) == []
 
 
-def test_numbers_within_a_sentence_are_renewed():
+def test_numbers_within_a_sentence_are_updated():
     text = "takes <!-- command-ratio -->7<!-- /command-ratio --> × the time"
     number = NUMBERS["command-ratio"](PUBLISHED_RESULTS)
     assert refresh(text, PUBLISHED_RESULTS) == text.replace(">7<", f">{number}<")
@@ -46,13 +46,13 @@ def test_numbers_within_a_sentence_are_renewed():
         refresh("<!-- no-such-number -->7<!-- /no-such-number -->", PUBLISHED_RESULTS)
 
 
-def test_every_claim_can_be_said():
+def test_every_claim_has_a_quantifier():
     for claim in CLAIMS:
         assert NUMBERS[f"where-{claim.key}"](PUBLISHED_RESULTS).startswith(("on ", "not on "))
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_links_lead_somewhere(document):
+def test_links_resolve(document):
     text = (ROOT / document).read_text()
     for link in re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", text):
         assert (ROOT / document).parent.joinpath(link).exists(), link

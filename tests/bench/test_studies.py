@@ -1,4 +1,4 @@
-"""The studies: what they count, scale up and draw is right, whatever the clock says."""
+"""The studies count, scale up and draw correctly, regardless of the timings."""
 
 import math
 from contextlib import nullcontext
@@ -33,7 +33,7 @@ def test_shifted_copies_keep_their_labels_and_non_zeros(digits28):
     assert moved == {(rows, columns) for rows in range(3) for columns in range(3)}
 
 
-def test_operations_are_those_of_the_epoch_benchmark():
+def test_flop_match_the_epoch_benchmark():
     result = scaling.Result({}, 60_000, 784, 2, [1, 2], {1: 1.0})
     assert scaling.flop(result, "batch size", 1) == 60_000 * FLOP_OF_PRODUCTS
     assert scaling.flop(result, "images", 120_000) == 120_000 * FLOP_OF_PRODUCTS
@@ -41,7 +41,7 @@ def test_operations_are_those_of_the_epoch_benchmark():
 
 
 @pytest.mark.parametrize("size", [7, 50])
-def test_mini_batches_train_as_the_trainer_does(digits28, size):
+def test_timed_mini_batches_match_the_trainer(digits28, size):
     few, mlp, timed = limited(digits28, 50), MLP(), MLP()
     train(mlp, get_backend("numpy"), few, epochs=1, batch_size=size, learning_rate=scaling.LEARNING_RATE)
     with thread_pool(1) as run:
@@ -62,7 +62,7 @@ def test_batches_of_the_scaling_study_change():
 
 
 def test_a_part_of_an_epoch_is_scaled_up(monkeypatch):
-    """A step that takes a second, twice in a row, on a quarter of the images: four seconds for all."""
+    """Two steps of one second, each over a quarter of the images: four seconds per epoch."""
     now = [0.0]
     monkeypatch.setattr("bench.measure.interleave.time.perf_counter", lambda: now[0])
 
@@ -74,7 +74,7 @@ def test_a_part_of_an_epoch_is_scaled_up(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["numpy", "sparse"])
-def test_operations_and_bytes_of_the_big_products(digits28, name):
+def test_flop_and_bytes_of_the_big_products(digits28, name):
     backend = get_backend(name)
     images = digits28.train_images[: backend.chunk + 100]  # a whole chunk and a smaller one
     big = roofline.products(backend, images)
@@ -86,11 +86,11 @@ def test_operations_and_bytes_of_the_big_products(digits28, name):
         if name == "numpy":
             assert pixels == pytest.approx(4 * images.size)
         else:
-            assert multiplied <= pixels <= 2.5 * multiplied  # a byte for each, less than one for its place, and counts
+            assert multiplied <= pixels <= 2.5 * multiplied  # a byte per value, less than one per position, and counts
         big[which].run()
 
 
-def test_readers_read_all():
+def test_readers_read_the_whole_array():
     for level in ("L1", "L2"):
         run, size = roofline.reader(level)
         assert run.args[0].nbytes == pytest.approx(roofline.MEMORY[level], rel=0.1)
@@ -98,7 +98,7 @@ def test_readers_read_all():
         run()
 
 
-def test_every_value_is_added():
+def test_readers_add_every_value():
     values = np.arange(2 * roofline.CHAINS * simd.REGISTER_BYTES // 4, dtype=np.float32)
     lanes = simd.REGISTER_BYTES // 4
     expected = values.reshape(-1, lanes).sum(axis=0) + sum(range(roofline.CHAINS))
@@ -106,7 +106,7 @@ def test_every_value_is_added():
     np.testing.assert_allclose(values[:lanes], expected, rtol=1e-6)  # a sum of 24 or 32 small integers
 
 
-def test_multiply_adds_are_done():
+def test_the_peak_does_its_multiply_adds():
     values = np.full(simd.REGISTER_BYTES // 4, 0.5, np.float32)
     roofline.run_chains(values, 3)
     assert set(values) == {sum(range(roofline.CHAINS)) + 3 * 0.25 * roofline.CHAINS}
@@ -115,7 +115,7 @@ def test_multiply_adds_are_done():
 @pytest.mark.parametrize("transposes", products.TRANSPOSES)
 @pytest.mark.parametrize("shape", [(2, 30, 7), (5, 64, 33)])
 def test_products_in_all_transposes(shape, transposes):
-    """Every library there is, verified; the operands lie in memory as their names say."""
+    """Every available library is verified; operands have the memory layout that their names say."""
     m, k, n = shape
     a, b = products.operands(shape, transposes)
     assert (a.shape, b.shape) == ((m, k), (k, n))
@@ -180,7 +180,7 @@ def test_a_process_reports_its_epochs(tmp_path):
     assert min(seconds) > 0
 
 
-def test_images_for_workers_are_those_of_the_data_set(digits28, tmp_path):
+def test_files_for_workers_hold_the_data_set(digits28, tmp_path):
     few = limited(digits28, 40)
     workers.write(few, tmp_path)
     for written, expected in zip(load_idx(tmp_path)[1:], few[1:], strict=True):
@@ -188,8 +188,8 @@ def test_images_for_workers_are_those_of_the_data_set(digits28, tmp_path):
 
 
 @pytest.mark.parametrize(("processes", "threads", "levels"), [(1, 2, 0), (4, 8, 1), (16, 32, 2), (2000, 2048, 4)])
-def test_what_more_workers_would_take(processes, threads, levels):
-    """On two threads a million images take a second, so one thread takes 2 µs for each; a task takes 0.5 ms."""
+def test_estimate_for_more_workers(processes, threads, levels):
+    """On two threads a million images take a second, so one thread takes 2 µs per image; a task takes 0.5 ms."""
     traffic = [workers.Traffic(1, 0, 2, 0.01), workers.Traffic(16, 0, 20, 0.019)]
     result = workers.Result(2, 400_000, 1e9, traffic, [workers.Growth(10**6, 1.0, 0)], [])
     calculated = workers.calculation(result, processes, 3e6)
@@ -200,7 +200,7 @@ def test_what_more_workers_would_take(processes, threads, levels):
 
 
 def test_reproduction(digits28, monkeypatch):
-    """Three epochs in place of 250: every run, and the band around all starts."""
+    """Every run, with three epochs instead of 250, and the band over all random starts."""
     short = {"images": 200, "epochs": 3, "learning_rate": 0.3}
     monkeypatch.setattr(published, "FULL_BATCH", published.Protocol(**short, batch_size=None))
     monkeypatch.setattr(published, "MINI_BATCH", published.Protocol(**short, batch_size=50))
@@ -232,6 +232,6 @@ def test_reproduction(digits28, monkeypatch):
         (11_329, "11,300"),
     ],
 )
-def test_numbers_keep_two_digits_and_no_more_than_three(value, text):
+def test_numbers_have_two_or_three_significant_digits(value, text):
     assert style.short(value) == text
     assert style.in_seconds(value) == f"{text} s"
