@@ -17,7 +17,7 @@ from model.threads import available_cores
 CPU = Path("/sys/devices/system/cpu")
 STAT = Path("/proc/stat")
 
-# LLVM's names of microarchitectures, which it tells by family and model, and their common names.
+# LLVM's names of microarchitectures, which it identifies by family and model, and their common names.
 NAMES = {
     "znver1": "Zen 1",
     "znver2": "Zen 2",

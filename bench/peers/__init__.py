@@ -57,8 +57,8 @@ PEERS: dict[str, dict[str, Callable[[Task], Competitor]]] = {
     "C CSR": {"in our shards": _in_our_shards(CCSR)},
     "PyTorch bfloat16": {"autocast": PyTorchBFloat16},
 }
-"""Every form of each peer that was worth trying. The fastest one on this machine is what the peer is timed with. The
-first one also trains on mini-batches."""
+"""Every form of each peer that was worth trying. The fastest one on this machine represents the peer. The first one
+also trains on mini-batches."""
 
 
 COMPETITORS = {

@@ -64,7 +64,7 @@ CAPTIONS = {
         "Hollow marks were measured on part of an epoch and scaled up.",
     ),
     "break_even": (
-        "Seconds since process start against epochs. A line starts to pay off where it crosses NumPy's.",
+        "Seconds since process start against epochs. Where a line crosses NumPy's, its start-up cost is paid back.",
         "The slope is the median epoch. The start depends on the state of the disk and the interpreter.",
     ),
     "reproduction": (

@@ -31,7 +31,7 @@ LEARNING_RATE = 0.3
 HIDDEN = 128
 
 IMAGES = (1_000, 4_000, 15_000, 60_000, 180_000)
-PEERS = ("PyTorch", "PyTorch by hand", "JAX")  # torch.compile would compile for a minute, anew for each shape
+PEERS = ("PyTorch", "PyTorch by hand", "JAX")  # torch.compile would take a minute to compile, again for each shape
 BATCH_SIZES = (1, 8, 64, 512, 4_096)
 HIDDEN_UNITS = (16, 64, 128, 512, 2_048)
 
