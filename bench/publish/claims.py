@@ -8,7 +8,7 @@ import numpy as np
 
 from bench.measure.records import Comparison, Ratio, Run
 from bench.publish.folder import Folder
-from bench.publish.style import short
+from bench.publish.style import in_seconds, short
 from model.extras.figure import BOUND_COLOUR, OTHER_COLOURS, figure_file, print_small, title
 
 OPENBLAS, BIG = "OpenBLAS", "big products, OpenBLAS"
@@ -249,7 +249,7 @@ def cell_text(evidence: Cell | None, what_base: str) -> str:
     name = f" ({evidence.bases})" if what_base == FASTEST else ""
     runs = "" if len(evidence.ratios) > 1 else ", 1 run"
     mark = {"faster": "✓", "slower": "✗", "undecided": "≈"}[evidence.verdict]
-    return f"{mark} {span} × {short(evidence.base_seconds)} s{name}{runs}"
+    return f"{mark} {span} × {in_seconds(evidence.base_seconds)}{name}{runs}"
 
 
 def two_digits(ratio: float) -> str:

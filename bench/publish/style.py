@@ -112,7 +112,9 @@ def ordered(names: Any) -> list[str]:
 
 
 def in_seconds(seconds: float) -> str:
-    return f"{short(seconds)} s"
+    """A duration in seconds, milliseconds or microseconds, whichever gives a number of at least 1."""
+    unit, scale = next((unit, scale) for unit, scale in (("s", 1), ("ms", 1e3), ("µs", 1e6)) if seconds * scale >= 1)
+    return f"{short(seconds * scale)} {unit}"
 
 
 def small_print(conditions: Conditions, machine: Machine) -> str:

@@ -234,4 +234,10 @@ def test_reproduction(digits28, monkeypatch):
 )
 def test_numbers_have_two_or_three_significant_digits(value, text):
     assert style.short(value) == text
-    assert style.in_seconds(value) == f"{text} s"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(1350, "1,350 s"), (1, "1.0 s"), (0.0718, "72 ms"), (0.0056, "5.6 ms"), (0.00084, "840 µs")]
+)
+def test_durations_are_numbers_of_at_least_one(seconds, text):
+    assert style.in_seconds(seconds) == text
