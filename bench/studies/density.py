@@ -112,9 +112,10 @@ def draw(result: Result, small_print: str, file: Path) -> None:
                 axes.annotate(
                     f"{crossing:.0f} %",
                     (crossing, 1e6 * seconds),
-                    xytext=(2, -7),
+                    xytext=(-6, 7) if place == "bottom" else (4, -7),
                     textcoords="offset points",
-                    va="top",
+                    ha="right" if place == "bottom" else "left",
+                    va=place,
                 )
         place_of_images = (result.dataset_percent, 1e6 * result.dataset_rounds.median)
         axes.plot(*place_of_images, "D", color=colour("sparse"), markersize=7)

@@ -276,6 +276,7 @@ def _title(result: Result) -> str:
         both = [product for product in result.products if product.backend == name]
         seconds, flop = sum(product.rounds.median for product in both), sum(product.flop for product in both)
         share = 100 * flop / seconds / 1e9 / result.peak_gflop_per_second
-        words.append(f"{name} {share:.0f} %" + (" on non-zeros" if flop < 2 * result.dense_flop else ""))
+        on_non_zeros = " on non-zeros" if flop < 2 * result.dense_flop else ""
+        words.append(f"{name} {share:.0f}\N{NO-BREAK SPACE}%{on_non_zeros}")
     peak = f"{result.peak_gflop_per_second:.0f} GFLOP/s"
     return f"Both products on one thread, relative to the peak of {peak}: {', '.join(words)}"
