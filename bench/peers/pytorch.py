@@ -4,6 +4,7 @@ import functools
 import os
 import subprocess
 import sys
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -16,7 +17,28 @@ from scipy.sparse import csr_array
 from bench.peers.task import Competitor, Learner, Task, UnavailableError, package
 
 
-class PyTorch(Learner):
+class _OnTensors(Learner):
+    """Steps over all images, kept as a tensor of floats, over rows of it, or over other images."""
+
+    torch: ModuleType
+    all: tuple[Any, Any]
+    """Images and labels."""
+
+    def step(self):
+        return self._descend(*self.all)
+
+    def learn(self, images, labels):
+        return self._descend(*_tensors(self.torch, images, labels))
+
+    def learn_rows(self, rows):
+        rows = self.torch.from_numpy(rows)
+        return self._descend(*(tensor[rows] for tensor in self.all))
+
+    @abstractmethod
+    def _descend(self, images: Any, labels: Any) -> float: ...
+
+
+class PyTorch(_OnTensors):
     """Eager PyTorch with its own layers, loss and optimizer, over all images at once.
 
     Accumulating gradients over parts of 1,024 or 4,096 images was not faster.
@@ -34,16 +56,6 @@ class PyTorch(Learner):
         self.optimizer = torch.optim.SGD(self.network.parameters(), lr=task.learning_rate)
         self.loss = _torch_loss
         self.all = _tensors(torch, task.images, task.labels)
-
-    def step(self):
-        return self._descend(*self.all)
-
-    def learn(self, images, labels):
-        return self._descend(*_tensors(self.torch, images, labels))
-
-    def learn_rows(self, rows):
-        rows = self.torch.from_numpy(rows)
-        return self._descend(*(tensor[rows] for tensor in self.all))
 
     def accuracy(self):
         images, labels = self.all
@@ -120,7 +132,7 @@ def _bfloat16_loss(torch: ModuleType, network: Any, images: Any, labels: Any) ->
         return _torch_loss(torch, network, images, labels)
 
 
-class PyTorchByHand(Learner):
+class PyTorchByHand(_OnTensors):
     """A hand-written step on PyTorch's kernels: no autograd, no optimizer, and updates fused into the products.
 
     Parts of 2,048 images were not faster.
@@ -134,16 +146,6 @@ class PyTorchByHand(Learner):
         self.torch, self.tensors = _start(task)
         self.learning_rate = task.learning_rate
         self.all = _tensors(self.torch, task.images, task.labels)
-
-    def step(self):
-        return self._descend(*self.all)
-
-    def learn(self, images, labels):
-        return self._descend(*_tensors(self.torch, images, labels))
-
-    def learn_rows(self, rows):
-        rows = self.torch.from_numpy(rows)
-        return self._descend(*(tensor[rows] for tensor in self.all))
 
     def accuracy(self):
         images, labels = self.all
