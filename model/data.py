@@ -364,7 +364,7 @@ def _find(directory: Path, file: File, suffixes: tuple[str, ...]) -> Path | None
     """The path of the file under any of its usual names; None if there is none."""
     _check_folder(directory)
     stems = file.name, file.name.replace("-idx", ".idx")
-    paths = [directory / (stem + suffix) for stem in stems for suffix in suffixes]
+    paths = [directory / (stem + suffix) for suffix in suffixes for stem in stems]
     return next((path for path in paths if os.path.isfile(path)), None)  # Path.is_file may raise OSError
 
 
@@ -392,18 +392,16 @@ def _check_head(path: Path, head: bytes, advice: str, packed: bool = False) -> N
 
 def _map(directory: Path, file: File) -> tuple[Path, Bytes]:
     """Find a file; return its path and a memory map of its content after the header."""
-    path = _find(directory, file, ("",))
+    path = _find(directory, file, ("", ".gz"))
     if path is None:
-        if compressed := _find(directory, file, (".gz",)):
-            raise DataError(
-                f"{compressed}: a compressed file cannot be mapped into memory. Decompress it: gunzip {compressed}"
-            )
         raise DataError(f"{directory}: {file.name} is missing or inaccessible. Put it there")
-    ndim = len(file.shape)
+    ndim, packed = len(file.shape), path.suffix == ".gz"
     try:
         with path.open("rb") as stream:
             header = stream.read(HEAD_BYTES)
-        _check_head(path, header, IDX_ADVICE)
+        _check_head(path, header, IDX_ADVICE, packed)
+        if packed:
+            raise DataError(f"{path}: a compressed file cannot be mapped into memory. Decompress it: gunzip {path}")
         header = header[: 4 + 4 * ndim]
         shape = _idx_shape(header, path.stat().st_size, ndim, str(path), IDX_ADVICE)
         return path, map_bytes(path, len(header), shape)

@@ -568,10 +568,12 @@ def test_idx_files_may_have_any_classes_and_size(tmp_path, largest, shape):
         (TEST_LABELS, PLAIN[TEST_LABELS][:6], "truncated inside its header of 8 bytes"),
         (TEST_LABELS, idx(np.array([], np.uint8)), "no data"),
         (TEST_LABELS, idx(np.array([1, 2], np.uint8)), "2 labels for 3 images"),
+        (f"{TEST_LABELS}.gz", b"<html>", "a web page"),
+        (f"{TEST_LABELS}.gz", b"version https://git-lfs", "a Git LFS pointer"),
     ],
 )
 def test_broken_idx_file_gives_its_name_and_the_problem(tmp_path, name, content, problem):
-    write(tmp_path, {other: payload for other, payload in PLAIN.items() if other != name})
+    write(tmp_path, {other: payload for other, payload in PLAIN.items() if other != name.removesuffix(".gz")})
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError) as error:
