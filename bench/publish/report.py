@@ -142,7 +142,7 @@ def _claims(folder: Folder) -> TableOf:
                     " to ".join(span),
                     evidence.verdict,
                     f"{evidence.base_seconds:.4g}",
-                    f"{interval[0]:.2f} to {interval[1]:.2f}" if interval else "",
+                    " to ".join(map(two_digits, interval)) if interval else "",
                 ]
             )
     columns = ["competitor / base: task", "time ratio, all runs", "verdict", "base (s)", "95 % interval, 1st run"]
