@@ -3,9 +3,9 @@
 import importlib
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,6 +72,24 @@ class Learner(Competitor):
     @abstractmethod
     def accuracy(self) -> float:
         """Share of its images that are classified correctly."""
+
+
+def shuffled_batches(count: int, size: int, seed: int = 0) -> Iterator[NDArray[np.integer]]:
+    """Row indices of one batch after another, in random order; `count` images are reshuffled after every pass.
+
+    The last batch of a pass may be smaller. Batches keep changing, as in training: repeated ones would stay in the
+    caches.
+    """
+    rng = np.random.default_rng(seed)
+    while True:
+        order = rng.permutation(count)
+        yield from (order[start : start + size] for start in range(0, count, size))
+
+
+def take_steps(step: Callable[[NDArray], Any], batches: Iterator[NDArray[np.integer]], count: int) -> None:
+    """Take `count` steps, over the next batches."""
+    for _ in range(count):
+        step(next(batches))
 
 
 def package(name: str, how: str = "make bench-peers installs it") -> ModuleType:

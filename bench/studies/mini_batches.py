@@ -21,7 +21,7 @@ from bench.measure.interleave import interleave
 from bench.measure.processes import in_fresh_process
 from bench.measure.records import Comparison
 from bench.peers import REST, VERIFIED_STEPS, competitor, expected_parameters, verified
-from bench.peers.task import Learner, Task, UnavailableError
+from bench.peers.task import Learner, Task, UnavailableError, shuffled_batches, take_steps
 from bench.publish.style import end_labels, plain_ticks
 from model.data import Dataset
 from model.extras.figure import colour, figure_file, print_small, title
@@ -82,7 +82,8 @@ def _on_threads(dataset: Dataset, threads: int, quick: bool) -> tuple[dict[int, 
                         raise UnavailableError("JAX counts threads by CPU affinity, which is unsupported here")
                     learner, _ = verified(name, task, expected, batches=first)
                     assert isinstance(learner, Learner)
-                    turns[name] = partial(turn, learner, batches(len(task.images), size), steps_in_a_turn(size))
+                    following = batches(len(task.images), size)
+                    turns[name] = partial(take_steps, learner.learn_rows, following, steps_in_a_turn(size))
                 except UnavailableError as reason:
                     skipped[name] = str(reason)
             if size == SIZES[-1]:
@@ -96,17 +97,8 @@ def _on_threads(dataset: Dataset, threads: int, quick: bool) -> tuple[dict[int, 
 
 
 def batches(count: int, size: int) -> Iterator[NDArray[np.integer]]:
-    """Row indices of one batch after another, in random order; `count` images are reshuffled after every pass."""
-    rng = np.random.default_rng(0)
-    while True:
-        order = rng.permutation(count)
-        yield from (order[start : start + size] for start in range(0, count - size + 1, size))
-
-
-def turn(learner: Learner, rows: Iterator[NDArray[np.integer]], steps: int) -> None:
-    """Take a number of steps over the next batches."""
-    for _ in range(steps):
-        learner.learn_rows(next(rows))
+    """Batches of exactly `size` images: the smaller one at the end of a pass is left out."""
+    return (rows for rows in shuffled_batches(count, size) if len(rows) == size)
 
 
 def steps_in_a_turn(size: int) -> int:

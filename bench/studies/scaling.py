@@ -1,7 +1,7 @@
 """Study: how an epoch's time grows with images, batch size, hidden units and threads."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,7 +16,7 @@ from rich.progress import track
 from bench.measure.interleave import interleave
 from bench.measure.records import Rounds, rounded
 from bench.peers import REST, best_form, competitor, expected_parameters
-from bench.peers.task import Learner, Task, UnavailableError
+from bench.peers.task import Learner, Task, UnavailableError, shuffled_batches, take_steps
 from bench.publish.style import end_labels, label, plain_ticks, points_up
 from bench.studies.roofline import peak
 from kernels import backend_names, get_backend
@@ -241,24 +241,8 @@ def mini_batches(run: Callable, name: str, mlp: MLP, dataset: Dataset, size: int
 
 
 def take_batches(step: Callable[[NDArray], Any], images: int, size: int, count: int) -> Callable[[], None]:
-    """A function that calls `step` with the row indices of the next `count` batches, in random order.
-
-    Batches keep changing, as in training: repeated ones would stay in the caches.
-    """
-
-    def batches() -> Iterator[NDArray]:
-        rng = np.random.default_rng(0)
-        while True:
-            order = rng.permutation(images)
-            yield from (order[start : start + size] for start in range(0, images, size))
-
-    rows = batches()
-
-    def take() -> None:
-        for _ in range(count):
-            step(next(rows))
-
-    return take
+    """A function that calls `step` with the row indices of the next `count` batches, in random order."""
+    return partial(take_steps, step, shuffled_batches(images, size), count)
 
 
 def part_of(dataset: Dataset, whole: int) -> float:

@@ -8,19 +8,18 @@ number of images, at the time per image that pure Python takes for a few.
 
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from rich.progress import track
 
 from bench.measure.interleave import interleave
 from bench.measure.records import Comparison, Rounds
 from bench.peers import REST, competitor
-from bench.peers.task import Learner, Task, UnavailableError
+from bench.peers.task import Learner, Task, UnavailableError, shuffled_batches
 from bench.publish.style import in_seconds, label
 from model.data import Dataset
 from model.extras.figure import BOUND_COLOUR, colour, figure_file, print_small, title
@@ -136,7 +135,7 @@ def reach(name: str, dataset: Dataset, recipe: Recipe, seed: int, run: Callable)
     assert isinstance(learner, Learner)
     curve: Curve = []
     images = 0
-    for batch in _batches(len(dataset.train_images), recipe.batch_size, np.random.default_rng(seed)):
+    for batch in shuffled_batches(len(dataset.train_images), recipe.batch_size, seed):
         learner.learn(dataset.train_images[batch], dataset.train_labels[batch])
         images += len(batch)
         if images // EVALUATE_EVERY > (images - len(batch)) // EVALUATE_EVERY:
@@ -145,12 +144,6 @@ def reach(name: str, dataset: Dataset, recipe: Recipe, seed: int, run: Callable)
             if accuracy >= TARGET or images >= GIVE_UP_AFTER:
                 break
     return curve
-
-
-def _batches(count: int, batch_size: int, rng: np.random.Generator) -> Iterator[NDArray]:
-    while True:
-        order = rng.permutation(count)
-        yield from (order[first : first + batch_size] for first in range(0, count, batch_size))
 
 
 def held_out(dataset: Dataset) -> Dataset:
