@@ -29,7 +29,7 @@ test-oldest test-newest:
 	.venv-$@/bin/uv pip install --quiet --python .venv-$@ --resolution $(RESOLUTION) --editable '.[test]'
 	.venv-$@/bin/python -m pytest tests/ -m "not slow" $(ARGS)
 
-results: .venv/peers  ## Run all studies, three runs, into bench/results/MACHINE/, to send in (needs MNIST; half an hour)
+results: .venv/peers  ## Run all studies, three runs, into bench/results/MACHINE/, to send in (needs MNIST; an hour)
 	$(BIN)/python -m bench results $(ARGS)
 
 publish: $(READY)  ## Update the READMEs' tables and figures from all of bench/results/

@@ -123,7 +123,7 @@ def results(
         same_day = len(list(folder.glob(f"run-{date}-*.json")))
         write(folder / f"run-{date}-{same_day + 1}.json", dataclasses.replace(measured_run, skipped=skipped))
         write(folder / MACHINE, read(Machine, measured / MACHINE))
-    DEFAULT.mkdir(parents=True, exist_ok=True)
+    make_folder(DEFAULT)
     out.print(f"to publish: run python -m bench.publish.tables, then commit the documents and {folder}")
     show(folder, DEFAULT, failures)
     if failures:

@@ -106,7 +106,7 @@ COPIES = TUNING.copies
 # as a panel in place takes more entries than the dTLB has. On Zen 3, this takes 32 x 1024 times 1024 x 1024 from 1.8 to
 # 1.2 times the time of OpenBLAS.
 PACK_ROWS = 16 * MR
-PAGE = 4096
+PAGE = 4096  # bytes
 
 # With at most this many rows of A, and B larger than a block, the product is bound by reading B. So B is read once,
 # from left to right and KC_FEW rows at a time, as many streams as the hardware prefetcher can track. Tiles have as many
@@ -120,7 +120,7 @@ FEW_BYTES = FEW_VECTORS * REGISTER_BYTES
 KC_FEW = 8
 FEW_BLOCK_BYTES = 32 * 1024
 
-# A single row of A, whatever the size of B, takes tiles of as many vectors as hide the latency of a multiply-add.
+# A single row of A takes wider tiles still, of enough vectors to hide the latency of a multiply-add, for B of any size.
 ONE_VECTORS = 8
 ONE_BYTES = ONE_VECTORS * REGISTER_BYTES
 

@@ -1,4 +1,4 @@
-"""``python -m kernels.ladder.mca CPU ...``: the inner loops on CPUs that are not at hand, as llvm-mca predicts them.
+"""``python -m kernels.ladder.mca CPU ...``: how fast the inner loops run on other CPUs, as llvm-mca predicts.
 
 LLVM compiles the inner loops of the dense and the sparse product for a CPU, and llvm-mca (LLVM's machine code analyzer)
 simulates them on its model of the core, as if all data were in the L1 cache. The percentages compare the multiply-adds
@@ -43,7 +43,7 @@ class Loop(NamedTuple):
 
 
 def loops(triple: str, cpu: str) -> list[Loop]:
-    """Compile both inner loops for a CPU. Has to run in a process that has not imported the kernels yet.
+    """Compile both inner loops for a CPU. Must run in a process that has not imported the kernels yet.
 
     The kernels choose their tiles by the target of Numba, so that must name the CPU before they are imported. Numba
     itself can only compile for this machine: the code for the other one is made from LLVM IR that is not optimized yet.
@@ -84,7 +84,7 @@ def _register_bytes(machine: Any) -> int:
 
 
 def multiply_adds_only(loop: Loop) -> Loop:
-    """A loop of as many multiply-adds on vectors as wide, each on an accumulator of its own where registers suffice."""
+    """A loop of independent multiply-adds on vectors of the same width: enough of them to hide their latency."""
     code = "\n".join(loop.instructions)
     kind = re.search(r"zmm|ymm|xmm|\.4s", code)
     assert kind
