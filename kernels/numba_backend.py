@@ -4,7 +4,7 @@ The product follows Goto and van de Geijn, "Anatomy of High-Performance Matrix M
 BLIS (Van Zee and van de Geijn, 2015). The *micro-kernel* keeps a *tile* of the result, `MR` rows by `TILE_VECTORS`
 vectors, in registers for the whole loop over k. Each step loads one row of the panel, broadcasts one element of A for
 each row of the tile, and multiplies and adds: 24 multiply-adds for 10 loads on Zen with AVX-512. Around it, B is cut
-into blocks that stay in the L2 cache. *Packing* copies a block into contiguous *panels*, each as wide as a tile.
+into blocks that stay in the L2 or L3 cache. *Packing* copies a block into contiguous *panels*, each as wide as a tile.
 
 Goto packs A as well. Here A is read in place: its elements are only ever broadcast, so any strides will do. The hard
 case is the transpose of a row-major A, where each step of k is on a different page and needs its own TLB entry.
@@ -15,11 +15,13 @@ runs along k. So its bits depend only on its row of A and its column of B.
 """
 
 import functools
+import itertools
 import math
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
+from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -27,6 +29,7 @@ from numpy.lib.stride_tricks import as_strided
 
 from kernels.backend import Backend
 from kernels.simd import (
+    CACHE_LINE,
     CPU,
     REGISTER_BYTES,
     REGISTERS,
@@ -35,6 +38,7 @@ from kernels.simd import (
     compile_seconds,
     flat_in,
     integers_in,
+    keep_order,
     kernel,
     matrix_in,
     matrix_out,
@@ -68,12 +72,12 @@ class Tuning(NamedTuple):
 # Keyed by the number of registers and their bytes. Not tuned at run time: good choices differ by less than the noise.
 TUNING = {
     # SSE and AVX2: 12 accumulators, two vectors of B and two elements of A. On Zen 3, copying takes x.T dz from 1.2
-    # times the time of OpenBLAS to 1.0; prefetching instead did nothing there.
-    (16, 16): Tuning(6, 2, 2, chain=6, transposed_depth=256, copies=True),
-    (16, 32): Tuning(6, 2, 2, chain=6, transposed_depth=256, copies=True),
+    # times the time of OpenBLAS to 0.95; prefetching instead did nothing there.
+    (16, 16): Tuning(6, 2, 2, chain=1, transposed_depth=512, copies=True),
+    (16, 32): Tuning(6, 2, 2, chain=1, transposed_depth=512, copies=True),
     # NEON: 24 accumulators. Longer chains make LLVM use post-indexed loads (LD1R), which take a multiply-add unit.
     # Judged by llvm-mca only; never timed on ARM.
-    (32, 16): Tuning(6, 4, 2, chain=2, transposed_depth=256, copies=True),
+    (32, 16): Tuning(6, 4, 2, chain=1, transposed_depth=512, copies=True),
     # AVX-512 on Zen 4 and 5, which read x.T in place at no cost.
     (32, 64): Tuning(6, 4, 1, chain=6, transposed_depth=800),
 }[REGISTERS, REGISTER_BYTES]
@@ -94,13 +98,13 @@ EDGE_BYTES = EDGE_VECTORS * REGISTER_BYTES
 # Rows of the narrower tile: at least as many accumulators as multiply-adds can be in flight.
 EDGE_MR = 12 // EDGE_VECTORS
 
-# Largest block of B: KC rows of NC_BYTES are 400 KB and stay in an L2 cache of 512 KB. Shallower blocks are wider, so
-# that a copy of A serves more panels.
+# Largest block of B: KC rows of NC_BYTES. With AVX-512 it is 400 KB, and stays in an L2 cache of 512 KB. A wider block
+# needs fewer passes over A, and fewer copies of it. On Zen 3 with AVX2, that matters more: at 1024 x 1024 x 1024, x y
+# takes 1.01 times the time of OpenBLAS instead of 1.05, and x.T y 0.96 times instead of 1.02.
 KC = 800
-NC_BYTES = 512
 KC_TRANSPOSED = TUNING.transposed_depth
-NC_BYTES_TRANSPOSED = 2048 if TUNING.copies else NC_BYTES
 COPIES = TUNING.copies
+NC_BYTES = 4096 if COPIES else 512
 
 # B is packed if at least this many rows of A amortize it. More than FEW_ROWS do where each row of B is on another page,
 # as a panel in place takes more entries than the dTLB has. On Zen 3, this takes 32 x 1024 times 1024 x 1024 from 1.8 to
@@ -108,12 +112,13 @@ COPIES = TUNING.copies
 PACK_ROWS = 16 * MR
 PAGE = 4096  # bytes
 
-# With at most this many rows of A, and B larger than a block, the product is bound by reading B. So B is read once,
+# With at most this many rows of A, the product is bound by reading a B that does not fit in L2. So B is read only once,
 # from left to right and KC_FEW rows at a time, as many streams as the hardware prefetcher can track. Tiles have as many
 # accumulators as elsewhere, but are wider and lower. On Zen 3, 8 rows beat 32, and software prefetch of the next panels
 # only hurt. A narrow B, of 128 columns say, is read FEW_BLOCK_BYTES at a time: with only 8 rows, starting a block would
 # take longer than its arithmetic.
 FEW_ROWS = 8
+FEW_LARGE_BYTES = 400 * 1024
 FEW_MR = 3
 FEW_VECTORS = 4
 FEW_BYTES = FEW_VECTORS * REGISTER_BYTES
@@ -195,13 +200,37 @@ def _emit_tile(context, builder, signature, arguments, most, width, ragged=False
     )
     ahead = _next_block(builder, a, i, panels, p) if copy and TUNING.prefetches else None
     a, panel, out = a.part(i), panels.part(p, drop=1), out.part(i, j)
+    if copy:  # prefetch the results of the next tile
+        for r, byte in itertools.product(range(MR), range(0, TILE_BYTES, CACHE_LINE)):
+            vectors.prefetch(builder.gep(out.at(r), [j.type(TILE_BYTES + byte)]), level=1)
     if copy and COPIES:
         copy, copied = copy
         strides = [builder.select(copied, *pair) for pair in zip(reversed(copy.strides), a.strides, strict=True)]
         a = View(builder, builder.select(copied, copy.at(), a.at()), a.shape, strides)
     for count in range(1, most + 1):
         with builder.if_then(builder.icmp_signed("==", rows, j.type(count))):
-            _emit_micro_kernel(builder, vectors, a, panel, start, out, count, masks, ahead)
+            for is_chosen, view in _layouts(builder, a, j.type(REGISTER_BYTES // vectors.lanes), count == MR):
+                with builder.if_then(is_chosen):
+                    _emit_micro_kernel(builder, vectors, view, panel, start, out, count, masks, ahead)
+
+
+def _layouts(builder, a, size, is_full):
+    """Views of A with strides that LLVM knows, each with the condition for it; `size` is the bytes of an element.
+
+    Then the addresses of a full tile need no additions. On Zen 3, those took up to 7 % of the time.
+    """
+    if not is_full:
+        return [(ir.Constant(ir.IntType(1), 1), a)]
+    known = [(a.strides[0], size)]
+    if COPIES:
+        known.append((size, builder.mul(size, size.type(MR))))
+    layouts, is_other = [], ir.Constant(ir.IntType(1), 1)
+    for strides in known:
+        pairs = zip(strides, a.strides, strict=True)
+        is_such = functools.reduce(builder.and_, (builder.icmp_signed("==", *pair) for pair in pairs))
+        layouts.append((is_such, View(builder, a.at(), a.shape, strides)))
+        is_other = builder.and_(is_other, builder.not_(is_such))
+    return [*layouts, (is_other, a)]
 
 
 def _next_block(builder, a, i, panels, p):
@@ -226,10 +255,21 @@ def _emit_micro_kernel(builder, vectors, a, panel, start, out, rows, masks, ahea
     with cgutils.for_range(builder, panel.shape[0]) as loop:
         if ahead:
             vectors.prefetch(ahead.at(loop.index), level=2)
-        b = [vectors.load(panel.at(loop.index), column=c) for c in range(len(masks))]
-        x = [vectors.broadcast(parts[r // TUNING.chain].at(r % TUNING.chain, loop.index)) for r in range(rows)]
-        for r, c in grid:
-            builder.store(vectors.fma(x[r], b[c], builder.load(totals[r, c])), totals[r, c])
+        a_at = [parts[r // TUNING.chain].at(r % TUNING.chain, loop.index) for r in range(rows)]
+        b_at = panel.at(loop.index)
+        if rows < len(masks):  # wide and low: keep A in registers, and load one vector of B at a time
+            x = [vectors.broadcast(pointer) for pointer in a_at]
+            for c in range(len(masks)):
+                keep_order(builder)
+                b = vectors.load(b_at, column=c)
+                for r in range(rows):
+                    builder.store(vectors.fma(x[r], b, builder.load(totals[r, c])), totals[r, c])
+        else:
+            b = [vectors.load(b_at, column=c) for c in range(len(masks))]
+            for r in range(rows):
+                x = vectors.broadcast(a_at[r])
+                for c in range(len(masks)):
+                    builder.store(vectors.fma(x, b[c], builder.load(totals[r, c])), totals[r, c])
     for r, c in grid:
         vectors.store(builder.load(totals[r, c]), out.at(r), masks[c], column=c)
 
@@ -322,17 +362,16 @@ def matmul(a, b, bias, out):
         left, right, result = a, b, out
     rows, k = left.shape
     columns = right.shape[1]
-    is_large = right.size * b.itemsize > KC * NC_BYTES
+    is_large = right.size * b.itemsize > FEW_LARGE_BYTES
     is_few = right.strides[1] == b.itemsize and (
         (rows <= FEW_ROWS and is_large and columns * b.itemsize >= FEW_BYTES)
         or (rows == 1 and columns * b.itemsize >= ONE_BYTES)
     )
     if is_few:
         most, nc = max(KC_FEW, FEW_BLOCK_BYTES // (columns * b.itemsize)), columns
-    elif left.strides[0] == left.itemsize != left.strides[1]:
-        most, nc = KC_TRANSPOSED, NC_BYTES_TRANSPOSED // b.itemsize
     else:
-        most, nc = KC, NC_BYTES // b.itemsize
+        is_transposed = left.strides[0] == left.itemsize != left.strides[1]
+        most, nc = KC_TRANSPOSED if is_transposed else KC, NC_BYTES // b.itemsize
     kc = max(1, -(-k // -(-max(k, 1) // most)))  # blocks of equal size, give or take a row
     for j in range(0, columns, nc):
         for p in range(0, max(k, 1), kc):  # at least once: with k = 0 the result is the bias

@@ -119,6 +119,12 @@ def opaque(builder: ir.IRBuilder, view: View) -> View:
     return View(builder, kept, view.shape, view.strides)
 
 
+def keep_order(builder: ir.IRBuilder) -> None:
+    """Keep LLVM from moving loads across this point, by empty inline assembly: hoisted ones would spill registers."""
+    nothing = ir.InlineAsm(ir.FunctionType(ir.VoidType(), []), "", "", side_effect=True)
+    builder.call(nothing, [])
+
+
 def compress_bytes(builder: ir.IRBuilder, source: ir.Value, mask: ir.Value, target: ir.Value) -> None:
     """Compress 64 bytes: store those whose mask bit is set side by side, followed by zeros up to 64 bytes.
 
