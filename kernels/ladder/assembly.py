@@ -21,6 +21,12 @@ def micro_kernel(a, panels, bias, out):
     numba_backend.tile(a, 0, numba_backend.MR, a, False, panels, 0, bias, out, 0, True)
 
 
+@kernel(row_major_in, panels_in, flat_in, matrix_out)
+def few_rows_kernel(a, panels, bias, out):
+    """One tile of the product with few rows."""
+    numba_backend.few_tile(a, 0, numba_backend.FEW_MR, panels, 0, bias, out, 0, True)
+
+
 def machine_code(name: str) -> str:
     """Assembly of the compiled step called `name`, for float32."""
     others = {"compiled": three_loops, "vectors": micro_kernel, "threads": micro_kernel}

@@ -1,8 +1,8 @@
 """``python -m kernels.ladder.mca CPU ...``: how fast the inner loops run on other CPUs, as llvm-mca predicts.
 
-LLVM compiles the inner loops of the dense and the sparse product for a CPU, and llvm-mca (LLVM's machine code analyzer)
-simulates them on its model of the core, as if all data were in the L1 cache. The percentages compare the multiply-adds
-per cycle with those of a loop that does nothing else.
+LLVM compiles the inner loops of the products for a CPU: the dense one, its form for few rows, and the sparse one. Then
+llvm-mca (LLVM's machine code analyzer) simulates them on its model of the core, as if all data were in the L1 cache.
+The percentages compare the multiply-adds per cycle with those of a loop that does nothing else.
 """
 
 import multiprocessing
@@ -43,7 +43,7 @@ class Loop(NamedTuple):
 
 
 def loops(triple: str, cpu: str) -> list[Loop]:
-    """Compile both inner loops for a CPU. Must run in a process that has not imported the kernels yet.
+    """Compile the inner loops for a CPU. Must run in a process that has not imported the kernels yet.
 
     The kernels choose their tiles by the target of Numba, so that must name the CPU before they are imported. Numba
     itself can only compile for this machine: the code for the other one is made from LLVM IR that is not optimized yet.
@@ -55,11 +55,11 @@ def loops(triple: str, cpu: str) -> list[Loop]:
     features = {64: "+avx,+avx512f", 32: "+avx", 16: ""}[_register_bytes(machine)]
     codegen = type(cpu_target.target_context.codegen())
     with mock.patch.object(codegen, "magic_tuple", return_value=(triple, cpu, features)):
-        from kernels.ladder.assembly import hottest_block, micro_kernel
+        from kernels.ladder.assembly import few_rows_kernel, hottest_block, micro_kernel
         from kernels.sparse_backend import product
 
     compiled = []
-    for name, function in ("dense", micro_kernel), ("sparse", product):
+    for name, function in ("dense", micro_kernel), ("few rows", few_rows_kernel), ("sparse", product):
         ir = re.sub(r"(?m)^target .*$", "", function.ir(np.dtype(np.float32)))
         module = llvm.parse_assembly(f'target triple = "{triple}"\n{ir}')
         module.data_layout = str(machine.target_data)
@@ -134,17 +134,16 @@ def run(
             "llvm-mca is not installed: it is a part of LLVM (on Debian and Ubuntu: apt install llvm)"
         )
     targets = [(triple_of(analyzer, cpu), cpu) for cpu in cpus]
-    table = Table("CPU", "peak, per cycle", "dense", "% of peak", "sparse", "% of peak", box=SIMPLE)
+    table = Table("CPU", "peak, per cycle", "dense", "few rows", "sparse", box=SIMPLE)
     for column in table.columns[1:]:
         column.justify = "right"
     for target, compiled in zip(targets, loops_of(targets)):
         if not compiled[0].multiply_adds:
             raise typer.BadParameter(f"{target[1]} has no fused multiply-add")
         peak = rate(multiply_adds_only(compiled[0]), analyzer, *target)
-        rates = [rate(loop, analyzer, *target) for loop in compiled]
-        table.add_row(target[1], f"{peak:.2f}", *(text for r in rates for text in (f"{r:.2f}", f"{r / peak:.0%}")))
+        table.add_row(target[1], f"{peak:.2f}", *(f"{rate(loop, analyzer, *target) / peak:.0%}" for loop in compiled))
     console = Console()
-    console.print(f"Vector multiply-adds per cycle, float32, predicted by {analyzer}")
+    console.print(f"Vector multiply-adds per cycle, float32, and the products' share of that peak, by {analyzer}")
     console.print(table)
 
 

@@ -99,9 +99,9 @@ def test_accumulators_stay_in_registers_on_other_cpus():
 def test_predictions_for_other_cpus():
     result = run_ladder("neoverse-n1", "haswell", module="kernels.ladder.mca")
     assert result.returncode == 0, result.stderr
-    dense = [int(share) for share in re.findall(r"(?:neoverse-n1|haswell) +\S+ +\S+ +(\d+)%", result.stdout)]
+    dense = [int(share) for share in re.findall(r"(?:neoverse-n1|haswell) +\S+ +(\d+)%", result.stdout)]
     assert len(dense) == 2
-    assert dense[0] >= 95, result.stdout
+    assert min(dense) >= 95, result.stdout
     unknown = run_ladder("no-such-cpu", module="kernels.ladder.mca")
     assert unknown.returncode == 2
     assert re.fullmatch(r"error: .*LLVM knows no CPU called 'no-such-cpu'.*\n", unknown.stderr)
