@@ -16,8 +16,10 @@ from numba.extending import intrinsic
 
 from kernels import get_backend, numba_backend, simd
 from kernels.numba_backend import (
+    DOT_VECTORS,
     EDGE_BYTES,
     FEW_BYTES,
+    FEW_LARGE_BYTES,
     FEW_ROWS,
     KC,
     KC_TRANSPOSED,
@@ -45,8 +47,8 @@ def shapes(dtype):
     yield from itertools.product([0, 1, MR - 1, 2 * MR + 1], [0, 1, 5], columns)
     yield from [(PACK_ROWS + 1, 33, width + 3), (2 * width + 1, 7, 10), (10, KC + 1, 10)]
     yield (2 * MR + 1, KC_TRANSPOSED + 1, 3 * width + edge + 1)  # three panels share a copy of A's columns
-    few = FEW_BYTES // dtype().itemsize
-    yield from [(rows, 2 * KC, few * -(-NC_BYTES // FEW_BYTES) + edge + 1) for rows in (1, FEW_ROWS - 1)]
+    few = FEW_BYTES // dtype().itemsize * -(-FEW_LARGE_BYTES // (2 * KC * FEW_BYTES))
+    yield from [(rows, 2 * KC, few + edge + 1) for rows in (1, FEW_ROWS - 1)]
     yield from [(1, 9, 2 * ONE_BYTES // dtype().itemsize + edge + 1), (FEW_ROWS + 1, 3, PAGE // dtype().itemsize + 1)]
 
 
@@ -167,6 +169,16 @@ def test_products_are_right_around_the_ends_of_blocks(layout, dtype):
         for size in [ONE_BYTES, PAGE]:
             for n in range(size // dtype().itemsize - 1, size // dtype().itemsize + 2):
                 assert_product(m, 5, n, dtype, layout)
+
+
+@every_dtype
+def test_a_single_row_times_contiguous_columns(dtype):
+    lanes = simd.REGISTER_BYTES // dtype().itemsize
+    width = DOT_VECTORS * lanes
+    for k, n in itertools.product([lanes - 1, lanes, 3 * lanes + 1, KC + 1], [width - 1, width, 3 * width + 1]):
+        a, b, bias = integers((1, k), dtype, 1), integers((k, n), dtype, 2), integers(n, dtype, 3)
+        product = get_backend("numba").matmul(a, np.asfortranarray(b), bias)
+        np.testing.assert_array_equal(product, a @ b + bias, err_msg=f"{k} x {n}")
 
 
 @every_dtype
@@ -345,7 +357,8 @@ def test_products_for_other_cpus_have_the_same_bits(other, dtype):
         (2 * mr + 1, deep + 1, 3 * width + edge + 1),
         (other.PACK_ROWS + 1, 2 * deep + 3, width + 3),
         (2 * width + 1, deep + 1, 10),
-        (other.FEW_ROWS - 1, 2 * other.KC, other.NC_BYTES // dtype().itemsize + edge + 1),
+        (other.FEW_ROWS - 1, 2 * other.KC, other.FEW_LARGE_BYTES // (2 * other.KC * dtype().itemsize) + edge + 1),
+        (1, 37, 3 * width + edge + 1),
     ]
     for m, k, n in sizes:
         a, b, bias = (generator.standard_normal(shape).astype(dtype) for shape in [(m, k), (k, n), n])
