@@ -11,8 +11,6 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-CHUNK = 1024
-
 FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 
 
@@ -35,14 +33,10 @@ class Backend(ABC):
 
     Attributes
     ----------
-    chunk : int
-        Maximum number of images that are prepared and sent through the network together. Their activations should stay
-        in a core's cache.
     too_slow_for_full_batches : bool
         Whether an epoch over all images takes many minutes, as in pure Python.
     """
 
-    chunk = CHUNK
     too_slow_for_full_batches = False
 
     def __repr__(self) -> str:

@@ -37,7 +37,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from kernels.backend import CHUNK, FLOATS
+from kernels.backend import FLOATS
 from kernels.numba_backend import NumbaBackend, emit_packing
 from kernels.simd import (
     CACHE_LINE,
@@ -69,8 +69,8 @@ GROUP = {16: 1, 32: 2}[REGISTERS]
 # Columns of a block: the bits of a mask. With AVX-512, 64 rows of a panel fill an L1 cache of 32 KB.
 BLOCK = 64
 
-# Prefetch distance: a row of the result is prefetched into L1 this many groups ahead. The results of a chunk fill an L2
-# cache, in an order that the hardware prefetcher cannot predict.
+# Prefetch distance: a row of the result is prefetched into L1 this many groups ahead. The results of 1,024 images fill
+# an L2 cache of 512 KB, in an order that the hardware prefetcher cannot predict.
 AHEAD = 2
 
 # Above this share of non-zero pixels, dense products are faster. With fewer pixels than this, a warning is not worth
@@ -557,9 +557,6 @@ QUOTIENTS = {dtype: np.divide(np.arange(256), 255, dtype=dtype) for dtype in FLO
 
 class SparseBackend(NumbaBackend):
     """Products with images as above; everything else comes from the numba backend."""
-
-    # In this format images take a sixth of the memory, so even twice as many leave enough cache for the activations.
-    chunk = 2 * CHUNK
 
     def _prepare(self, images, dtype):
         nonzeros, transposed = encode(images)

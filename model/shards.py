@@ -1,9 +1,8 @@
 """Sums over images in a fixed order: the same bits on any number of threads.
 
-A batch is cut into **shards**, contiguous ranges of about two thousand images that depend only on its size. Shards are
-cut into **chunks**, whose size the backend chooses so that activations stay in a core's cache. A shard adds the
-gradients of its chunks in order, and the shards are added in a fixed binary tree. Floating-point addition is not
-associative, but this way threads only change who computes a sum, never the order of its additions.
+A batch is cut into **shards**, contiguous ranges of up to 1,024 images that depend only on its size. Each goes through
+the network as a whole, and their sums are added in a fixed binary tree. Floating-point addition is not associative, but
+this way threads only change who computes a sum, never the order of its additions.
 """
 
 import itertools
@@ -19,8 +18,9 @@ from kernels.backend import Backend
 from model.mlp import MLP
 from model.threads import exhaust
 
-SHARD = 2048
-"""Maximum number of images in a shard. A batch of this size or less trains no faster on two threads than on one."""
+SHARD = 1024
+"""Maximum number of images in a shard: few enough that activations stay in a core's cache, and that a second thread
+helps in batches of little more than a thousand images. On Zen 3, full batches with larger shards are no faster."""
 
 
 class Sums(NamedTuple):
@@ -62,18 +62,18 @@ class Memory:
             self.used += x.nbytes if fits else 0
         return fits
 
-    def give_back(self, kept: Iterable[Any]) -> None:
-        """Return these to the budget."""
+    def give_back(self, x: Any) -> None:
+        """Return prepared images to the budget."""
         if self.limit is not None:
             with self._lock:
-                self.used -= sum(x.nbytes for x in kept)
+                self.used -= x.nbytes
 
 
 class Shard:
-    """Images and labels, prepared for a backend in chunks.
+    """Images and labels, prepared for a backend.
 
-    Chunks that fit in `memory` are kept; the others are prepared again whenever they are needed. Nothing is evicted:
-    every epoch takes all chunks in the same order, so LRU would always evict the chunk that is needed next.
+    Prepared images that fit in `memory` are kept; the others are prepared again whenever they are needed. Nothing is
+    evicted: every epoch takes all shards in the same order, so LRU would always evict the one that is needed next.
 
     Parameters
     ----------
@@ -89,48 +89,37 @@ class Shard:
         self.labels = labels
         self.dtype = dtype
         self.memory = memory
-        self.kept: dict[int, Any] = {}
-        self.chunks = even_parts(len(labels), math.ceil(len(labels) / backend.chunk))
+        self.kept: Any = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __del__(self) -> None:
-        self.memory.give_back(self.kept.values())
+        if self.kept is not None:
+            self.memory.give_back(self.kept)
 
     def prepare(self) -> None:
-        """Prepare and keep chunks until one does not fit."""
-        for count, _ in enumerate(self._chunks(), start=1):
-            if len(self.kept) < count:
-                break
+        """Prepare the images, and keep them if they fit."""
+        self._prepared()
 
     def gradient(self, mlp: MLP) -> Sums:
-        """Sums over all images, chunk by chunk."""
+        """Sums over all images."""
         with np.errstate(all="ignore"):  # a diverging run ends in one clear error, not in warnings
-            parts = (Sums(*mlp.gradients(self.backend, x, labels)) for x, labels in self._chunks())
-            total = next(parts)
-            for part in parts:
-                total = add(total, part)
-        return total
+            return Sums(*mlp.gradients(self.backend, self._prepared(), self.labels))
 
     def loss(self, mlp: MLP) -> tuple[float, int]:
         """Loss and correct count, summed over all images."""
-        loss, correct = 0.0, 0
         with np.errstate(all="ignore"):
-            for x, labels in self._chunks():
-                _, logits = mlp.forward(self.backend, x)
-                chunk_loss, chunk_correct, _ = self.backend.softmax_grad(logits, labels)
-                loss, correct = loss + chunk_loss, correct + chunk_correct
-        return loss, correct
+            _, logits = mlp.forward(self.backend, self._prepared())
+            return self.backend.softmax_grad(logits, self.labels)[:2]
 
-    def _chunks(self) -> Iterator[tuple[Any, NDArray]]:
-        for chunk in self.chunks:
-            x = self.kept.get(chunk.start)
-            if x is None:
-                x = self.backend.prepare(self.images[chunk], self.dtype)
-                if self.memory.take(x):
-                    self.kept[chunk.start] = x
-            yield x, self.labels[chunk]
+    def _prepared(self) -> Any:
+        if self.kept is not None:
+            return self.kept
+        x = self.backend.prepare(self.images, self.dtype)
+        if self.memory.take(x):
+            self.kept = x
+        return x
 
 
 class Batch(Protocol):
@@ -196,15 +185,11 @@ class Shards:
 def shard_ranges(count: int) -> list[slice]:
     """The range of each shard of `count` images. The number of shards is the smallest power of two that suffices.
 
-    60,000 images make 32 shards, a million make 512: enough for every core of a large machine. Shards are as equal as
+    60,000 images make 64 shards, a million make 1,024: enough for every core of a large machine. Shards are as equal as
     possible, so a power of two of threads or workers gets equal shares.
     """
-    return even_parts(count, 2 ** (math.ceil(count / SHARD) - 1).bit_length())
-
-
-def even_parts(count: int, parts: int) -> list[slice]:
-    """The ranges of `parts` nearly equal parts of `count` items."""
-    bounds = [count * part // parts for part in range(parts + 1)]
+    shards = 2 ** (math.ceil(count / SHARD) - 1).bit_length()
+    bounds = [count * shard // shards for shard in range(shards + 1)]
     return [slice(*pair) for pair in itertools.pairwise(bounds)]
 
 

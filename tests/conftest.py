@@ -48,12 +48,12 @@ def digits28():
 
 @pytest.fixture(scope="session")
 def tiny():
-    """Separable images of 5 × 5 pixels, 5,200 to train on: four shards of two chunks."""
+    """Separable images of 5 × 5 pixels, 2,600 to train on: four shards."""
     rng = np.random.default_rng(0)
     patterns = rng.integers(0, 256, (10, 25)) * (rng.random((10, 25)) < 0.5)
-    labels = rng.integers(0, 10, 5300).astype(np.uint8)
-    images = np.clip(patterns[labels] * rng.uniform(0.7, 1.0, (5300, 25)), 0, 255).astype(np.uint8)
-    return Dataset("tiny", images[:5200], labels[:5200], images[5200:], labels[5200:])
+    labels = rng.integers(0, 10, 2700).astype(np.uint8)
+    images = np.clip(patterns[labels] * rng.uniform(0.7, 1.0, (2700, 25)), 0, 255).astype(np.uint8)
+    return Dataset("tiny", images[:2600], labels[:2600], images[2600:], labels[2600:])
 
 
 NAIVE_RUN = "test_mini_batches_reach_92_percent[naive]"

@@ -8,7 +8,7 @@ from kernels.numpy_backend import NumpyBackend
 class SciPyCSR(NumpyBackend):
     """The NumPy backend on SciPy's CSR matrices, run in our shards, as SciPy itself is single-threaded.
 
-    For a chunk of images, the transposed view (compressed columns) is as fast as a transpose converted to CSR.
+    For a shard, the transposed view (compressed columns) is as fast as a transpose converted to CSR.
     """
 
     def _prepare(self, images, dtype):

@@ -210,8 +210,8 @@ CLAIMS = (
         for key, shape, flop in (
             ("forward", "(60000×784)(784×128)", 60_000 * FLOP_OF_IMAGE),
             ("backward", "(784×60000)(60000×128)", 60_000 * FLOP_OF_IMAGE),
-            ("chunk-forward", "(1024×784)(784×128)", 1024 * FLOP_OF_IMAGE),
-            ("chunk-backward", "(784×1024)(1024×128)", 1024 * FLOP_OF_IMAGE),
+            ("shard-forward", "(1024×784)(784×128)", 1024 * FLOP_OF_IMAGE),
+            ("shard-backward", "(784×1024)(1024×128)", 1024 * FLOP_OF_IMAGE),
             ("1024", "1024³", 2 * 1024**3),
         )
         for one in (True, False)

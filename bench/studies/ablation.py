@@ -21,13 +21,14 @@ from scipy.sparse import csr_array
 from bench.measure.interleave import interleave
 from bench.measure.records import Comparison
 from kernels import get_backend, sparse_backend
-from kernels.backend import CHUNK, Backend
+from kernels.backend import Backend
 from kernels.numba_backend import NumbaBackend
 from kernels.sparse_backend import GROUP, NonZeros
 from model.data import Dataset
+from model.shards import SHARD
 from model.threads import thread_pool
 
-CHUNKS = 20
+SHARDS = 20
 UNITS = 128
 
 
@@ -46,23 +47,23 @@ class Result:
 
 def measure(dataset: Dataset, quick: bool) -> Result:
     """Time both products over the data set for each variant, and compute the size of its images in both forms."""
-    images = dataset.train_images[: CHUNKS * CHUNK]
-    chunks = np.array_split(images, -(-len(images) // CHUNK))
-    without_zeros = [np.maximum(chunk, 1) for chunk in chunks]
+    images = dataset.train_images[: SHARDS * SHARD]
+    shards = np.array_split(images, -(-len(images) // SHARD))
+    without_zeros = [np.maximum(shard, 1) for shard in shards]
     with ExitStack() as stack:
         stack.enter_context(thread_pool(1))
         sparse = get_backend("sparse")
         regrouped = stack.enter_context(variant(GROUP=str(3 - GROUP)))
         unfetched = stack.enter_context(variant(AHEAD="0"))
         variants: dict[str, tuple[Backend, list[Any]]] = {
-            "dense, OpenBLAS": prepared(get_backend("numpy"), chunks),
-            "dense, `numba`": prepared(get_backend("numba"), chunks),
-            "zeros skipped by plain loops, no blocks": prepared(PlainLoops(), chunks),
-            "**`sparse`: blocks, masks, order, prefetching**": prepared(sparse, chunks),
+            "dense, OpenBLAS": prepared(get_backend("numpy"), shards),
+            "dense, `numba`": prepared(get_backend("numba"), shards),
+            "zeros skipped by plain loops, no blocks": prepared(PlainLoops(), shards),
+            "**`sparse`: blocks, masks, order, prefetching**": prepared(sparse, shards),
             "without skipping: images without zeros": prepared(sparse, without_zeros),
-            "without order: groups as they come": shuffled(*prepared(sparse, chunks)),
-            "without prefetching of results": prepared(unfetched, chunks),
-            f"{'one row' if GROUP == 2 else 'two rows'} at a time": prepared(regrouped, chunks),
+            "without order: groups as they come": shuffled(*prepared(sparse, shards)),
+            "without prefetching of results": prepared(unfetched, shards),
+            f"{'one row' if GROUP == 2 else 'two rows'} at a time": prepared(regrouped, shards),
         }
         products = {
             (name, way): products_of(backend, xs, transposed)
@@ -83,15 +84,15 @@ def measure(dataset: Dataset, quick: bool) -> Result:
     return Result(forward, backward, megabytes)
 
 
-def prepared(backend: Backend, chunks: list[NDArray]) -> tuple[Backend, list[Any]]:
+def prepared(backend: Backend, shards: list[NDArray]) -> tuple[Backend, list[Any]]:
     """A backend, and the images as it prepares them."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of dense images being slow on this backend, which is the point
-        return backend, [backend.prepare(chunk) for chunk in chunks]
+        return backend, [backend.prepare(shard) for shard in shards]
 
 
 def products_of(backend: Backend, xs: list[Any], transposed: bool) -> Callable[[], list[NDArray]]:
-    """A function that computes the forward product of every chunk, or the backward one."""
+    """A function that computes the forward product of every shard, or the backward one."""
     lefts = [(x.T.tocsr() if isinstance(x, csr_array) else x.T) if transposed else x for x in xs]
     b = np.random.default_rng(0).standard_normal((max(left.shape[1] for left in lefts), UNITS), np.float32)
     return lambda: [backend.matmul(left, b[: left.shape[1]]) for left in lefts]

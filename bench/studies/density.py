@@ -13,13 +13,13 @@ from bench.measure.records import Rounds
 from bench.publish.style import short
 from bench.studies.ablation import prepared, products_of
 from kernels import get_backend
-from kernels.backend import CHUNK
 from model.data import Dataset
 from model.extras.figure import BOUND_COLOUR, colour, figure_file, print_small, title
+from model.shards import SHARD
 from model.threads import thread_pool
 
 PERCENT = (1, 2, 3, 5, 7, 10, 15, 20, 30, 40, 50, 60, 70, 80, 90, 100)
-CHUNKS = 4
+SHARDS = 4
 
 
 @dataclass(frozen=True)
@@ -44,21 +44,21 @@ def measure(dataset: Dataset, quick: bool) -> Result:
     rng = np.random.default_rng(0)
     pixels = dataset.train_images.shape[1]
 
-    def random_chunks(percent: float) -> list[np.ndarray]:
-        values = rng.integers(1, 256, (CHUNKS, CHUNK, pixels), np.uint8)
+    def random_shards(percent: float) -> list[np.ndarray]:
+        values = rng.integers(1, 256, (SHARDS, SHARD, pixels), np.uint8)
         return list(values * (rng.random(values.shape) < percent / 100))
 
-    forms = {f"sparse {percent}": prepared(get_backend("sparse"), random_chunks(percent)) for percent in PERCENT}
-    forms |= {name: prepared(get_backend(name), random_chunks(50)) for name in ("numpy", "numba")}
-    images = dataset.train_images[: CHUNKS * CHUNK]
-    forms["images"] = prepared(get_backend("sparse"), np.array_split(images, CHUNKS))
+    forms = {f"sparse {percent}": prepared(get_backend("sparse"), random_shards(percent)) for percent in PERCENT}
+    forms |= {name: prepared(get_backend(name), random_shards(50)) for name in ("numpy", "numba")}
+    images = dataset.train_images[: SHARDS * SHARD]
+    forms["images"] = prepared(get_backend("sparse"), np.array_split(images, SHARDS))
     ways = {name: [products_of(*form, transposed) for transposed in (False, True)] for name, form in forms.items()}
     with thread_pool(1):
         seconds = interleave(
             {name: partial(call_all, both) for name, both in ways.items()},
             5 if quick else 40,
         )
-    per_image = {name: Rounds.of(times / (CHUNKS * CHUNK)) for name, times in seconds.items()}
+    per_image = {name: Rounds.of(times / (SHARDS * SHARD)) for name, times in seconds.items()}
     return Result(
         percent=list(PERCENT),
         sparse=[per_image[f"sparse {percent}"] for percent in PERCENT],

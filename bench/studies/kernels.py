@@ -1,4 +1,4 @@
-"""Study: throughput of every kernel on every backend, at the shapes of a training step on one chunk, on one thread."""
+"""Study: throughput of every kernel on every backend, at the shapes of a training step on one shard, on one thread."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,10 +14,11 @@ from bench.measure.records import Comparison
 from bench.publish.style import ordered, plain_ticks, right_labels, short
 from bench.studies.epochs import short_name
 from kernels import backend_names, get_backend
-from kernels.backend import CHUNK, Backend
+from kernels.backend import Backend
 from model.data import Dataset
 from model.extras.figure import colour, figure_file, print_small, title
 from model.mlp import MLP
+from model.shards import SHARD
 from model.threads import thread_pool
 
 FEW_IMAGES = 4
@@ -48,10 +49,10 @@ class Kernel(NamedTuple):
 
 KERNELS = {
     "forward product": Kernel(lambda b, s: b.matmul(s.x, *s.layers[0]), 2 * 784 * 128, 784),
-    "backward product": Kernel(lambda b, s: b.matmul(s.x.T, s.hidden_grad), 2 * 784 * 128, CHUNK),
+    "backward product": Kernel(lambda b, s: b.matmul(s.x.T, s.hidden_grad), 2 * 784 * 128, SHARD),
     "logits product": Kernel(lambda b, s: b.matmul(s.hidden, *s.layers[1]), 2 * 128 * 10, 128),
     "hidden gradient product": Kernel(lambda b, s: b.matmul(s.logits_grad, s.layers[1][0].T), 2 * 10 * 128, 10),
-    "output gradient product": Kernel(lambda b, s: b.matmul(s.hidden.T, s.logits_grad), 2 * 128 * 10, CHUNK),
+    "output gradient product": Kernel(lambda b, s: b.matmul(s.hidden.T, s.logits_grad), 2 * 128 * 10, SHARD),
     "relu": Kernel(lambda b, s: b.relu(s.hidden_grad), 128, 1),
     "relu_grad": Kernel(lambda b, s: b.relu_grad(s.hidden_grad, s.hidden), 128, 1),
     "softmax_grad": Kernel(lambda b, s: b.softmax_grad(s.logits, s.labels)[2], 5 * 10, 10),
@@ -93,7 +94,7 @@ def checked_call(backend: Backend, name: str, dataset: Dataset) -> tuple[Callabl
         If its result differs from float64's by more than rounding errors explain.
     """
     kernel = KERNELS[name]
-    count = FEW_IMAGES if backend.too_slow_for_full_batches else CHUNK
+    count = FEW_IMAGES if backend.too_slow_for_full_batches else SHARD
     images, labels = dataset.train_images[:count], dataset.train_labels[:count]
     step = training_step(images, labels)
     expected = kernel.call(get_backend("numpy"), Step(*in_float64(step)))

@@ -26,7 +26,7 @@ from model.data import Dataset
 from model.extras.figure import figure_file, print_small, title
 from model.threads import available_cores, thread_pool
 
-# Shapes of the operands, and whether the left one is transposed: x W1 and x.T dz over all images, and over one chunk.
+# Shapes of the operands, and whether the left one is transposed: x W1 and x.T dz over all images, and over one shard.
 PRODUCTS = {
     "(60000×784)(784×128)": ((60_000, 784), (784, 128), False),
     "(784×60000)(60000×128)": ((60_000, 784), (60_000, 128), True),

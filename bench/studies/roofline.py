@@ -31,6 +31,7 @@ from kernels.sparse_backend import aligned_empty
 from model.data import Dataset
 from model.extras.figure import BOUND_COLOUR, colour, figure_file, print_small, title
 from model.mlp import MLP
+from model.shards import SHARD, shard_ranges
 from model.threads import thread_pool
 
 # The machine's bounds ----------------------------------------------------------------------------------------------
@@ -118,13 +119,13 @@ def reader(level: str) -> tuple[Callable[[], None], int]:
 
 
 class Product(NamedTuple):
-    """One of the big products over all images, chunk by chunk."""
+    """One of the big products over all images, shard by shard."""
 
     run: Callable[[], None]
     flop: int
     """Floating-point operations actually done."""
     intensity: float
-    """Arithmetic intensity: these operations per byte of compulsory traffic. For each chunk, operands are read once, in
+    """Arithmetic intensity: these operations per byte of compulsory traffic. For each shard, operands are read once, in
     the form in which they are stored, and the result is written once."""
 
 
@@ -132,23 +133,23 @@ def products(backend: Backend, images: NDArray[np.uint8]) -> dict[str, Product]:
     """The forward product, x W1 + b1, and the backward product, x.T dz, of a backend."""
     rng = np.random.default_rng(0)
     weights, bias = MLP().layers[0]
-    upstream = rng.standard_normal((backend.chunk, len(bias)), np.float32)
-    chunks = [backend.prepare(images[start : start + backend.chunk]) for start in range(0, len(images), backend.chunk)]
+    upstream = rng.standard_normal((SHARD, len(bias)), np.float32)
+    shards = [backend.prepare(images[rows]) for rows in shard_ranges(len(images))]
 
     def forward() -> None:
-        for x in chunks:
+        for x in shards:
             backend.matmul(x, weights, bias)
 
     def backward() -> None:
-        for x in chunks:
+        for x in shards:
             backend.matmul(x.T, upstream[: len(x)])
 
     forward_bytes = backward_bytes = 0
-    for x in chunks:
+    for x in shards:
         results = 4 * len(x) * len(bias)  # of the forward product; dz is as large
         forward_bytes += stored_bytes(x) + weights.nbytes + bias.nbytes + results
         backward_bytes += stored_bytes(x.T) + weights.nbytes + results
-    multiplied = images.size if isinstance(chunks[0], np.ndarray) else np.count_nonzero(images)
+    multiplied = images.size if isinstance(shards[0], np.ndarray) else np.count_nonzero(images)
     flop = 2 * len(bias) * int(multiplied)
     return {
         "forward": Product(forward, flop, flop / forward_bytes),

@@ -31,7 +31,7 @@ from kernels import get_backend
 from model.data import FILES, Dataset, limited, load_idx
 from model.extras.dask_workers import FAN_IN, Cluster
 from model.mlp import MLP
-from model.shards import Batch, Memory, Shards, shard_ranges
+from model.shards import SHARD, Batch, Memory, Shards, shard_ranges
 from model.threads import available_cores, thread_pool
 from model.training import descend
 
@@ -39,8 +39,8 @@ MEMORY_LIMIT = 200_000_000
 MEMORY_IMAGES = 480_000
 EPOCHS = 4
 WORKERS = (1, 2, 4, 8, 16)
-FEW_EACH = 32_768
-"""Sixteen shards: one for each of sixteen workers."""
+FEW_EACH = 16 * SHARD
+"""A shard for each of sixteen workers."""
 GROWTH = (60_000, 480_000, 4_800_000)
 QUICK_GROWTH = (60_000, 240_000)
 GROWTH_LIMIT = 3_000_000

@@ -187,8 +187,7 @@ class Part:
 
     def __sizeof__(self) -> int:
         """Bytes of prepared images, by which Dask decides whether to move a part or give the worker more."""
-        prepared = itertools.chain(*(shard.kept.values() for shard in vars(self).get("shards", ())))
-        return sum(getattr(x, "nbytes", 0) for x in prepared)
+        return sum(getattr(shard.kept, "nbytes", 0) for shard in vars(self).get("shards", ()))
 
     @functools.cached_property
     def shards(self) -> list[Shard]:

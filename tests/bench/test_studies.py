@@ -15,6 +15,7 @@ from kernels import get_backend, simd
 from model import published
 from model.data import limited, load_idx
 from model.mlp import MLP
+from model.shards import SHARD
 from model.threads import thread_pool
 from model.training import train
 
@@ -76,7 +77,7 @@ def test_a_part_of_an_epoch_is_scaled_up(monkeypatch):
 @pytest.mark.parametrize("name", ["numpy", "sparse"])
 def test_flop_and_bytes_of_the_big_products(digits28, name):
     backend = get_backend(name)
-    images = digits28.train_images[: backend.chunk + 100]  # a whole chunk and a smaller one
+    images = digits28.train_images[: SHARD + 100]  # two shards
     big = roofline.products(backend, images)
     multiplied = images.size if name == "numpy" else np.count_nonzero(images)
     weights, results = 4 * 784 * 128, 4 * len(images) * 128
@@ -187,7 +188,7 @@ def test_files_for_workers_hold_the_data_set(digits28, tmp_path):
         np.testing.assert_array_equal(written, expected)
 
 
-@pytest.mark.parametrize(("processes", "threads", "levels"), [(1, 2, 0), (4, 8, 1), (16, 32, 2), (2000, 2048, 4)])
+@pytest.mark.parametrize(("processes", "threads", "levels"), [(1, 2, 0), (4, 8, 1), (16, 32, 2), (4000, 4096, 4)])
 def test_estimate_for_more_workers(processes, threads, levels):
     """On two threads a million images take a second, so one thread takes 2 µs per image; a task takes 0.5 ms."""
     traffic = [workers.Traffic(1, 0, 2, 0.01), workers.Traffic(16, 0, 20, 0.019)]

@@ -46,10 +46,10 @@ def file(tmp_path):
 # Resuming
 
 
-@pytest.mark.parametrize("batch_size", [None, 600])
+@pytest.mark.parametrize("batch_size", [None, 300])
 def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(backend, tiny, tmp_path, batch_size):
     """Resumed before the first step, after each step and each epoch, on a different number of threads."""
-    mlp, files, dataset = MLP(SIZES), [], limited(tiny, 2100)  # two shards
+    mlp, files, dataset = MLP(SIZES), [], limited(tiny, 1100)  # two shards
     options = {"epochs": 2, "batch_size": batch_size, "eval_every": 2}
 
     def on_step(state):
@@ -70,7 +70,7 @@ def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(backend, tiny,
 def test_resuming_with_more_epochs_equals_one_longer_run(tiny, meant, done, epochs):
     """Includes the test accuracy after the last epoch, which is measured even if `eval_every` skips that epoch."""
     run, expected = (Checkpoint(MLP(SIZES), State.start(0), CONFIG) for _ in range(2))
-    options = {"batch_size": 1200, "eval_every": 2}
+    options = {"batch_size": 600, "eval_every": 2}
 
     def stop(state):
         if len(state.history.epochs) == done:
@@ -101,13 +101,13 @@ def test_a_state_from_another_run_is_an_error(tiny):
     state = State.start(0)
     state.steps = 6
     with pytest.raises(ValueError, match="after step 6 of an epoch that has only 5"):
-        train(MLP(SIZES), NumpyBackend(), tiny, epochs=2, batch_size=1200, state=state)
+        train(MLP(SIZES), NumpyBackend(), tiny, epochs=2, batch_size=600, state=state)
     state.steps, state.history.epochs = 0, [checkpoint.Epoch(1, 0, 0, 0, 0)] * 3
     with pytest.raises(ValueError, match="3 epochs are done or begun already: epochs must be at least that, not 2"):
         train(MLP(SIZES), NumpyBackend(), tiny, epochs=2, state=state)
     state.steps = 1
     with pytest.raises(ValueError, match="4 epochs are done or begun already: epochs must be at least that, not 3"):
-        train(MLP(SIZES), NumpyBackend(), tiny, epochs=3, batch_size=1200, state=state)
+        train(MLP(SIZES), NumpyBackend(), tiny, epochs=3, batch_size=600, state=state)
 
 
 # Writing
