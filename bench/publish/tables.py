@@ -24,7 +24,7 @@ from bench.publish.style import ordered, short, small_print
 from bench.studies.break_even import break_even
 from bench.studies.epochs import BIG_PRODUCTS
 from bench.studies.ladder import BLAS
-from bench.studies.mini_batches import cost
+from bench.studies.mini_batches import PARTS, WHOLE
 from bench.studies.workers import MEMORY_LIMIT, calculation
 from model.published import comparison_table, full_batch_histories, history
 
@@ -207,9 +207,9 @@ def step_table(results: Path) -> str:
     for size, name in STEPS:
         if size in found.parts:
             table.add_column(f"{name}, {size} images", justify="right")
-            columns.append(cost(found.parts[size][name]))
-    for part in columns[0]:
-        table.add_row(part, *(short(1e6 * column[part]) for column in columns))
+            columns.append(found.parts[size][name])
+    for part in (*PARTS, WHOLE):
+        table.add_row(part, *(short(1e6 * column.median(part)) for column in columns))
     return f"{_markdown(table)}\n\n{origin(results, 'mini_batches')}"
 
 
