@@ -165,13 +165,20 @@ class InParts(Ours):
 
     def turn(self, batches: Iterator[NDArray[np.integer]], count: int) -> None:
         """Take `count` steps, and add the seconds of each part of a step to `turns`."""
+        self.overhead = self.seconds_of_stopwatch()
         self.seconds.clear()
-        self.overhead = 0.0
-        self.timed("stopwatch", lambda: [self.timed("nothing", int) for _ in range(100)])
-        self.overhead = self.seconds["stopwatch"] / 100
         with mock.patch.multiple(contract, **self.checks):
             take_steps(self.learn_rows, batches, count)
         self.turns.append({part: self.seconds[part] / count for part in PARTS})
+
+    def seconds_of_stopwatch(self) -> float:
+        """Seconds that timing an empty call costs its caller; the median, as other processes may interrupt some."""
+        self.overhead, seconds = 0.0, []
+        for _ in range(100):
+            self.seconds.clear()
+            self.timed("caller", self.timed, "nothing", int)
+            seconds.append(self.seconds["caller"])
+        return float(np.median(seconds))
 
     def learn(self, images, labels):
         batch = self.timed("shards", self.prepare, images=images, labels=labels)
