@@ -199,18 +199,21 @@ def ablation_table(results: Path) -> str:
 
 def step_table(results: Path) -> str:
     """Microseconds of each part of a step over a mini-batch, on one thread."""
-    found = next((result for result in main_folder(results).every("mini_batches") if result.parts), None)
-    if found is None:
+    folder = main_folder(results)
+    sections = [run.sections["mini_batches"] for run in folder.runs if "mini_batches" in run.sections]
+    section = next((section for section in sections if section.found.parts), None)
+    if section is None:
         raise MissingError("parts of a step")
+    parts = section.found.parts
     table = Table("part", box=MARKDOWN)
     columns = []
     for size, name in STEPS:
-        if size in found.parts:
+        if size in parts:
             table.add_column(f"{name}, {size} images", justify="right")
-            columns.append(found.parts[size][name])
+            columns.append(parts[size][name])
     for part in (*PARTS, WHOLE):
         table.add_row(part, *(short(1e6 * column.median(part)) for column in columns))
-    return f"{_markdown(table)}\n\n{origin(results, 'mini_batches')}"
+    return f"{_markdown(table)}\n\n{small_print(section.conditions, folder.machine)}"
 
 
 def workers_table(results: Path) -> str:
