@@ -24,6 +24,7 @@ from bench.publish.style import ordered, short, small_print
 from bench.studies.break_even import break_even
 from bench.studies.epochs import BIG_PRODUCTS
 from bench.studies.ladder import BLAS
+from bench.studies.mini_batches import PARTS, WHOLE
 from bench.studies.workers import MEMORY_LIMIT, calculation
 from model.published import comparison_table, full_batch_histories, history
 
@@ -36,6 +37,9 @@ DOCUMENTS = (
     "model/extras/README.md",
     "bench/README.md",
 )
+
+STEPS = ((32, "numpy"), (32, "numba"), (32, "sparse"), (512, "sparse"))
+"""Batch size and backend of each column of the table of a step's parts."""
 
 
 class MissingError(Exception):
@@ -193,6 +197,25 @@ def ablation_table(results: Path) -> str:
     return _markdown(table)
 
 
+def step_table(results: Path) -> str:
+    """Microseconds of each part of a step over a mini-batch, on one thread."""
+    folder = main_folder(results)
+    sections = [run.sections["mini_batches"] for run in folder.runs if "mini_batches" in run.sections]
+    section = next((section for section in sections if section.found.parts), None)
+    if section is None:
+        raise MissingError("parts of a step")
+    parts = section.found.parts
+    table = Table("part", box=MARKDOWN)
+    columns = []
+    for size, name in STEPS:
+        if size in parts:
+            table.add_column(f"{name}, {size} images", justify="right")
+            columns.append(parts[size][name])
+    for part in (*PARTS, WHOLE):
+        table.add_row(part, *(short(1e6 * column.median(part)) for column in columns))
+    return f"{_markdown(table)}\n\n{small_print(section.conditions, folder.machine)}"
+
+
 def workers_table(results: Path) -> str:
     """Client traffic and overhead of an epoch, by number of Dask workers."""
     table = Table("workers", "MB through the client", "tasks", "overhead (s)", box=MARKDOWN)
@@ -262,6 +285,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "accuracy": accuracy_table,
     "ladder": ladder_table,
     "ablation": ablation_table,
+    "steps": step_table,
 }
 
 

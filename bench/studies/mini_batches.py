@@ -4,13 +4,21 @@ Every step takes different images, as in training: repeated ones would stay in t
 would learn them. The frameworks keep all images as floats and gather rows of them, which is faster than preparing each
 batch. Ours prepare each batch from bytes, as the trainer does. For one thread the process is pinned to one core, which
 is where JAX gets its number of threads from.
+
+On one thread, our steps are also timed part by part. The whole step is timed without a stopwatch, in turns of its own.
+Reading the clock twice adds 0.1 µs to each call of a part. What else the stopwatch takes is measured, and charged to no
+part. Even so, the parts of a small batch add up to some percent more than the whole.
 """
 
+import copy
+import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
+from unittest import mock
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -21,12 +29,17 @@ from bench.measure.interleave import interleave
 from bench.measure.processes import in_fresh_process
 from bench.measure.records import Comparison
 from bench.peers import REST, VERIFIED_STEPS, competitor, expected_parameters, verified
+from bench.peers.ours import Ours
 from bench.peers.task import Learner, Task, UnavailableError, shuffled_batches, take_steps
 from bench.publish.style import end_labels, plain_ticks
+from kernels import backend as contract
+from kernels import get_backend
+from kernels.backend import Backend
 from model.data import Dataset
 from model.extras.figure import colour, figure_file, print_small, title
 from model.mlp import MLP
 from model.threads import available_cores, thread_pool
+from model.training import descend
 
 SIZES = (1, 8, 32, 128, 512, 2_048)
 NAMES = ("numpy", "numba", "sparse", "PyTorch", "PyTorch by hand", "JAX")
@@ -35,6 +48,17 @@ IMAGES = 20_000  # to draw batches from: 63 MB of floats, more than most caches;
 IMAGES_IN_A_TURN = 2_048
 MOST_STEPS_IN_A_TURN = 16
 FULL_BATCH = "sparse, all images"
+
+IN_PARTS = ("numpy", "numba", "sparse")
+SIZES_IN_PARTS = (32, 128, 512)
+PRODUCTS = ("matmul, images", "matmul, small", "matmul, column sums")
+KERNELS = {name: name for name in ("prepare", "softmax_grad")} | dict.fromkeys(("relu", "relu_grad"), "relu, relu_grad")
+BETWEEN = "Python between kernels"
+PARTS = ("take", "shards", "prepare", *PRODUCTS, "relu, relu_grad", "softmax_grad", "checks", BETWEEN, "update")
+"""Copying the images and labels of a batch; making `Shards` of it; the kernels; the checks of their arguments; what
+else happens in `Shards.gradient`; and what else happens in `descend`."""
+CHECKS = ("_is_product", "_is_labelled", "_is_matrix", "_is_like", "_check_matrix")
+WHOLE = "whole step"
 
 
 @dataclass(frozen=True)
@@ -47,6 +71,8 @@ class Result:
     """Number of all images."""
     skipped: dict[str, str]
     """Why a competitor was not timed."""
+    parts: dict[int, dict[str, Comparison]] = field(default_factory=dict)
+    """Seconds per step of each of `PARTS` and of the `WHOLE`, on one thread, by batch size and backend."""
     kind: Literal["mini_batches"] = "mini_batches"
 
     def per_image(self, threads: int, size: int) -> float:
@@ -56,13 +82,14 @@ class Result:
 
 
 def measure(dataset: Dataset, quick: bool) -> Result:
-    """Verify the first steps of every competitor, then time steps, interleaved; about 50 seconds, or 25 if `quick`."""
+    """Verify the first steps of every competitor, then time steps, interleaved; about a minute, or half if `quick`."""
     counts = sorted({1, available_cores()})
     measured = {threads: in_fresh_process(_on_threads, dataset, threads, quick, cores=threads) for threads in counts}
     return Result(
         steps={threads: steps for threads, (steps, _) in measured.items()},
         images=len(dataset.train_images),
         skipped={name: reason for _, skipped in measured.values() for name, reason in skipped.items()},
+        parts=in_fresh_process(_in_parts, dataset, quick, cores=1),
     )
 
 
@@ -104,6 +131,89 @@ def batches(count: int, size: int) -> Iterator[NDArray[np.integer]]:
 def steps_in_a_turn(size: int) -> int:
     """Enough steps for a turn to take milliseconds."""
     return min(MOST_STEPS_IN_A_TURN, max(2, IMAGES_IN_A_TURN // size))
+
+
+class InParts(Ours):
+    """Our training loop with a stopwatch around each part of a step."""
+
+    def __init__(self, backend: Backend, task: Task) -> None:
+        timed = copy.copy(backend)
+        super().__init__(timed, task)
+        self.turns: list[dict[str, float]] = []
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.within = self.overhead = 0.0
+        pixels = len(self.mlp.layers[0][0])
+
+        def matmul(a: Any, *others: Any) -> NDArray:
+            images, small, sums = PRODUCTS
+            part = images if pixels in a.shape else sums if len(a) == 1 else small
+            return self.timed(part, backend.matmul, a, *others)
+
+        others = {name: partial(self.timed, part, getattr(backend, name)) for name, part in KERNELS.items()}
+        vars(timed).update(others, matmul=matmul)
+        self.checks: dict[str, Any] = {name: partial(self.timed, "checks", getattr(contract, name)) for name in CHECKS}
+
+    def timed(self, part: str, function: Callable, *arguments: Any, **named: Any) -> Any:
+        """Call a function, and add its seconds to those of `part`, without the parts that it calls."""
+        outer, self.within = self.within, 0.0
+        start = time.perf_counter()
+        result = function(*arguments, **named)
+        seconds = time.perf_counter() - start
+        self.seconds[part] += seconds - self.within
+        self.within = outer + seconds + self.overhead
+        return result
+
+    def turn(self, batches: Iterator[NDArray[np.integer]], count: int) -> None:
+        """Take `count` steps, and add the seconds of each part of a step to `turns`."""
+        self.overhead = self.seconds_of_stopwatch()
+        self.seconds.clear()
+        with mock.patch.multiple(contract, **self.checks):
+            take_steps(self.learn_rows, batches, count)
+        self.turns.append({part: self.seconds[part] / count for part in PARTS})
+
+    def seconds_of_stopwatch(self) -> float:
+        """Seconds that timing an empty call costs its caller; the median, as other processes may interrupt some."""
+        self.overhead, seconds = 0.0, []
+        for _ in range(100):
+            self.seconds.clear()
+            self.timed("caller", self.timed, "nothing", int)
+            seconds.append(self.seconds["caller"])
+        return float(np.median(seconds))
+
+    def learn(self, images, labels):
+        batch = self.timed("shards", self.prepare, images=images, labels=labels)
+        batch.gradient = partial(self.timed, BETWEEN, batch.gradient)
+        return self.timed("update", descend, self.mlp, batch, self.learning_rate).loss / len(images)
+
+    def learn_rows(self, rows):
+        take = partial(self.timed, "take", np.take)
+        return self.learn(take(self.images, rows, axis=0), take(self.labels, rows))
+
+
+def _in_parts(dataset: Dataset, quick: bool) -> dict[int, dict[str, Comparison]]:
+    with thread_pool(1) as run:
+        images, labels = dataset.train_images[:IMAGES], dataset.train_labels[:IMAGES]
+        task = Task(MLP(), images, labels, LEARNING_RATE, 1, run)
+        sizes = [size for size in SIZES_IN_PARTS if size < len(images)]
+        return {size: steps_in_parts(task, size, 2 if quick else 12) for size in sizes}
+
+
+def steps_in_parts(task: Task, size: int, rounds: int) -> dict[str, Comparison]:
+    """Seconds per step of each of `PARTS` and of the `WHOLE`, by backend, all interleaved."""
+    turns: dict[str, Callable[[], Any]] = {}
+    learners = {name: InParts(get_backend(name), task) for name in IN_PARTS}
+    count = steps_in_a_turn(size)
+    for name, learner in learners.items():
+        following = batches(len(task.images), size)
+        turns[name] = partial(take_steps, Ours(get_backend(name), task).learn_rows, following, count)
+        turns[f"{name}, in parts"] = partial(learner.turn, following, count)
+    whole = interleave(turns, rounds, warmup=0, steps=2)
+    steps = {}
+    for name, learner in learners.items():
+        counted = learner.turns[1::2]  # without the warm-ups
+        seconds = {part: np.array([turn[part] for turn in counted]) for part in PARTS} | {WHOLE: whole[name] / count}
+        steps[name] = Comparison.of(f"a step over {size} images on {name}, 1 thread", seconds)
+    return steps
 
 
 def draw(result: Result, small_print: str, file: Path) -> None:

@@ -10,11 +10,14 @@ import pytest
 from bench.measure import interleave
 from bench.measure.records import Comparison
 from bench.peers import PEERS, Form, best_form, competitor, expected_parameters, update_error, verified
+from bench.peers.ours import Ours
 from bench.peers.pytorch import PyTorch, PyTorchByHand
-from bench.peers.task import Competitor, Learner, Task, UnavailableError, tolerance
+from bench.peers.task import Competitor, Learner, Task, UnavailableError, take_steps, tolerance
 from bench.studies import head_to_head, memory, mini_batches, time_to_accuracy
 from bench.studies.time_to_accuracy import Evaluation, Recipe, Trial
+from kernels import backend as contract
 from kernels import get_backend
+from kernels.backend import Backend
 from model.data import Dataset
 from model.mlp import MLP
 from model.shards import Shards
@@ -146,6 +149,48 @@ def test_batches_change():
     epoch, following = (np.concatenate([next(rows) for _ in range(3)]) for _ in range(2))
     assert len(set(epoch)) == len(set(following)) == 9
     assert list(epoch) != list(following)
+
+
+@pytest.mark.parametrize("name", mini_batches.IN_PARTS)
+def test_steps_in_parts_are_the_same_steps(name, task):
+    """To the bit. Afterwards, the backend and the checks are as before."""
+    backend, before = get_backend(name), dict(vars(contract))
+    plain, parts = Ours(backend, task), mini_batches.InParts(backend, task)
+    take_steps(plain.learn_rows, mini_batches.batches(len(task.images), 32), 3)
+    parts.turn(mini_batches.batches(len(task.images), 32), 3)
+    for ours, theirs in zip(parts.parameters(), plain.parameters(), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert dict(vars(contract)) == before
+    assert get_backend(name).matmul.__func__ is Backend.matmul
+
+
+def test_parts_of_steps(task):
+    """Every backend has every part. On a busy machine single turns can take many times longer than others."""
+    steps = mini_batches.steps_in_parts(task, 32, rounds=3)
+    assert tuple(steps) == mini_batches.IN_PARTS
+    for step in steps.values():
+        assert list(step.seconds) == [*mini_batches.PARTS, mini_batches.WHOLE]
+        assert all(len(seconds) == 3 and min(seconds) > 0 for seconds in step.seconds.values())
+        parts = sum(min(step.seconds[part]) for part in mini_batches.PARTS)
+        assert parts < 20 * max(step.seconds[mini_batches.WHOLE])
+
+
+def test_a_part_does_not_include_others(task, monkeypatch):
+    """A second in `outer`, three in `inner`, which it calls."""
+    now = [0.0]
+    monkeypatch.setattr("bench.studies.mini_batches.time.perf_counter", lambda: now[0])
+    learner = mini_batches.InParts(get_backend("numpy"), task)
+
+    def wait(seconds):
+        now[0] += seconds
+
+    def outer():
+        wait(0.5)
+        learner.timed("inner", wait, 3)
+        wait(0.5)
+
+    learner.timed("outer", outer)
+    assert learner.seconds == {"outer": 1, "inner": 3}
 
 
 def fourth_loss(task):

@@ -18,8 +18,8 @@ from bench.peers import pytorch
 from bench.publish import claims
 from bench.publish.folder import Folder, existing_run, read_folder, save
 from bench.publish.report import CAPTIONS, write_report
-from bench.publish.tables import PUBLISHED_RESULTS, ROOT, folders, main_folder
-from bench.studies import STUDIES, epochs, roofline, study
+from bench.publish.tables import PUBLISHED_RESULTS, ROOT, STEPS, folders, main_folder, refresh
+from bench.studies import STUDIES, epochs, mini_batches, roofline, study
 from tests.support.claims import CLAIMED
 from tests.support.systems import needs_posix
 
@@ -56,6 +56,27 @@ def test_a_damaged_file_is_reported_before_any_work(tmp_path, text):
     with pytest.raises(RecordError, match=r"run.json is not a valid run"):
         existing_run(tmp_path)
     assert (tmp_path / "run.json").read_text() == text
+
+
+def test_the_table_of_a_step_needs_its_parts(tmp_path):
+    """An older run has none, so the table is from the other one; without both, the text stays."""
+    text = "<!-- steps -->\nold\n<!-- /steps -->"
+    seconds = {part: [1e-6 * n] for n, part in enumerate([*mini_batches.PARTS, mini_batches.WHOLE], 1)}
+    parts = {size: dict.fromkeys(mini_batches.IN_PARTS, Comparison("", seconds)) for size in (32, 512)}
+    older, newer = (mini_batches.Result({}, 60_000, {}, found) for found in ({}, parts))
+    (tmp_path / "here").mkdir()
+    write(tmp_path / "here" / "machine.json", machine())
+    tables = []
+    for number, result in enumerate((older, newer), 1):
+        write(tmp_path / "here" / f"run-{number}.json", Run({"mini_batches": Section(CONDITIONS, result)}))
+        folders.cache_clear()
+        tables.append(refresh(text, tmp_path))
+    assert tables[0] == text
+    table = tables[1].splitlines()
+    assert re.findall(r"(\w+), (\d+) images", table[1]) == [(name, str(size)) for size, name in STEPS]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table[3:] if line.startswith("|")]
+    assert [row[0] for row in rows] == list(seconds)
+    assert [float(row[1]) for row in rows] == list(range(1, len(rows) + 1))
 
 
 def test_an_unknown_study_is_refused(tmp_path):
