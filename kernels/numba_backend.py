@@ -37,6 +37,7 @@ from kernels.simd import (
     View,
     compile_seconds,
     flat_in,
+    flat_out,
     integers_in,
     keep_order,
     kernel,
@@ -539,6 +540,13 @@ def relu_grad(upstream, activations, out):
         out[i] = upstream[i] if activations[i] > 0 else 0
 
 
+@kernel(flat_out, flat_in, lambda dtype: dtype)
+def subtract(parameter, gradient, factor):
+    """Subtract `factor` times the gradient, in a single pass; the product is rounded, as NumPy rounds it."""
+    for i in range(len(parameter)):
+        parameter[i] -= factor * gradient[i]
+
+
 @kernel(row_major_in, integers_in, matrix_out, returns=types.Tuple((types.float64, types.int64)))
 def softmax_grad(logits, labels, out):
     """out = softmax(logits) - onehot(labels); returns the summed cross-entropy and the number correct."""
@@ -671,3 +679,9 @@ class NumbaBackend(Backend):
         out = np.empty(logits.shape, logits.dtype)
         loss, correct = softmax_grad(np.ascontiguousarray(logits), np.ascontiguousarray(labels, np.int64), out)
         return loss, correct, out
+
+    def _update(self, parameter, gradient, factor):
+        if parameter.flags.carray and gradient.flags.c_contiguous:
+            subtract(np.asarray(parameter).reshape(-1), np.asarray(gradient).reshape(-1), factor)
+        else:
+            super()._update(parameter, gradient, factor)

@@ -344,6 +344,11 @@ def flat_in(dtype: types.Float) -> types.Array:
     return types.Array(dtype, 1, "C", readonly=True, aligned=False)
 
 
+def flat_out(dtype: types.Float) -> types.Array:
+    """(n,) array to write, contiguous."""
+    return types.Array(dtype, 1, "C", aligned=False)
+
+
 def integers_in(dtype: types.Float) -> types.Array:
     """(n,) array of int64 to read, with any stride."""
     return types.Array(types.int64, 1, "A", readonly=True, aligned=False)

@@ -181,7 +181,7 @@ def train(
             if batch_size:
                 steps = _mini_batches(place, images, labels, batch_size, rng, state.steps)
             for batch in steps:
-                sums = descend(mlp, batch, learning_rate, on_images)
+                sums = descend(mlp, backend, batch, learning_rate, on_images)
                 state.steps += 1
                 state.loss += sums.loss
                 state.correct += sums.correct
@@ -197,14 +197,16 @@ def train(
 
 
 def descend(
-    mlp: MLP, batch: Batch, learning_rate: float, on_images: Callable[[int], None] = lambda images: None
+    mlp: MLP,
+    backend: Backend,
+    batch: Batch,
+    learning_rate: float,
+    on_images: Callable[[int], None] = lambda images: None,
 ) -> Sums:
     """One step of gradient descent on the mean loss over `batch`; returns the sums before the update."""
     sums = batch.gradient(mlp, on_images)
-    with np.errstate(over="ignore", invalid="ignore"):  # the loss at the end of the epoch shows it
-        for parameter, gradient in zip(mlp.parameters, sums.gradient):
-            gradient *= learning_rate / batch.count  # in place: a temporary would take half of the update's time
-            parameter -= gradient
+    for parameter, gradient in zip(mlp.parameters, sums.gradient):
+        backend.update(parameter, gradient, learning_rate / batch.count)
     return sums
 
 

@@ -25,6 +25,7 @@ class Ours(Learner):
         self.mlp = copy.deepcopy(task.mlp)
         self.learning_rate = task.learning_rate
         self.images, self.labels = task.images, task.labels
+        self.backend = backend
         self.prepare = partial(Shards, task.run, backend, dtype=self.mlp.dtype)
 
     @cached_property
@@ -33,10 +34,11 @@ class Ours(Learner):
         return self.prepare(images=self.images, labels=self.labels)
 
     def step(self):
-        return descend(self.mlp, self.all, self.learning_rate).loss / self.all.count
+        return descend(self.mlp, self.backend, self.all, self.learning_rate).loss / self.all.count
 
     def learn(self, images, labels):
-        return descend(self.mlp, self.prepare(images=images, labels=labels), self.learning_rate).loss / len(images)
+        batch = self.prepare(images=images, labels=labels)
+        return descend(self.mlp, self.backend, batch, self.learning_rate).loss / len(images)
 
     def learn_rows(self, rows):
         return self.learn(np.take(self.images, rows, axis=0), np.take(self.labels, rows))

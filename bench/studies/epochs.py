@@ -56,7 +56,7 @@ def measure(dataset: Dataset, quick: bool, names: Sequence[str] | None = None) -
         for name, backend in chosen.items():
             part, mlp = parts[name], MLP()
             shards = Shards(run, backend, part.train_images, part.train_labels, mlp.dtype)
-            steps[name] = partial(descend, mlp, shards, LEARNING_RATE)
+            steps[name] = partial(descend, mlp, backend, shards, LEARNING_RATE)
         steps[BIG_PRODUCTS] = big_products(dataset, threads)
         seconds = interleave(steps, 3 if quick else 12, rest=0.03)
     scales = {name: whole / len(part.train_images) for name, part in parts.items()}
@@ -77,7 +77,7 @@ def check(run: Callable, backend: Backend, dataset: Dataset) -> None:
     """Raise an AssertionError unless a step over a few images gives the parameters that the NumPy backend does."""
     start, networks = limited(dataset, FEW_IMAGES), [MLP(), MLP()]
     for mlp, kernels in zip(networks, (backend, get_backend("numpy"))):
-        descend(mlp, Shards(run, kernels, start.train_images, start.train_labels, mlp.dtype), LEARNING_RATE)
+        descend(mlp, kernels, Shards(run, kernels, start.train_images, start.train_labels, mlp.dtype), LEARNING_RATE)
     for ours, theirs in zip(*(mlp.parameters for mlp in networks)):
         # A step changes a parameter by at most 0.03, with the rounding errors of sums over 784 products.
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=0.03 * 784 * float(np.finfo(np.float32).eps))

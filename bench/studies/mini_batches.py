@@ -52,9 +52,10 @@ FULL_BATCH = "sparse, all images"
 IN_PARTS = ("numpy", "numba", "sparse")
 SIZES_IN_PARTS = (32, 128, 512)
 PRODUCTS = ("matmul, images", "matmul, small", "matmul, column sums")
-KERNELS = {name: name for name in ("prepare", "softmax_grad")} | dict.fromkeys(("relu", "relu_grad"), "relu, relu_grad")
+RELU = "relu, relu_grad"
+KERNELS = {"prepare": "prepare", "relu": RELU, "relu_grad": RELU, "softmax_grad": "softmax_grad", "update": "update"}
 BETWEEN = "Python between kernels"
-PARTS = ("take", "shards", "prepare", *PRODUCTS, "relu, relu_grad", "softmax_grad", "checks", BETWEEN, "update")
+PARTS = ("take", "shards", "prepare", *PRODUCTS, RELU, "softmax_grad", "checks", BETWEEN, "update")
 """Copying the images and labels of a batch; making `Shards` of it; the kernels; the checks of their arguments; what
 else happens in `Shards.gradient`; and what else happens in `descend`."""
 CHECKS = ("_is_product", "_is_labelled", "_is_matrix", "_is_like", "_check_matrix")
@@ -183,7 +184,7 @@ class InParts(Ours):
     def learn(self, images, labels):
         batch = self.timed("shards", self.prepare, images=images, labels=labels)
         batch.gradient = partial(self.timed, BETWEEN, batch.gradient)
-        return self.timed("update", descend, self.mlp, batch, self.learning_rate).loss / len(images)
+        return self.timed("update", descend, self.mlp, self.backend, batch, self.learning_rate).loss / len(images)
 
     def learn_rows(self, rows):
         take = partial(self.timed, "take", np.take)

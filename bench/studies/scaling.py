@@ -224,9 +224,9 @@ def thread_points(runs: dict[int, Callable], dataset: Dataset) -> Points:
 
 def full_batch(run: Callable, name: str, dataset: Dataset, hidden: int = HIDDEN) -> Callable[[], Any]:
     """A function that takes one step over all images."""
-    mlp = network(dataset, hidden)
-    shards = Shards(run, get_backend(name), dataset.train_images, dataset.train_labels, mlp.dtype)
-    return partial(descend, mlp, shards, LEARNING_RATE)
+    mlp, backend = network(dataset, hidden), get_backend(name)
+    shards = Shards(run, backend, dataset.train_images, dataset.train_labels, mlp.dtype)
+    return partial(descend, mlp, backend, shards, LEARNING_RATE)
 
 
 def mini_batches(run: Callable, name: str, mlp: MLP, dataset: Dataset, size: int, count: int) -> Callable[[], None]:
@@ -235,7 +235,7 @@ def mini_batches(run: Callable, name: str, mlp: MLP, dataset: Dataset, size: int
 
     def step(rows: NDArray) -> None:
         images, labels = np.take(dataset.train_images, rows, axis=0), np.take(dataset.train_labels, rows)
-        descend(mlp, Shards(run, backend, images, labels, mlp.dtype), LEARNING_RATE)
+        descend(mlp, backend, Shards(run, backend, images, labels, mlp.dtype), LEARNING_RATE)
 
     return take_batches(step, len(dataset.train_images), size, count)
 
@@ -303,10 +303,10 @@ def check(dataset: Dataset) -> None:
 
 def stepped(name: str, dataset: Dataset, hidden: int, threads: int, images: int | None = None) -> list[NDArray]:
     """The parameters after a step over the first `images`."""
-    part, mlp = limited(dataset, images), network(dataset, hidden)
+    part, mlp, backend = limited(dataset, images), network(dataset, hidden), get_backend(name)
     with thread_pool(threads) as run:
-        shards = Shards(run, get_backend(name), part.train_images, part.train_labels, mlp.dtype)
-        descend(mlp, shards, LEARNING_RATE)
+        shards = Shards(run, backend, part.train_images, part.train_labels, mlp.dtype)
+        descend(mlp, backend, shards, LEARNING_RATE)
     return mlp.parameters
 
 

@@ -127,8 +127,9 @@ def measure(dataset: Dataset, quick: bool) -> Result:
 
 def step(place: Place, name: str, images: Dataset, mlp: MLP) -> Callable[[], Any]:
     """A function that takes one step over all images."""
-    batch = place(get_backend(name), images.train_images, images.train_labels, mlp.dtype, Memory())
-    return partial(descend, mlp, batch, LEARNING_RATE)
+    backend = get_backend(name)
+    batch = place(backend, images.train_images, images.train_labels, mlp.dtype, Memory())
+    return partial(descend, mlp, backend, batch, LEARNING_RATE)
 
 
 def network(images: Dataset) -> MLP:
@@ -217,11 +218,12 @@ def growth(dataset: Dataset, folder: Path, counts: Iterable[int]) -> list[Growth
         images = load_idx(folder)
         with thread_pool(available_cores()) as run:
             mlp, memory = network(images), Memory(GROWTH_LIMIT)
-            batch = Shards(run, get_backend("sparse"), images.train_images, images.train_labels, mlp.dtype, memory)
+            sparse = get_backend("sparse")
+            batch = Shards(run, sparse, images.train_images, images.train_labels, mlp.dtype, memory)
             times, own = [], []
             for _ in range(2 if count > 10**6 else 5):
                 start = time.perf_counter()
-                descend(mlp, batch, LEARNING_RATE, lambda images: own.append(_own_bytes()))  # noqa: B023
+                descend(mlp, sparse, batch, LEARNING_RATE, lambda images: own.append(_own_bytes()))  # noqa: B023
                 times.append(time.perf_counter() - start)
         del batch
         rows.append(Growth(count, 1e6 * float(np.median(times)) / count, max(own)))

@@ -232,6 +232,26 @@ def test_arguments_are_not_modified(backend):
     np.testing.assert_array_equal(upstream, before[1])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "every second", "reversed"])
+@pytest.mark.parametrize("shape", [(0,), (1,), (37,), (5, 0), (13, 67)])
+def test_update_rounds_the_product_and_the_difference(backend, shape, layout, dtype):
+    rng = np.random.default_rng(0)
+    start, gradient = with_special_values(rng, shape, dtype, 0.1), with_special_values(rng, shape, dtype, 0.1)
+    parameter = laid_out(start, layout)
+    with np.errstate(all="ignore"):
+        expected = start - gradient * np.array(0.1 / 3, dtype)
+        backend.update(parameter, laid_out(gradient, layout), 0.1 / 3)
+    np.testing.assert_array_equal(parameter, expected)
+
+
+def test_update_refuses_a_parameter_that_is_read_only(backend):
+    parameter = floats(3)
+    parameter.flags.writeable = False
+    with pytest.raises(ValueError, match="read-only"):
+        backend.update(parameter, floats(3), 0.1)
+
+
 def floats(*shape):
     return np.ones(shape, np.float32)
 
@@ -264,6 +284,9 @@ def floats(*shape):
         (lambda b: b.softmax_grad(floats(2, 3), np.array([0.0, 1.0])), "native integers, not float64"),
         (lambda b: b.softmax_grad(floats(2, 3), np.array([0, 1], ">i4")), "native integers, not >i4"),
         (lambda b: b.softmax_grad(floats(2, 0), np.array([0, 1])), "at least one class"),
+        (lambda b: b.update(floats(2, 3), floats(3, 2), 0.1), r"parameter \(2, 3\) and gradient \(3, 2\) must"),
+        (lambda b: b.update(floats(3), np.ones(3), 0.1), "parameter is float32 but gradient is float64"),
+        (lambda b: b.update([1.0], np.ones(1), 0.1), "parameter must be .* not list"),
     ],
 )
 def test_wrong_arguments(call, message):
