@@ -195,12 +195,12 @@ def slug(machine: Machine) -> str:
 
 
 def kernels_changed(commit: str) -> str:
-    """A sentence on whether ``kernels/`` has changed since a commit; empty if git cannot tell."""
-    root = Path(__file__).parents[2]
-    command = ["git", "-C", str(root), "diff", "--quiet", commit.removesuffix("-dirty"), "--", "kernels"]
+    """A sentence on whether the code in ``kernels/`` has changed since a commit; empty if git cannot tell."""
+    root, code = Path(__file__).parents[2], ":(glob)kernels/**/*.py"
+    command = ["git", "-C", str(root), "diff", "--quiet", commit.removesuffix("-dirty"), "--", code]
     try:
-        code = subprocess.run(command, capture_output=True).returncode
+        status = subprocess.run(command, capture_output=True).returncode
     except OSError:
         return ""
     words = {0: "kernels/ has not changed since.", 1: "kernels/ has changed since."}
-    return words.get(code, "")
+    return words.get(status, "")
