@@ -460,7 +460,7 @@ def test_auto_falls_back_to_digits28_with_a_notice(server, use_mirrors, capsys):
     assert notice.startswith("Using digits28")
     assert "MNIST could not be downloaded" in notice
     assert load_dataset().name == "digits28"
-    assert capsys.readouterr().err == notice + "\n"
+    assert capsys.readouterr().err.endswith(notice + "\n")  # where pooch may have named the download before
 
 
 def test_auto_prefers_mnist(folder, use_mirrors):
