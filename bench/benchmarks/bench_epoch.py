@@ -23,4 +23,5 @@ def test_epoch(benchmark, backend, dataset, threads, quick):
         benchmark.name = f"{backend.name}, {batch.count} images"
         benchmark.extra_info.update(shape=f"{batch.count} images", flop=FLOP_OF_PRODUCTS * batch.count)
         rounds = 1 if backend.too_slow_for_full_batches or quick else 10
-        benchmark.pedantic(descend, (mlp, batch, LEARNING_RATE), rounds=rounds, warmup_rounds=0 if rounds == 1 else 2)
+        step = (mlp, backend, batch, LEARNING_RATE)
+        benchmark.pedantic(descend, step, rounds=rounds, warmup_rounds=0 if rounds == 1 else 2)
