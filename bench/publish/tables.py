@@ -168,16 +168,19 @@ def _range(values: list[float]) -> str:
 
 
 def competitor_table(results: Path) -> str:
-    """Seconds per step, peak memory and compile time of every backend and peer, and which are missing."""
+    """Seconds per step, error, peak memory and compile time of every backend and peer, and which are missing."""
     result, memory = result_of(results, "head_to_head"), result_of(results, "memory")
-    table = Table("", "form", "seconds per step", "95 % interval", "peak memory (MB)", "compilation (s)", box=MARKDOWN)
+    columns = ("form", "seconds per step", "95 % interval", "error", "peak memory (MB)", "compilation (s)")
+    table = Table("", *columns, box=MARKDOWN)
     known = {name: form for form, names in result.forms.items() for name in names}
     for name, times in result.steps.rounds.items():
         peak = f"{memory.peak_bytes[name] / 1e6:.0f}" if name in memory.peak_bytes else memory.skipped.get(name, "")
         seconds = result.compile_seconds.get(name)
         interval = f"{times.low:.3f} to {times.high:.3f}" if times.interval else ""
         form = known.get(name, "reference")
-        table.add_row(name, form, f"{times.median:.3f}", interval, peak, short(seconds) if seconds else "")
+        error = result.tried[name][result.chosen[name]].error if name in result.chosen else None
+        off = f"{error:.1e}" if error is not None else ""
+        table.add_row(name, form, f"{times.median:.3f}", interval, off, peak, short(seconds) if seconds else "")
     for name, reason in result.skipped.items():
         table.add_row(name, f"skipped: {reason}")
     return f"{_markdown(table)}\n\n{origin(results, 'head_to_head')}"

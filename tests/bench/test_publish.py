@@ -14,12 +14,12 @@ import pytest
 
 from bench.measure.machine import caches, machine
 from bench.measure.records import Comparison, Conditions, RecordError, Rounds, Run, Section, read, write
-from bench.peers import pytorch
+from bench.peers import Form, pytorch
 from bench.publish import claims
 from bench.publish.folder import Folder, existing_run, read_folder, save
 from bench.publish.report import CAPTIONS, write_report
-from bench.publish.tables import PUBLISHED_RESULTS, ROOT, STEPS, folders, main_folder, refresh
-from bench.studies import STUDIES, epochs, mini_batches, roofline, study
+from bench.publish.tables import PUBLISHED_RESULTS, ROOT, STEPS, competitor_table, folders, main_folder, refresh
+from bench.studies import STUDIES, epochs, head_to_head, memory, mini_batches, roofline, study
 from tests.support.claims import CLAIMED
 from tests.support.systems import needs_posix
 
@@ -74,9 +74,37 @@ def test_the_table_of_a_step_needs_its_parts(tmp_path):
     assert tables[0] == text
     table = tables[1].splitlines()
     assert re.findall(r"(\w+), (\d+) images", table[1]) == [(name, str(size)) for size, name in STEPS]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table[3:] if line.startswith("|")]
+    rows = cells(table[3:])
     assert [row[0] for row in rows] == list(seconds)
     assert [float(row[1]) for row in rows] == list(range(1, len(rows) + 1))
+
+
+def cells(lines):
+    """The cells of the rows of a Markdown table."""
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+
+
+def test_the_competitors_stand_with_their_errors(tmp_path):
+    steps = Comparison("", {"numpy": [3.0], "PyTorch bfloat16": [0.5], head_to_head.BIG_PRODUCTS: [2.0]})
+    tried = {
+        "numpy": {"ours": Form(error=1.2e-7)},
+        "PyTorch bfloat16": {"slow": Form(error=0.1), "autocast": Form(error=0.0017)},
+    }
+    forms = {"dense": ["numpy"], "bfloat16": ["PyTorch bfloat16"]}
+    chosen = {"numpy": "ours", "PyTorch bfloat16": "autocast"}
+    sections = {
+        "head_to_head": Section(CONDITIONS, head_to_head.Result(forms, steps, tried, chosen)),
+        "memory": Section(CONDITIONS, memory.Result({"numpy": 195_000_000}, {})),
+    }
+    (tmp_path / "here").mkdir()
+    save(tmp_path / "here", machine(), Run(sections))
+    header, _, *rows = cells(competitor_table(tmp_path).splitlines())
+    error = header.index("error")
+    assert {row[0]: (row[1], row[error]) for row in rows} == {
+        "numpy": ("dense", "1.2e-07"),
+        "PyTorch bfloat16": ("bfloat16", "1.7e-03"),
+        head_to_head.BIG_PRODUCTS: ("reference", ""),
+    }
 
 
 def test_an_unknown_study_is_refused(tmp_path):
