@@ -282,16 +282,14 @@ def _check_product(a: Any, b: Any, bias: Any) -> None:
 def _check_pair(upstream: Any, activations: Any) -> None:
     _check_matrix(upstream, "upstream")
     _check_matrix(activations, "activations")
-    if upstream.shape != activations.shape:
-        raise ValueError(f"upstream {upstream.shape} and activations {activations.shape} must have the same shape")
+    _check_same_shape(upstream=upstream, activations=activations)
     _check_same_dtype(upstream=upstream, activations=activations)
 
 
 def _check_update(parameter: Any, gradient: Any) -> None:
     _check_float(parameter, "parameter")
     _check_float(gradient, "gradient")
-    if parameter.shape != gradient.shape:
-        raise ValueError(f"parameter {parameter.shape} and gradient {gradient.shape} must have the same shape")
+    _check_same_shape(parameter=parameter, gradient=gradient)
     _check_same_dtype(parameter=parameter, gradient=gradient)
 
 
@@ -318,6 +316,12 @@ def _check_matrix(value: Any, name: str) -> None:
     _check_float(value, name)
     if value.ndim != 2:
         raise ValueError(f"{name} must have two dimensions, not shape {value.shape}")
+
+
+def _check_same_shape(**arrays: Any) -> None:
+    (first, a), (second, b) = arrays.items()
+    if a.shape != b.shape:
+        raise ValueError(f"{first} {a.shape} and {second} {b.shape} must have the same shape")
 
 
 def _check_same_dtype(**arrays: Any) -> None:

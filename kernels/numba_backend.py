@@ -36,10 +36,10 @@ from kernels.simd import (
     Vectors,
     View,
     compile_seconds,
+    compiler_barrier,
     flat_in,
     flat_out,
     integers_in,
-    keep_order,
     kernel,
     matrix_in,
     matrix_out,
@@ -206,7 +206,7 @@ def dot_tile(typing_context, a, b, bias, out, j, first):
         totals = [vectors.variable(vectors.load(before, column=c)) for c in range(DOT_VECTORS)]
         with cgutils.for_range_slice(builder, j.type(0), b.shape[0], lanes, j.type) as (k, _):
             for c, total in enumerate(totals):
-                keep_order(builder)
+                compiler_barrier(builder)
                 block = b.part(k, builder.add(j, j.type(c * vectors.lanes)))
                 rows = vectors.transpose([vectors.load(block.at(0, column)) for column in range(vectors.lanes)])
                 for r, row in enumerate(rows):
@@ -235,7 +235,7 @@ def _emit_tile(context, builder, signature, arguments, most, width, ragged=False
     )
     ahead = _next_block(builder, a, i, panels, p) if copy and TUNING.prefetches else None
     a, panel, out = a.part(i), panels.part(p, drop=1), out.part(i, j)
-    if copy:  # prefetch the results of the next tile
+    if copy:  # prefetch the results of the next tile; timed on Zen 3 only
         for r, byte in itertools.product(range(MR), range(0, TILE_BYTES, CACHE_LINE)):
             vectors.prefetch(builder.gep(out.at(r), [j.type(TILE_BYTES + byte)]), level=1)
     if copy and COPIES:
@@ -295,7 +295,7 @@ def _emit_micro_kernel(builder, vectors, a, panel, start, out, rows, masks, ahea
         if rows < len(masks):  # wide and low: keep A in registers, and load one vector of B at a time
             x = [vectors.broadcast(pointer) for pointer in a_at]
             for c in range(len(masks)):
-                keep_order(builder)
+                compiler_barrier(builder)
                 b = vectors.load(b_at, column=c)
                 for r in range(rows):
                     builder.store(vectors.fma(x[r], b, builder.load(totals[r, c])), totals[r, c])

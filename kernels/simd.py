@@ -119,10 +119,13 @@ def opaque(builder: ir.IRBuilder, view: View) -> View:
     return View(builder, kept, view.shape, view.strides)
 
 
-def keep_order(builder: ir.IRBuilder) -> None:
-    """Keep LLVM from moving loads across this point, by empty inline assembly: hoisted ones would spill registers."""
+def compiler_barrier(builder: ir.IRBuilder, *attributes: str) -> None:
+    """Keep LLVM from moving loads across this point, by empty inline assembly: hoisted ones would spill registers.
+
+    With the attribute ``convergent``, LLVM must not make it conditional either, so it cannot unroll the loop around it.
+    """
     nothing = ir.InlineAsm(ir.FunctionType(ir.VoidType(), []), "", "", side_effect=True)
-    builder.call(nothing, [])
+    builder.call(nothing, [], attrs=attributes)
 
 
 def compress_bytes(builder: ir.IRBuilder, source: ir.Value, mask: ir.Value, target: ir.Value) -> None:

@@ -47,6 +47,7 @@ from kernels.simd import (
     Vectors,
     View,
     aligned_empty,
+    compiler_barrier,
     compress_bytes,
     flat_in,
     kernel,
@@ -198,10 +199,19 @@ def find_nonzeros(pixels, masks, transposed_masks, groups, transposed_groups):
     for strip in range(strips):
         for block in range(blocks):
             transpose_bits(masks, transposed_masks, strip, block)
-            groups[block] += np.count_nonzero(masks[strip, block])
-            transposed_groups[strip] += np.count_nonzero(transposed_masks[strip, block])
+            groups[block] += count_nonzero(masks[strip, block])
+            transposed_groups[strip] += count_nonzero(transposed_masks[strip, block])
     groups[0], transposed_groups[0] = n, k
     return number, round_up(groups), round_up(transposed_groups)
+
+
+@njit
+def count_nonzero(masks):
+    """Like NumPy's, but vectorized by LLVM."""
+    count = 0
+    for mask in masks:
+        count += mask != 0
+    return count
 
 
 @njit
@@ -332,30 +342,30 @@ def copy_nonzeros(typing_context, matrix, i, j, mask, values, end):
     def emit(context, builder, signature, arguments):
         _, i, j, mask, _, end = arguments
         matrix, values = (View.of(context, builder, signature.args[n], arguments[n]) for n in (0, 4))
-        row = View(builder, matrix.at(builder.zext(i, j.type), j), (), matrix.strides[1:])
-        values = View(builder, values.at(end), (), [j.type(1)])
-        if HAS_COMPRESS:
-            is_contiguous = builder.icmp_signed("==", row.strides[0], j.type(1))
-            with builder.if_else(is_contiguous) as (then, otherwise):
-                with then:
-                    compress_bytes(builder, row.at(), mask, values.at())
-                with otherwise:
-                    _emit_copy(builder, row, mask, values)
-        else:
-            _emit_copy(builder, row, mask, values)
+        row, values, one = matrix.at(builder.zext(i, j.type), j), values.at(end), j.type(1)
+        stride = matrix.strides[1]
+        with builder.if_else(builder.icmp_signed("==", stride, one)) as (then, otherwise):
+            with then:
+                if HAS_COMPRESS:
+                    compress_bytes(builder, row, mask, values)
+                else:
+                    _emit_copy(builder, row, one, mask, values)
+            with otherwise:
+                _emit_copy(builder, row, stride, mask, values)
         return context.get_dummy_value()
 
     return types.void(matrix, i, j, mask, values, end), emit
 
 
-def _emit_copy(builder, row, mask, values):
-    """Copy byte by byte."""
+def _emit_copy(builder, row, stride, mask, values):
+    """Copy byte by byte. A stride known at compile time needs no multiplication."""
     rest = cgutils.alloca_once_value(builder, mask)
     with cgutils.for_range(builder, builder.ctpop(mask)) as loop:
         bits = builder.load(rest)
         builder.store(builder.and_(bits, builder.sub(bits, _MASK(1))), rest)
         column = builder.cttz(bits, ir.IntType(1)(1))
-        builder.store(builder.load(row.at(column)), values.at(loop.index))
+        byte = builder.load(builder.gep(row, [builder.mul(column, stride)]))
+        builder.store(byte, builder.gep(values, [loop.index]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -432,8 +442,9 @@ def add_block(typing_context, groups, rows, masks, values, start, end, quotients
         )
         vectors = Vectors(context, builder, signature.args[10].dtype)
         integer = j.type
-        # Strides known at compile time, so that the innermost loop needs no multiplication.
-        rows, masks = rows.part(start), masks.part(start)
+        # Strides known at compile time need no multiplication.
+        rows = View(builder, rows.at(start), (), [integer(ROWS.bitwidth // 8)])
+        masks = View(builder, masks.at(start), (), [integer(MASKS.bitwidth // 8)])
         values = View(builder, values.at(), (), [integer(1)])
         quotients = View(builder, quotients.at(), (), [integer(REGISTER_BYTES // vectors.lanes)])
         panel = View(builder, panel.at(), (), [integer(PANEL_BYTES)])
@@ -489,7 +500,9 @@ def _emit_micro_kernel(builder, vectors, members, quotients, panel, width, tail)
     totals = {(r, c): vectors.variable(vectors.constant(0)) for r, c in tile}
     masks = [cgutils.alloca_once_value(builder, member.mask) for member in members]
     with cgutils.for_range(builder, builder.ctpop(members[0].mask)) as loop:
-        _keep_rolled(builder)
+        # Keep the loop rolled. Most rows of a block have fewer than twenty non-zeros, which would mostly run in the
+        # remainder loop.
+        compiler_barrier(builder, "convergent")
         for r, member in enumerate(members):
             mask = builder.load(masks[r])
             builder.store(builder.and_(mask, builder.sub(mask, _MASK(1))), masks[r])
@@ -507,15 +520,6 @@ def _emit_micro_kernel(builder, vectors, members, quotients, panel, width, tail)
     for r, c in tile:
         sums = builder.fadd(vectors.load(members[r].before.at(), tail, column=c), builder.load(totals[r, c]))
         vectors.store(sums, members[r].after.at(), tail, column=c)
-
-
-def _keep_rolled(builder):
-    """Keep LLVM from unrolling a loop, with a no-op that it must not make conditional (``convergent``).
-
-    Most rows of a block have fewer than twenty non-zeros, and would run mostly in the remainder loop.
-    """
-    nothing = ir.InlineAsm(ir.FunctionType(ir.VoidType(), []), "", "", side_effect=True)
-    builder.call(nothing, [], attrs=("convergent",))
 
 
 empty_panel = njit(aligned_empty)
