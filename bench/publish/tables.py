@@ -35,6 +35,7 @@ from bench.publish.figures import draw_all
 from bench.publish.folder import Folder, read_all
 from bench.publish.style import short, small_print
 from bench.studies.break_even import break_even
+from bench.studies.epochs import FEW_IMAGES
 from bench.studies.ladder import BLAS
 from bench.studies.mini_batches import PARTS, WHOLE
 from bench.studies.workers import MEMORY_LIMIT, calculation
@@ -132,7 +133,7 @@ def claim_table(results: Path, table_name: str = MAIN) -> str:
     ]
     if table_name == MAIN:
         notes += [
-            "`naive`: scaled up from 32 images.",
+            f"`naive`: scaled up from {FEW_IMAGES} images.",
             "To the published accuracy: undecided where the ranges over random starts overlap.",
             "Ladder: seconds per 10⁹ operations.",
         ]

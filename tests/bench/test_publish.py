@@ -18,6 +18,7 @@ from bench.peers import Form, pytorch
 from bench.publish import claims, tables
 from bench.publish.folder import Folder, existing_run, read_all, read_folder, save
 from bench.publish.report import CAPTIONS, write_report
+from bench.publish.style import small_print
 from bench.publish.tables import (
     PUBLISHED_RESULTS,
     ROOT,
@@ -183,6 +184,14 @@ def test_figures_come_from_an_idle_machine_if_possible(tmp_path):
     disturbed, idle, later = busy(run_of(numpy=[1.0])), run_of(numpy=[2.0]), run_of(numpy=[3.0])
     assert Folder(tmp_path, machine(), [disturbed, idle, later]).section("epochs") == idle.sections["epochs"]
     assert Folder(tmp_path, machine(), [disturbed]).section("epochs") == disturbed.sections["epochs"]
+
+
+@pytest.mark.parametrize(("threads_per_core", "word"), [(1, "2 cores"), (2, "2 threads"), (None, "2 threads")])
+def test_the_small_print_says_what_is_known(threads_per_core, word):
+    here = dataclasses.replace(machine(), name="Zen 3", cpu="EPYC", threads_per_core=threads_per_core)
+    (section,) = busy(run_of(numpy=[1.0])).sections.values()
+    first, _ = small_print(section, here).splitlines()
+    assert first == f"busy machine: other processes kept 0.4 cores busy; MNIST; Zen 3 (EPYC), {word}; float32"
 
 
 def test_machines_of_one_name_stay_apart(tmp_path):
