@@ -78,7 +78,7 @@ def with_rates(here: Machine, sections: dict[str, Section]) -> Machine:
     """The machine, with its peak and bandwidths if the roofline study has measured them."""
     if "roofline" not in sections:
         return here
-    roofline = sections["roofline"].found
+    roofline = sections["roofline"].result
     return dataclasses.replace(
         here,
         peak_gflop_per_second=roofline.peak_gflop_per_second,

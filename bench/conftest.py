@@ -105,7 +105,7 @@ def pytest_terminal_summary(terminalreporter, exitstatus, config):
     from bench.publish.folder import existing_run, read_folder, save
     from bench.publish.report import write_report
 
-    all_backends = "epochs" in sections and set(backend_names()) <= set(sections["epochs"].found.epochs.seconds)
+    all_backends = "epochs" in sections and set(backend_names()) <= set(sections["epochs"].result.epochs.seconds)
     complete = exitstatus == 0 and all_backends and len(sections) == len(RECORDED) and "deselected" not in stash
     folder = config.option.output / (("quick" if config.option.quick else "") if complete else "partial")
     missing = {name: "not selected, or the run ended first" for name in RECORDED if name not in sections}

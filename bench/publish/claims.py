@@ -86,25 +86,25 @@ class Cell:
 def _step(run: Run) -> Comparison | None:
     """A full-batch step, interleaved with the peers if the run has them, otherwise with the backends alone."""
     if section := run.sections.get("head_to_head"):
-        return section.found.steps
-    return section.found.epochs if (section := run.sections.get("epochs")) else None
+        return section.result.steps
+    return section.result.epochs if (section := run.sections.get("epochs")) else None
 
 
 def _epoch(run: Run) -> Comparison | None:
-    return section.found.epochs if (section := run.sections.get("epochs")) else None
+    return section.result.epochs if (section := run.sections.get("epochs")) else None
 
 
 def _time_to(run: Run) -> Comparison | None:
-    return section.found.times if (section := run.sections.get("time_to_accuracy")) else None
+    return section.result.times if (section := run.sections.get("time_to_accuracy")) else None
 
 
 def _command(run: Run) -> Comparison | None:
-    return section.found.command if (section := run.sections.get("break_even")) else None
+    return section.result.command if (section := run.sections.get("break_even")) else None
 
 
 def _product(start: str, one: bool) -> Pick:
     def pick(run: Run) -> Comparison | None:
-        comparisons = run.sections["products"].found.products if "products" in run.sections else []
+        comparisons = run.sections["products"].result.products if "products" in run.sections else []
         ends_one = ", 1 thread"
         return next((c for c in comparisons if c.what.startswith(start) and c.what.endswith(ends_one) == one), None)
 
@@ -114,14 +114,14 @@ def _product(start: str, one: bool) -> Pick:
 def _small_step(size: int) -> Pick:
     def pick(run: Run) -> Comparison | None:
         section = run.sections.get("mini_batches")
-        return section.found.steps.get(1, {}).get(size) if section else None
+        return section.result.steps.get(1, {}).get(size) if section else None
 
     return pick
 
 
 def _climb(product: str) -> Pick:
     def pick(run: Run) -> Comparison | None:
-        climbs = run.sections["ladder"].found.climbs if "ladder" in run.sections else []
+        climbs = run.sections["ladder"].result.climbs if "ladder" in run.sections else []
         return next((c.seconds_per_gflop for c in climbs if (c.product, c.threads) == (product, 1)), None)
 
     return pick

@@ -30,5 +30,5 @@ def draw_all(folder: Folder, output: Path, say: Callable[[str], None]) -> dict[s
         section = folder.section(name)
         if section and hasattr(study(name), "draw"):
             origin = small_print(section.conditions, folder.machine)
-            attempt(name, partial(study(name).draw, section.found, origin))
+            attempt(name, partial(study(name).draw, section.result, origin))
     return drawn

@@ -25,11 +25,11 @@ class Folder:
     def result(self, study: str) -> Any:
         """The study's `Result` in that section, or None."""
         section = self.section(study)
-        return section.found if section else None
+        return section.result if section else None
 
     def every(self, study: str) -> list[Any]:
         """A study's `Result` from each run that has it."""
-        return [run.sections[study].found for run in self.runs if study in run.sections]
+        return [run.sections[study].result for run in self.runs if study in run.sections]
 
     @property
     def studies(self) -> set[str]:

@@ -41,7 +41,7 @@ class Climb:
     seconds_per_gflop: Comparison
     """Of each step and of OpenBLAS. Slow steps compute only part of the rows."""
     peak_gflop_per_second: float
-    """Peak FMA throughput on as many threads: the bound."""
+    """Peak FMA throughput with the same number of threads: the bound."""
 
     @property
     def steps(self) -> list[str]:
