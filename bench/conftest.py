@@ -49,6 +49,14 @@ def pytest_benchmark_update_machine_info(machine_info):
     machine_info.update(environment())
 
 
+def pytest_benchmark_group_stats(benchmarks):
+    """A table for each benchmark and its earlier runs. A shared one would print ratios of what was not interleaved."""
+    tables = {}
+    for each in benchmarks:
+        tables.setdefault(f"{each['group']}: {each['name']}", []).append(each)
+    return list(tables.items())
+
+
 def pytest_deselected(items):
     if items:
         items[0].config.stash[SECTIONS]["deselected"] = True
