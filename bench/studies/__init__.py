@@ -8,6 +8,8 @@ A study has a dataclass `Result` whose ``kind`` is the study's name (built from 
 import importlib
 from types import ModuleType
 
+from kernels import backend_names, get_backend
+
 STUDIES = (
     "epochs",
     "kernels",
@@ -31,6 +33,11 @@ STUDIES = (
 def study(name: str) -> ModuleType:
     """The module of a study."""
     return importlib.import_module(f"bench.studies.{name}")
+
+
+def full_batch_backends() -> list[str]:
+    """Names of the backends that are fast enough for full batches."""
+    return [name for name in backend_names() if not get_backend(name).too_slow_for_full_batches]
 
 
 def result_class(name: str) -> type:

@@ -18,6 +18,7 @@ from bench.measure.records import Rounds, rounded
 from bench.peers import REST, best_form, competitor, expected_parameters
 from bench.peers.task import Learner, Task, UnavailableError, shuffled_batches, take_steps
 from bench.publish.style import end_labels, label, plain_ticks, points_up
+from bench.studies import full_batch_backends
 from bench.studies.roofline import peak
 from kernels import backend_names, get_backend
 from model.data import Dataset, limited
@@ -37,7 +38,7 @@ HIDDEN_UNITS = (16, 64, 128, 512, 2_048)
 
 STEPS = 100  # at most, of an epoch in mini-batches
 HIDDEN_IMAGES = 6_000  # 2,048 units take seconds for all images
-NAIVE_IMAGES = 16  # take pure Python a quarter of a second
+SLOW_IMAGES = 16  # take pure Python a quarter of a second
 
 # How seconds ideally grow with the number on each axis: the exponent, and what it means.
 LAWS = {
@@ -164,15 +165,20 @@ def image_points(run: Callable, dataset: Dataset, forms: dict[str, str], most: i
     large = shifted(dataset, counts[-1])
     points = {
         (name, count): Point(full_batch(run, name, limited(large, count)), repeats=-(-15_000 // count))
-        for name in compiled()
+        for name in full_batch_backends()
         for count in counts
     }
     for name, form in forms.items():
         for count in counts:
             peer = competitor(name, task_of(run, limited(large, count)), form)
             points[name, count] = Point(peer.step, repeats=-(-15_000 // count))
-    few = limited(dataset, NAIVE_IMAGES)
-    return {("naive", counts[0]): Point(full_batch(run, "naive", few), NAIVE_IMAGES / counts[0]), **points}
+    few = limited(dataset, SLOW_IMAGES)
+    slow = {
+        (name, counts[0]): Point(full_batch(run, name, few), SLOW_IMAGES / counts[0])
+        for name in backend_names()
+        if name not in full_batch_backends()
+    }
+    return slow | points
 
 
 def batch_points(run: Callable, dataset: Dataset, forms: dict[str, str], steps: int) -> Points:
@@ -191,9 +197,10 @@ def batch_points(run: Callable, dataset: Dataset, forms: dict[str, str], steps: 
             assert isinstance(learner, Learner)
             points[name, size] = Point(take_batches(learner.learn_rows, whole, size, count), share)
         for name in backend_names():
-            if name == "naive" and size > NAIVE_IMAGES:
+            slow = get_backend(name).too_slow_for_full_batches
+            if slow and size > SLOW_IMAGES:
                 continue
-            few = -(-8 // size) if name == "naive" else count
+            few = -(-8 // size) if slow else count
             train = mini_batches(run, name, network(dataset, HIDDEN), dataset, size, few)
             points[name, size] = Point(train, min(1, few * size / whole))
     return points
@@ -209,8 +216,9 @@ def hidden_points(run: Callable, dataset: Dataset, forms: dict[str, str]) -> Poi
             peer = competitor(name, task_of(run, few, hidden), form)
             points[name, hidden] = Point(peer.step, part_of(few, whole))
     for name in backend_names():
+        slow = get_backend(name).too_slow_for_full_batches
         for hidden in HIDDEN_UNITS:
-            count = max(1, NAIVE_IMAGES * HIDDEN // hidden // 4) if name == "naive" else min(whole, HIDDEN_IMAGES)
+            count = max(1, SLOW_IMAGES * HIDDEN // hidden // 4) if slow else min(whole, HIDDEN_IMAGES)
             points[name, hidden] = Point(full_batch(run, name, limited(dataset, count), hidden), count / whole)
     return points
 
@@ -218,7 +226,9 @@ def hidden_points(run: Callable, dataset: Dataset, forms: dict[str, str]) -> Poi
 def thread_points(runs: dict[int, Callable], dataset: Dataset) -> Points:
     """Full-batch steps by number of threads, without pure Python, which the GIL serializes."""
     return {
-        (name, threads): Point(full_batch(run, name, dataset)) for name in compiled() for threads, run in runs.items()
+        (name, threads): Point(full_batch(run, name, dataset))
+        for name in full_batch_backends()
+        for threads, run in runs.items()
     }
 
 
@@ -258,11 +268,6 @@ def network(dataset: Dataset, hidden: int) -> MLP:
     return MLP((dataset.train_images.shape[1], hidden, 10))
 
 
-def compiled() -> list[str]:
-    """Backends that can finish an epoch."""
-    return [name for name in backend_names() if name != "naive"]
-
-
 def thread_counts() -> list[int]:
     """Powers of two, and the number of cores."""
     cores = available_cores()
@@ -294,7 +299,7 @@ def check(dataset: Dataset) -> None:
             for ours, theirs in zip(stepped(name, dataset, hidden, 1, 4), expected):
                 # A step changes a parameter by at most 0.3, with the rounding errors of sums over 784 products.
                 np.testing.assert_allclose(ours, theirs, rtol=0, atol=0.3 * 784 * float(np.finfo(np.float32).eps))
-    for name in compiled():
+    for name in full_batch_backends():
         expected = stepped(name, dataset, HIDDEN, 1)
         for threads in thread_counts():
             for ours, theirs in zip(stepped(name, dataset, HIDDEN, threads), expected):
@@ -348,7 +353,7 @@ def draw_axis(axes: Axes, result: Result, axis: str, backends: Axis) -> None:
     ends: list[tuple[str, float, float, str]] = [("peak", last, floor[-1], BOUND_COLOUR)]
     for name, row in backends.items():
         at, seconds, low, high = np.array([(point.at, point.median, point.low, point.high) for point in row]).T
-        if name != "naive" or len(row) == 1:
+        if at[-1] == last or len(row) == 1:
             anchor = -1 if exponent == 1 else 0
             axes.plot(x, seconds[anchor] * (x / at[anchor]) ** exponent, ":", color=colour(name), linewidth=1)
         axes.plot(at, seconds, color=colour(name), linewidth=1.4)

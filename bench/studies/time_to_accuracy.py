@@ -1,9 +1,10 @@
 """Study: seconds from the images in memory to the published test accuracy, in mini-batches.
 
 Each competitor uses the batch size and learning rate that were fastest for it on images held out of the training set.
-The test images serve only for the reported times. These include shuffling, preparing, steps, and an evaluation on all
-test images after every 2,500 training images, but not loading or compilation. Pure Python is extrapolated: NumPy's
-number of images, at the time per image that pure Python takes for a few.
+Only torch.compile takes PyTorch's, as it would compile again for each batch size. The test images serve only for the
+reported times. These include shuffling, preparing, steps, and an evaluation on all test images after every 2,500
+training images, but not loading or compilation. Pure Python is extrapolated: NumPy's number of images, at the time per
+image that pure Python takes for a few.
 """
 
 import itertools
@@ -100,7 +101,7 @@ def measure(dataset: Dataset, quick: bool) -> Result:
     with thread_pool(available_cores()) as run:
         for name in track(NAMES, "choosing recipes", transient=True):
             candidates = recipes_of(name, quick)
-            if name == "torch.compile" and "PyTorch" in recipes:  # it would compile again for each batch size
+            if name == "torch.compile" and "PyTorch" in recipes:
                 candidates = [recipes["PyTorch"]]
             try:
                 trials[name] = try_recipes(name, held_out(dataset), run, candidates)
@@ -241,9 +242,10 @@ def draw(result: Result, small_print: str, file: Path) -> None:
     with figure_file(file, figsize=(8, 5.5)) as figure:
         above, below = figure.subplots(2, sharex=True, height_ratios=(2, 1))
         for name in names:
+            style = "-" if name in result.times else "--"
             curves = sorted(every_curve[name], key=lambda curve: curve[-1].seconds)
             seconds, _, accuracies = np.array(curves[len(curves) // 2]).T
-            above.plot(seconds, 100 * accuracies, "--" if name == "naive" else "-", color=colour(name))
+            above.plot(seconds, 100 * accuracies, style, color=colour(name))
             for end in [curve[-1] for curve in curves]:
                 above.plot(end.seconds, 100 * end.accuracy, "o", color=colour(name), markersize=3)
         above.axhline(target, color=BOUND_COLOUR, linestyle="--", linewidth=1)
@@ -255,16 +257,11 @@ def draw(result: Result, small_print: str, file: Path) -> None:
             below.plot(times[name].median, row, "o", color=colour(name))
             recipe = result.recipes[name]
             note = f"batches of {recipe.batch_size}, rate {recipe.learning_rate:g}"
-            extrapolated = ", extrapolated" if name == "naive" else ""
-            side = -1 if name == "naive" else 1
-            label(
-                below,
-                f"{in_seconds(times[name].median)}  ({note}{extrapolated})",
-                first if name == "naive" else last,
-                row,
-                7.5,
-                side,
-            )
+            text = f"{in_seconds(times[name].median)}  ({note}"
+            if name in result.times:
+                label(below, f"{text})", last, row, 7.5)
+            else:
+                label(below, f"{text}, extrapolated)", first, row, 7.5, side=-1)
         below.set(xscale="log", yticks=range(len(names)), ylim=(len(names) - 0.5, -0.5))
         below.set(xlabel=f"seconds, including preparation and evaluations (log scale); below: to {target:.2f} %")
         below.set_yticklabels(names)
