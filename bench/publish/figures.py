@@ -29,6 +29,6 @@ def draw_all(folder: Folder, output: Path, say: Callable[[str], None]) -> dict[s
     for name in STUDIES:
         section = folder.section(name)
         if section and hasattr(study(name), "draw"):
-            origin = small_print(section.conditions, folder.machine)
+            origin = small_print(section.conditions, folder.machine, timed=getattr(study(name), "TIMED", True))
             attempt(name, partial(study(name).draw, section.result, origin))
     return drawn

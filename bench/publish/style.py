@@ -63,7 +63,7 @@ def plain_ticks(*axis: Axis) -> None:
     """Label log axes with numbers like 0.01 and 1,000 instead of powers of ten."""
     for each in axis:
         low, high = each.get_view_interval()
-        each.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,), numticks=6))
+        each.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,), numticks=5))
         each.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}"))
         each.set_minor_formatter(NullFormatter())
 
@@ -117,17 +117,17 @@ def in_seconds(seconds: float) -> str:
     return f"{short(seconds * scale)} {unit}"
 
 
-def small_print(conditions: Conditions, machine: Machine) -> str:
-    """Conditions and versions of a measurement, in two lines."""
+def small_print(conditions: Conditions, machine: Machine, timed: bool = True) -> str:
+    """Conditions and versions of a measurement, in two lines, without what concerns only timings if not `timed`."""
     environment = conditions.environment
     packages = environment["packages"]
     versions = ", ".join(f"{name} {packages[name]}" for name in ("numpy", "numba", "llvmlite") if name in packages)
     first = [
         "QUICK RUN, not for quoting" * conditions.quick,
-        "BUSY MACHINE" * bool(conditions.busy),
+        "BUSY MACHINE" * bool(conditions.busy and timed),
         conditions.note or "",
         f"{conditions.dataset}; {machine.name} ({machine.cpu}), {environment['cores']} threads; float32",
-        "medians with 95 % intervals",
+        "medians with 95 % intervals" * timed,
     ]
     return (
         f"{'; '.join(filter(None, first))}\n"

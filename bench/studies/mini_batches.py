@@ -209,6 +209,10 @@ def draw(result: Result, small_print: str, file: Path) -> None:
     """Microseconds per step against batch size, a panel for each number of threads."""
     with figure_file(file, figsize=(8, 4)) as figure:
         panels = figure.subplots(1, len(result.steps), sharey=True, squeeze=False)[0]
+        compared = [comparison for steps in result.steps.values() for comparison in steps.values()]
+        drawn = [times for each in compared for name, times in each.rounds.items() if name in NAMES]
+        lowest, highest = min(times.low for times in drawn), max(times.high for times in drawn)
+        panels[0].set(yscale="log", ylim=(1e6 * lowest / 1.3, 1.3e6 * highest))
         for axes, (threads, steps) in zip(panels, result.steps.items()):
             _draw_panel(axes, steps)
             axes.set_title(f"{threads} thread{'s' * (threads > 1)}", fontsize=9, fontweight="normal")
@@ -219,7 +223,8 @@ def draw(result: Result, small_print: str, file: Path) -> None:
 
 def _draw_panel(axes: Axes, steps: dict[int, Comparison]) -> None:
     sizes = list(steps)
-    axes.set(xscale="log", yscale="log", xlabel="batch size (images)", xlim=(sizes[0] / 1.5, 12 * sizes[-1]))
+    right = 1.3 * sizes[-1]
+    axes.set(xscale="log", xlabel="batch size (images)", xlim=(sizes[0] / 1.3, right))
     ends: list[tuple[str, float, float, str]] = []
     for name in [name for name in NAMES if name in steps[sizes[0]]]:
         rounds = [steps[size].rounds[name] for size in sizes]
@@ -228,6 +233,6 @@ def _draw_panel(axes: Axes, steps: dict[int, Comparison]) -> None:
         axes.vlines(
             sizes, [1e6 * each.low for each in rounds], [1e6 * each.high for each in rounds], color=colour(name)
         )
-        ends.append((name, sizes[-1], medians[-1], colour(name)))
+        ends.append((name, right, medians[-1], colour(name)))
     end_labels(axes, ends)
     plain_ticks(axes.xaxis, axes.yaxis)

@@ -15,6 +15,9 @@ from model.extras.figure import draw_curves
 from model.published import reproduce
 from model.training import State
 
+TIMED = False
+"""The figure shows accuracies, which do not depend on the machine's load."""
+
 
 @dataclass(frozen=True)
 class Result:

@@ -345,12 +345,13 @@ def draw_axis(axes: Axes, result: Result, axis: str, backends: Axis) -> None:
     exponent, law = LAWS[axis]
     longest = max(point.high for point in points) * (width if axis == "images" else 1)
     axes.set(xscale="log", yscale="log", xlabel=axis, ylabel="seconds per epoch")
-    axes.set(xlim=(first / width**0.06, last * width**0.3), ylim=(floor.min() / 3, 2 * longest))
+    right = last * width**0.06  # names are outside
+    axes.set(xlim=(first / width**0.06, right), ylim=(floor.min() / 3, 2 * longest))
     rates = 10.0 ** np.arange(-3, 4)
     for rate in rates:
         axes.plot(x, dense / rate, color="#CCCCCC", linewidth=0.6, zorder=0)
     axes.plot(x, floor, color=BOUND_COLOUR, linestyle="--", linewidth=1)
-    ends: list[tuple[str, float, float, str]] = [("peak", last, floor[-1], BOUND_COLOUR)]
+    ends: list[tuple[str, float, float, str]] = [("peak", right, floor[-1], BOUND_COLOUR)]
     for name, row in backends.items():
         at, seconds, low, high = np.array([(point.at, point.median, point.low, point.high) for point in row]).T
         if at[-1] == last or len(row) == 1:
@@ -362,13 +363,14 @@ def draw_axis(axes: Axes, result: Result, axis: str, backends: Axis) -> None:
             fill = colour(name) if point.share == 1 else "white"
             axes.plot(point.at, point.median, "o", color=colour(name), markerfacecolor=fill, markersize=4)
         alone = len(row) == 1
-        ends.append((name, last if alone else at[-1], seconds[-1] * (width if alone else 1), colour(name)))
+        end = right if alone or at[-1] == last else at[-1]
+        ends.append((name, end, seconds[-1] * (width if alone else 1), colour(name)))
     names = end_labels(axes, ends)
     for rate in rates:
         y = dense[1] / rate
-        height = points_up(axes, last, y)
+        height = points_up(axes, right, y)
         if floor.min() / 2 < y < 1.5 * longest and all(abs(height - name) > 9 for name in names):
-            label(axes, f"{rate:,g} GFLOP/s", last, y, 6.5, shade="#777777")
+            label(axes, f"{rate:,g} GFLOP/s", right, y, 6.5, shade="#777777")
     plain_ticks(axes.xaxis, axes.yaxis)
     axes.set_title(f"dotted: {law}", fontsize=8, fontweight="normal")
 

@@ -115,13 +115,15 @@ def measure(dataset: Dataset, quick: bool) -> Result:
         naive = naive_curves(dataset, recipes["naive"], run)
     for name, drawn in curves.items():
         if missed := sum(curve[-1].accuracy < TARGET for curve in drawn):
-            skipped[name] = f"{missed} of {len(drawn)} runs did not reach {TARGET:.2%} with {GIVE_UP_AFTER:,} images"
+            skipped[name] = (
+                f"{missed} of {len(drawn)} runs did not reach {percent(TARGET)} with {GIVE_UP_AFTER:,} images"
+            )
             del seconds[name]
     return Result(
         target=TARGET,
         trials=trials,
         recipes=recipes,
-        times=Comparison.of(f"time to {TARGET:.2%}", seconds),
+        times=Comparison.of(f"time to {percent(TARGET)}", seconds),
         curves={name: drawn[-min(rounds, DRAWN) :] for name, drawn in curves.items()},
         naive=naive,
         skipped=skipped,
@@ -201,7 +203,7 @@ def fastest(trials: list[Trial]) -> Recipe:
     """
     trial = min(trials, key=lambda trial: trial.seconds or np.inf)
     if trial.seconds is None:
-        raise UnavailableError(f"no recipe always reached {TARGET:.2%} on the held-out images")
+        raise UnavailableError(f"no recipe always reached {percent(TARGET)} on the held-out images")
     return trial.recipe
 
 
@@ -238,7 +240,7 @@ def draw(result: Result, small_print: str, file: Path) -> None:
         times["naive"] = Rounds([curve[-1].seconds for curve in result.naive])
     names = sorted(times, key=lambda name: -times[name].median)
     every_curve = {**result.curves, "naive": result.naive}
-    target = 100 * result.target
+    target, goal = 100 * result.target, percent(result.target)
     with figure_file(file, figsize=(8, 5.5)) as figure:
         above, below = figure.subplots(2, sharex=True, height_ratios=(2, 1))
         for name in names:
@@ -250,7 +252,7 @@ def draw(result: Result, small_print: str, file: Path) -> None:
                 above.plot(end.seconds, 100 * end.accuracy, "o", color=colour(name), markersize=3)
         above.axhline(target, color=BOUND_COLOUR, linestyle="--", linewidth=1)
         above.set(ylabel="test accuracy (%)", ylim=(80, 95))
-        above.annotate(f"{target:.2f} %", (0.01, target), xycoords=("axes fraction", "data"), va="bottom")
+        above.annotate(goal, (0.01, target), xycoords=("axes fraction", "data"), va="bottom")
         for row, name in enumerate(names):
             first, last = min(times[name].seconds), max(times[name].seconds)
             below.plot([first, last], [row, row], color=colour(name), linewidth=2)
@@ -263,17 +265,23 @@ def draw(result: Result, small_print: str, file: Path) -> None:
             else:
                 label(below, f"{text}, extrapolated)", first, row, 7.5, side=-1)
         below.set(xscale="log", yticks=range(len(names)), ylim=(len(names) - 0.5, -0.5))
-        below.set(xlabel=f"seconds, including preparation and evaluations (log scale); below: to {target:.2f} %")
+        below.set(xlabel=f"seconds, including preparation and evaluations (log scale); below: to {goal}")
         below.set_yticklabels(names)
         title(figure, _title(result))
         print_small(figure, f"Below: median and range over random starts.\n{small_print}")
 
 
 def _title(result: Result) -> str:
-    """The competitor with the lowest median, or all whose ranges over random starts overlap with its range."""
-    seconds = result.times.seconds
-    first = min(seconds, key=result.times.median)
-    level = [name for name in seconds if min(seconds[name]) <= max(seconds[first])]
-    if level == [first]:
-        return f"{result.target:.2%} test accuracy in {in_seconds(result.times.median(first))}: {first}"
-    return f"To {result.target:.2%} test accuracy, the ranges of {', '.join(level)} overlap"
+    """The competitor with the lowest median, and those whose ranges over random starts overlap with its range."""
+    seconds, goal = result.times.seconds, percent(result.target)
+    first, *others = sorted(seconds, key=result.times.median)
+    level = [name for name in others if min(seconds[name]) <= max(seconds[first])]
+    if level:
+        return f"Seconds to {goal} test accuracy: {first}'s range overlaps those of {', '.join(level)}"
+    if len(seconds[first]) == 1:  # an older result: a median without its range
+        return f"Seconds to {goal} test accuracy"
+    return f"{goal} test accuracy in {in_seconds(result.times.median(first))}: {first}"
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.2f} %"
