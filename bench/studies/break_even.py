@@ -105,7 +105,7 @@ def draw(result: Result, small_print: str, file: Path) -> None:
         longest = max(line.fixed + MOST * line.epoch for line in starts.values())
         axes.set(xlim=(0, MOST), ylim=(0, 1.02 * longest))
         axes.set(xlabel="epochs", ylabel="seconds since the start of the process")
-        ends = []
+        ends: list[tuple[str, float, float, str]] = []
         for order, (start, line) in enumerate(starts.items()):
             end = line.fixed + MOST * line.epoch
             shade, style = colour(start.removesuffix(FIRST_RUN)), "--" if start.endswith(FIRST_RUN) else "-"

@@ -95,7 +95,7 @@ def draw(result: Result, small_print: str, file: Path) -> None:
         axes.fill_between(percent, low, high, color=colour("sparse"), alpha=0.3, linewidth=0)
         axes.plot(percent, median, "o-", color=colour("sparse"), markersize=3)
         axes.text(percent[4], 1.5 * median[4], "sparse, random images  ", color=colour("sparse"), ha="right")
-        ends = []
+        ends: list[tuple[str, float, float, str]] = []
         for name, times in result.dense.items():
             seconds, crossing = 1e6 * times.median, break_even(result, name)
             axes.axhspan(1e6 * times.low, 1e6 * times.high, color=colour(name), alpha=0.3, linewidth=0)

@@ -106,14 +106,44 @@ def test_a_competitor_that_leaves_out_an_image_fails(task, monkeypatch):
         verified("careless", task, expected_parameters(task, rows), batches=rows)
 
 
-def test_bfloat16_is_less_exact_but_within_its_tolerance(task, monkeypatch):
+@pytest.mark.parametrize("form", PEERS["PyTorch bfloat16"])
+def test_bfloat16_is_less_exact_but_within_its_tolerance(form, task, monkeypatch):
     """On a network of the real size: over few pixels and units, rounding errors do not average out."""
     pytest.importorskip("torch")
     dataset = noisy_patterns(784)
     task = task._replace(mlp=MLP(), images=dataset.train_images, labels=dataset.train_labels)
     monkeypatch.setattr("bench.peers.pytorch.get_cpu_info", lambda: {"flags": ["avx512_bf16"]})
-    _, how = verified("PyTorch bfloat16", task, expected_parameters(task))
+    try:
+        _, how = verified("PyTorch bfloat16", task, expected_parameters(task), form)
+    except UnavailableError as reason:
+        pytest.skip(str(reason))
     assert how.error > tolerance(len(task.images))
+
+
+@pytest.mark.parametrize("form", PEERS["PyTorch bfloat16"])
+def test_bfloat16_is_skipped_without_instructions_for_it(form, task, monkeypatch):
+    pytest.importorskip("torch")
+    monkeypatch.setattr("bench.peers.pytorch.get_cpu_info", lambda: {"flags": ["avx2"]})
+    with pytest.raises(UnavailableError, match="this CPU has no instructions for bfloat16"):
+        competitor("PyTorch bfloat16", task, form)
+
+
+def test_medium_precision_ends_with_the_step(task, monkeypatch):
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr("bench.peers.pytorch.get_cpu_info", lambda: {"flags": ["avx512_bf16"]})
+    monkeypatch.setattr(torch, "equal", lambda *tensors: False)  # also where products stay in float32
+    before, seen = torch.get_float32_matmul_precision(), []
+    peer = competitor("PyTorch bfloat16", task, "medium precision")
+
+    def loss(*arguments):
+        seen.append(torch.get_float32_matmul_precision())
+        return torch_loss(*arguments)
+
+    torch_loss, peer.loss = peer.loss, loss
+    assert torch.get_float32_matmul_precision() == before
+    peer.step()
+    assert seen == ["medium"]
+    assert torch.get_float32_matmul_precision() == before
 
 
 def test_the_fastest_form_is_chosen(task, monkeypatch):
