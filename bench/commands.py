@@ -1,6 +1,8 @@
 """``python -m bench run`` runs studies, ``results`` measures a machine to publish, ``draw`` redraws figures."""
 
+import contextlib
 import dataclasses
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +26,7 @@ app = typer.Typer(help="Run studies, and draw their results.", add_completion=Fa
 out = Console(markup=False, highlight=False, soft_wrap=True)
 Output = Annotated[Path, typer.Option(parser=parse_path, metavar="FOLDER", help="Folder for the results and plots.")]
 DEFAULT = Path("bench/output")
+STOPPED = "stopped by Ctrl-C"
 
 EVERY_RUN = ("epochs", "ladder", "head_to_head", "mini_batches", "products")
 """Studies that `results` repeats in every run. The others are deterministic or slow, so only the last run has them."""
@@ -48,17 +51,35 @@ def run(
     wanted = chosen(names)
     folder = output / "quick" if quick else output
     existing_run(folder)
-    if len(wanted) > 1:  # each in a fresh process, free of threads that other studies' packages started
-        options = ["--dataset", dataset, "--output", str(output), "--no-report", *["--quick"] * quick]
-        failed = [name for name in wanted if subprocess.run(_bench("run", name, *options)).returncode]
+    missing: dict[str, str] = {}
+    if len(wanted) > 1:
+        missing = measure_each(wanted, ["--dataset", dataset, "--output", str(output), *["--quick"] * quick])
     else:
-        failed = []
         measure_into(folder, wanted[0], dataset, quick)
+    for name, reason in missing.items():
+        out.print(f"{name}: {reason}")
     if report and (folder / RUN).exists():
-        show(folder, folder, dict.fromkeys(failed, "it failed; see above"))
-    if failed:
-        out.print(f"failed: {', '.join(failed)}")
-        raise typer.Exit(1)
+        show(folder, folder, missing)
+    if missing:
+        raise typer.Exit(128 + signal.SIGINT if STOPPED in missing.values() else 1)
+
+
+def measure_each(names: list[str], options: list[str]) -> dict[str, str]:
+    """Run each study in a fresh process, free of threads that other studies' packages started.
+
+    Returns
+    -------
+    dict[str, str]
+        Why a study has no result: it failed, or Ctrl-C ended the run before it was complete.
+    """
+    missing = dict.fromkeys(names, STOPPED)
+    with contextlib.suppress(KeyboardInterrupt):
+        for name in names:
+            failed = subprocess.run(_bench("run", name, *options, "--no-report")).returncode
+            del missing[name]
+            if failed:
+                missing[name] = "it failed; see above"
+    return missing
 
 
 def measure_into(folder: Path, name: str, dataset: str, quick: bool) -> None:
@@ -78,7 +99,7 @@ def with_rates(here: Machine, sections: dict[str, Section]) -> Machine:
     """The machine, with its peak and bandwidths if the roofline study has measured them."""
     if "roofline" not in sections:
         return here
-    roofline = sections["roofline"].found
+    roofline = sections["roofline"].result
     return dataclasses.replace(
         here,
         peak_gflop_per_second=roofline.peak_gflop_per_second,

@@ -49,6 +49,14 @@ def pytest_benchmark_update_machine_info(machine_info):
     machine_info.update(environment())
 
 
+def pytest_benchmark_group_stats(benchmarks):
+    """A table for each benchmark and its earlier runs. A shared one would print ratios of what was not interleaved."""
+    tables = {}
+    for each in benchmarks:
+        tables.setdefault(f"{each['group']}: {each['name']}", []).append(each)
+    return list(tables.items())
+
+
 def pytest_deselected(items):
     if items:
         items[0].config.stash[SECTIONS]["deselected"] = True
@@ -105,7 +113,7 @@ def pytest_terminal_summary(terminalreporter, exitstatus, config):
     from bench.publish.folder import existing_run, read_folder, save
     from bench.publish.report import write_report
 
-    all_backends = "epochs" in sections and set(backend_names()) <= set(sections["epochs"].found.epochs.seconds)
+    all_backends = "epochs" in sections and set(backend_names()) <= set(sections["epochs"].result.epochs.seconds)
     complete = exitstatus == 0 and all_backends and len(sections) == len(RECORDED) and "deselected" not in stash
     folder = config.option.output / (("quick" if config.option.quick else "") if complete else "partial")
     missing = {name: "not selected, or the run ended first" for name in RECORDED if name not in sections}

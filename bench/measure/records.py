@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from pydantic_core import from_json
 from scipy.stats import bootstrap
 
@@ -171,8 +171,8 @@ class Section:
     """The result of a study, and the conditions of its measurement."""
 
     conditions: Conditions
-    found: Any
-    """The study's `Result`; the field has the name of its key in the published files."""
+    result: Annotated[Any, Field(alias="found")]
+    """The study's `Result`. Its key in the published files is older than its name here."""
 
 
 @dataclass(frozen=True)
@@ -252,8 +252,8 @@ def read(kind: type[Record], file: Path) -> Record:
             from bench.studies import result_class  # the studies import this module
 
             for name, section in record.sections.items():
-                result = TypeAdapter[Any](result_class(name)).validate_python(section.found)
-                record.sections[name] = dataclasses.replace(section, found=result)
+                result = TypeAdapter[Any](result_class(name)).validate_python(section.result)
+                record.sections[name] = dataclasses.replace(section, result=result)
     except (ValueError, KeyError) as error:
         why = str(error)
         if isinstance(error, ValidationError):
@@ -267,6 +267,6 @@ def read(kind: type[Record], file: Path) -> Record:
 
 def write(file: Path, record: Any) -> None:
     """Write a record atomically."""
-    text = TypeAdapter[Any](type(record)).dump_json(record, indent=1).decode()
+    text = TypeAdapter[Any](type(record)).dump_json(record, indent=1, by_alias=True).decode()
     lists = re.compile(r"\[[^][{}\"]*\]")  # a list of numbers goes on one line
     write_whole(file, lists.sub(lambda match: re.sub(r"\s+", " ", match[0]), text).encode() + b"\n")

@@ -27,6 +27,7 @@ from bench.peers.pytorch import (
     PyTorchBFloat16,
     PyTorchByHand,
     PyTorchCSR,
+    PyTorchMediumPrecision,
     PyTorchOneDNN,
 )
 from bench.peers.scikit_learn import ScikitLearn
@@ -55,7 +56,7 @@ PEERS: dict[str, dict[str, Callable[[Task], Competitor]]] = {
     "PyTorch CSR": {"parts of 2,048": PyTorchCSR},
     "MKL CSR": {"in our shards": _in_our_shards(MKLCSR)},
     "C CSR": {"in our shards": _in_our_shards(CCSR)},
-    "PyTorch bfloat16": {"autocast": PyTorchBFloat16},
+    "PyTorch bfloat16": {"autocast": PyTorchBFloat16, "medium precision": PyTorchMediumPrecision},
 }
 """Every form of each peer that was worth trying. The fastest one on this machine represents the peer. The first one
 also trains on mini-batches."""

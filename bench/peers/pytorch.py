@@ -132,6 +132,37 @@ def _bfloat16_loss(torch: ModuleType, network: Any, images: Any, labels: Any) ->
         return _torch_loss(torch, network, images, labels)
 
 
+class PyTorchMediumPrecision(PyTorchBFloat16):
+    """PyTorch in float32, but allowed to round the operands of products to bfloat16: the precision "medium".
+
+    It is skipped where PyTorch multiplies in float32 all the same.
+    """
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        self.loss = _torch_loss
+        images, layer = self.all[0], self.network[0]
+        with self.torch.no_grad():
+            exact = layer(images)
+            with _medium_precision(self.torch):
+                if self.torch.equal(layer(images), exact):
+                    raise UnavailableError("PyTorch multiplies in float32 here, even at medium precision")
+
+    def _descend(self, images, labels):
+        with _medium_precision(self.torch):
+            return super()._descend(images, labels)
+
+
+@contextmanager
+def _medium_precision(torch: ModuleType) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 class PyTorchByHand(_OnTensors):
     """A hand-written step on PyTorch's kernels: no autograd, no optimizer, and updates fused into the products.
 

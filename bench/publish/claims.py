@@ -107,7 +107,7 @@ class Cell:
 def _found(run: Run, study: str, pick: Callable[[Any], Comparison | None]) -> Measured | None:
     """A comparison from a study's result, with its section; None if the run lacks one of them."""
     section = run.sections.get(study)
-    comparison = pick(section.found) if section else None
+    comparison = pick(section.result) if section else None
     return (section, comparison) if section and comparison else None
 
 

@@ -32,6 +32,7 @@ def draw_all(folder: Folder, output: Path, say: Callable[[str], None]) -> dict[s
     for name in STUDIES:
         section = folder.section(name)
         if section and hasattr(study(name), "draw"):
-            origin = small_print(section, folder.machine, INTERVALS if name in WITH_INTERVALS else "")
-            attempt(name, partial(study(name).draw, section.found, origin))
+            medians, timed = INTERVALS if name in WITH_INTERVALS else "", getattr(study(name), "TIMED", True)
+            origin = small_print(section, folder.machine, medians, timed)
+            attempt(name, partial(study(name).draw, section.result, origin))
     return drawn

@@ -36,11 +36,11 @@ class Folder:
     def result(self, study: str) -> Any:
         """The study's `Result` in that section, or None."""
         section = self.section(study)
-        return section.found if section else None
+        return section.result if section else None
 
     def every(self, study: str) -> list[Any]:
         """A study's `Result` from each run that has it."""
-        return [section.found for section in self.sections(study)]
+        return [section.result for section in self.sections(study)]
 
     @property
     def studies(self) -> set[str]:

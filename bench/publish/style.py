@@ -66,7 +66,7 @@ def plain_ticks(*axis: Axis) -> None:
     """Label log axes with numbers like 0.01 and 1,000 instead of powers of ten."""
     for each in axis:
         low, high = each.get_view_interval()
-        each.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,), numticks=6))
+        each.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,), numticks=5))
         each.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}"))
         each.set_minor_formatter(NullFormatter())
 
@@ -120,8 +120,11 @@ def in_seconds(seconds: float) -> str:
     return f"{short(seconds * scale)} {unit}"
 
 
-def small_print(section: Section, machine: Machine, medians: str = "") -> str:
-    """Conditions and versions of a measurement, in two lines; `medians` says what a value and its interval are."""
+def small_print(section: Section, machine: Machine, medians: str = "", timed: bool = True) -> str:
+    """Conditions and versions of a measurement, in two lines.
+
+    `medians` says what a value and its interval are. What concerns only timings is left out if not `timed`.
+    """
     conditions = section.conditions
     environment = conditions.environment
     threads = f"{environment['cores']} {platform_word(machine)}"
@@ -129,7 +132,7 @@ def small_print(section: Section, machine: Machine, medians: str = "") -> str:
     versions = ", ".join(f"{name} {packages[name]}" for name in ("numpy", "numba", "llvmlite") if name in packages)
     first = [
         "QUICK RUN, not for quoting" * conditions.quick,
-        f"busy machine: {conditions.busy}" if conditions.busy else "",
+        f"busy machine: {conditions.busy}" if conditions.busy and timed else "",
         conditions.note or "",
         f"{conditions.dataset}; {machine.name} ({machine.cpu}), {threads}; float32",
         medians,

@@ -219,10 +219,10 @@ def step_table(results: Path) -> str:
     """Microseconds of each part of a step over a mini-batch, on one thread."""
     folder = main_folder(results)
     sections = [run.sections["mini_batches"] for run in folder.runs if "mini_batches" in run.sections]
-    section = next((section for section in sections if section.found.parts), None)
+    section = next((section for section in sections if section.result.parts), None)
     if section is None:
         raise MissingError("parts of a step")
-    parts = section.found.parts
+    parts = section.result.parts
     table = Table("part", box=MARKDOWN)
     columns = []
     for size, name in STEPS:

@@ -1,12 +1,14 @@
 """Studies: measurements that need more than a pytest-benchmark test, one module each.
 
 A study has a dataclass `Result` whose ``kind`` is the study's name (built from `bench.measure.records`), a function
-``measure(dataset, quick)`` that returns one, and usually a function ``draw(result, small_print, file)``.
-``python -m bench run`` runs studies, ``python -m bench draw`` redraws their results.
+``measure(dataset, quick)`` that returns one, and usually a function ``draw(result, small_print, file)``. ``TIMED`` is
+False if the figure shows no timings. ``python -m bench run`` runs studies, ``python -m bench draw`` redraws them.
 """
 
 import importlib
 from types import ModuleType
+
+from kernels import backend_names, get_backend
 
 STUDIES = (
     "epochs",
@@ -31,6 +33,11 @@ STUDIES = (
 def study(name: str) -> ModuleType:
     """The module of a study."""
     return importlib.import_module(f"bench.studies.{name}")
+
+
+def full_batch_backends() -> list[str]:
+    """Names of the backends that are fast enough for full batches."""
+    return [name for name in backend_names() if not get_backend(name).too_slow_for_full_batches]
 
 
 def result_class(name: str) -> type:

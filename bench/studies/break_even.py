@@ -20,7 +20,8 @@ from model.data import Dataset
 from model.extras.figure import colour, figure_file, print_small, title
 
 EPOCHS = 5
-LONG = ("--epochs", 250, "--eval-every", 25)
+MOST = 250
+LONG = ("--epochs", MOST, "--eval-every", 25)
 FIRST_RUN = ", first run"  # the cache of compiled kernels is empty
 STARTS = ("numpy", f"numba{FIRST_RUN}", "numba", f"sparse{FIRST_RUN}", "sparse")
 
@@ -99,24 +100,23 @@ def draw(result: Result, small_print: str, file: Path) -> None:
     """Total seconds against epochs, with the points where lines cross NumPy's."""
     starts = result.starts
     points = {start: break_even(starts[start], starts["numpy"]) for start in starts if start != "numpy"}
-    most = 1.3 * max([10.0, *(point for point in points.values() if point < 250)])
     with figure_file(file, figsize=(8, 4.2)) as figure:
         axes = figure.subplots()
-        longest = max(line.fixed + most * line.epoch for line in starts.values())
-        axes.set(xlim=(0, most), ylim=(0, 1.02 * longest))
+        longest = max(line.fixed + MOST * line.epoch for line in starts.values())
+        axes.set(xlim=(0, MOST), ylim=(0, 1.02 * longest))
         axes.set(xlabel="epochs", ylabel="seconds since the start of the process")
-        ends = []
+        ends: list[tuple[str, float, float, str]] = []
         for order, (start, line) in enumerate(starts.items()):
-            end = line.fixed + most * line.epoch
+            end = line.fixed + MOST * line.epoch
             shade, style = colour(start.removesuffix(FIRST_RUN)), "--" if start.endswith(FIRST_RUN) else "-"
-            axes.plot([0, most], [line.fixed, end], style, color=shade, linewidth=1.8)
-            beside = line.epochs + 0.006 * most * order  # offset, so that intervals do not overlap
+            axes.plot([0, MOST], [line.fixed, end], style, color=shade, linewidth=1.8)
+            beside = line.epochs + 0.006 * MOST * order  # offset, so that intervals do not overlap
             axes.plot([beside] * 2, [line.total.low, line.total.high], color=shade, linewidth=1.2)
             epochs = points.get(start, math.inf)
-            if 0 < epochs < most:
+            if 0 < epochs < MOST:
                 total = line.fixed + epochs * line.epoch
                 axes.plot(epochs, total, "o", color="black", markersize=5, markerfacecolor="white", zorder=6)
-            ends.append((start if start == "numpy" else f"{start}: {_ahead(epochs)}", most, end, shade))
+            ends.append((start if start == "numpy" else f"{start}: {_ahead(epochs)}", MOST, end, shade))
         end_labels(axes, ends)
         title(figure, _title(points, result.command.ratio("sparse", "numpy")))
         print_small(figure, small_print)
@@ -124,7 +124,7 @@ def draw(result: Result, small_print: str, file: Path) -> None:
 
 def _title(points: dict[str, float], command: Ratio) -> str:
     warm, first = (_ahead(points[start]) for start in ("sparse", f"sparse{FIRST_RUN}"))
-    return f"sparse vs. numpy: {warm}, on a first run {first}; 250 epochs take {command.ratio:.2f} × numpy's time"
+    return f"sparse vs. numpy: {warm}, on a first run {first}; {MOST} epochs take {command.ratio:.2f} × numpy's time"
 
 
 def _ahead(epochs: float) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 
 from bench.measure.interleave import interleave
 from bench.measure.records import Rounds
-from bench.publish.style import short
+from bench.publish.style import end_labels
 from bench.studies.ablation import prepared, products_of
 from kernels import get_backend
 from model.data import Dataset
@@ -18,6 +18,8 @@ from model.extras.figure import BOUND_COLOUR, colour, figure_file, print_small, 
 from model.shards import SHARD
 from model.threads import thread_pool
 
+RIGHT = 110
+"""End of the figure's axis."""
 PERCENT = (1, 2, 3, 5, 7, 10, 15, 20, 30, 40, 50, 60, 70, 80, 90, 100)
 SHARDS = 4
 
@@ -93,30 +95,15 @@ def draw(result: Result, small_print: str, file: Path) -> None:
         axes.fill_between(percent, low, high, color=colour("sparse"), alpha=0.3, linewidth=0)
         axes.plot(percent, median, "o-", color=colour("sparse"), markersize=3)
         axes.text(percent[4], 1.5 * median[4], "sparse, random images  ", color=colour("sparse"), ha="right")
-        ranked = sorted(result.dense.items(), key=lambda item: item[1].median)
-        for (name, times), place in zip(ranked, ("top", "bottom")):  # below the lower, above the upper
-            seconds = times.median
+        ends: list[tuple[str, float, float, str]] = []
+        for name, times in result.dense.items():
+            seconds, crossing = 1e6 * times.median, break_even(result, name)
             axes.axhspan(1e6 * times.low, 1e6 * times.high, color=colour(name), alpha=0.3, linewidth=0)
-            axes.axhline(1e6 * seconds, color=colour(name))
-            axes.annotate(
-                f"{name}, any images",
-                (percent[0], 1e6 * seconds),
-                xytext=(0, 3 if place == "bottom" else -3),
-                textcoords="offset points",
-                color=colour(name),
-                va=place,
-            )
-            crossing = break_even(result, name)
+            axes.axhline(seconds, color=colour(name))
             if crossing < 100:
-                axes.plot(crossing, 1e6 * seconds, "o", color="black", fillstyle="none", markersize=8)
-                axes.annotate(
-                    f"{crossing:.0f} %",
-                    (crossing, 1e6 * seconds),
-                    xytext=(-6, 7) if place == "bottom" else (4, -7),
-                    textcoords="offset points",
-                    ha="right" if place == "bottom" else "left",
-                    va=place,
-                )
+                axes.plot(crossing, seconds, "o", color="black", fillstyle="none", markersize=8)
+            words = f"{name}: equal at {crossing:.0f} %" if crossing < 100 else name
+            ends.append((words, RIGHT, seconds, colour(name)))
         place_of_images = (result.dataset_percent, 1e6 * result.dataset_rounds.median)
         axes.plot(*place_of_images, "D", color=colour("sparse"), markersize=7)
         axes.annotate(
@@ -126,7 +113,7 @@ def draw(result: Result, small_print: str, file: Path) -> None:
             textcoords="offset points",
             color=BOUND_COLOUR,
         )
-        axes.set(xscale="log", yscale="log", xlabel="non-zero pixels (%)")
+        axes.set(xscale="log", yscale="log", xlabel="non-zero pixels (%)", xlim=(percent[0] / 1.1, RIGHT))
         axes.set(ylabel="µs per image, both products, one thread")
         ticks = [1, 2, 5, 10, 20, 50, 100]
         axes.set_xticks(ticks, map(str, ticks), minor=False)
@@ -134,13 +121,7 @@ def draw(result: Result, small_print: str, file: Path) -> None:
         heights = [height for height in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50) if low.min() / 2 < height < 2 * high.max()]
         axes.set_yticks(heights, map(str, heights))
         axes.set_yticks([], minor=True)
-        axes.margins(y=0.1)
-        title(figure, _title(result))
+        axes.set_ylim(low.min() / 1.3, 1.3 * max(high.max(), *(1e6 * times.high for times in result.dense.values())))
+        end_labels(axes, ends)
+        title(figure, "Time of both products against the share of non-zero pixels")
         print_small(figure, small_print)
-
-
-def _title(result: Result) -> str:
-    ratio = result.dataset_rounds.median / result.dense["numba"].median
-    below = break_even(result, "numba")
-    pays = f"up to {below:.0f} % of non-zero pixels" if below < 100 else "at any share of non-zero pixels"
-    return f"Skipping zeros saves time {pays}; on {result.dataset} it takes {short(ratio)} × the time of dense numba"

@@ -5,26 +5,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-from threadpoolctl import ThreadpoolController
-
 from bench.measure.interleave import interleave
-from bench.measure.records import Comparison, Ratio
+from bench.measure.records import Comparison
 from bench.peers import COMPETITORS, REST, Form, best_form, expected_parameters
 from bench.peers.c_csr import COMMAND
 from bench.peers.ours import compile_seconds
 from bench.peers.pytorch import mkl_code_path
 from bench.peers.task import Competitor, Task, UnavailableError
-from bench.publish.claims import FRAMEWORKS
 from bench.publish.style import in_seconds, label, right_labels
-from kernels import backend_names, get_backend
+from bench.studies.epochs import BIG_PRODUCTS, big_products
+from kernels import backend_names
 from model.data import Dataset
 from model.extras.figure import BOUND_COLOUR, colour, figure_file, print_small, title
 from model.mlp import MLP
 from model.threads import available_cores, thread_pool
 
 LEARNING_RATE = 0.3
-BIG_PRODUCTS = "big products, OpenBLAS"
 
 
 @dataclass(frozen=True)
@@ -68,7 +64,7 @@ def measure(dataset: Dataset, quick: bool) -> Result:
             except UnavailableError as reason:
                 skipped[name] = str(reason)
         steps: dict[str, Callable[[], Any]] = {name: competitor.step for name, competitor in competitors.items()}
-        competing = {**steps, BIG_PRODUCTS: _big_products(task)}
+        competing = {**steps, BIG_PRODUCTS: big_products(dataset, threads)}
         seconds = interleave(competing, 2 if quick else 6, rest=REST, warmup=0, steps=2)
     ours = {name: compile_seconds(name, dataset.train_images, dataset.train_labels) for name in ("numba", "sparse")}
     return Result(
@@ -81,26 +77,6 @@ def measure(dataset: Dataset, quick: bool) -> Result:
         c_command=COMMAND,
         skipped=skipped,
     )
-
-
-def _big_products(task: Task) -> Callable[[], None]:
-    """The two products with the images, on BLAS's own threads: a dense step can hardly take less."""
-    x = get_backend("numpy").prepare(task.images)
-    weights, _ = task.mlp.layers[0]
-    upstream = np.ones((len(x), weights.shape[1]), np.float32)
-    blas = ThreadpoolController()
-
-    def products() -> None:
-        with blas.limit(limits=task.threads, user_api="blas"):
-            x @ weights
-            x.T @ upstream
-
-    return products
-
-
-def fastest_framework(result: Result) -> str | None:
-    """The fastest of `FRAMEWORKS`; None if none of them is installed."""
-    return min((name for name in FRAMEWORKS if name in result.steps), key=result.steps.median, default=None)
 
 
 def draw(result: Result, small_print: str, file: Path) -> None:
@@ -134,7 +110,7 @@ def draw(result: Result, small_print: str, file: Path) -> None:
             tick.set_fontweight("bold" if name in backend_names() else "normal")
         axes.set_xlim(0, 1.05 * max(times.high for times in result.steps.rounds.values()))
         right_labels(axes, [in_seconds(result.steps.median(name)) for name in rows], places=list(rows.values()))
-        title(figure, _title(result))
+        title(figure, "Seconds of a full-batch step")
         print_small(figure, small_print)
 
 
@@ -142,11 +118,3 @@ def _inexact(result: Result) -> str:
     """The error of the updates in bfloat16 against float64, in words."""
     errors = [form.error for name in result.forms.get("bfloat16", ()) for form in result.tried.get(name, {}).values()]
     return f"updates off by {max(filter(None, errors)):.1e} of their norm" if any(errors) else "less exact"
-
-
-def _title(result: Result) -> str:
-    """The ratio in this run, with its interval."""
-    framework = fastest_framework(result)
-    row: Ratio = result.steps.ratio("sparse", framework or "numpy")
-    interval = f" ({row.interval[0]:.2f} to {row.interval[1]:.2f})" if row.interval else ""
-    return f"A step of sparse takes {row.ratio:.2f} × the time of {row.base}{interval}"

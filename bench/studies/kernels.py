@@ -37,7 +37,7 @@ class Step(NamedTuple):
     layers: list[tuple[NDArray, NDArray]]
 
 
-class Kernel(NamedTuple):
+class Case(NamedTuple):
     """How to call a kernel with a step's arrays, and what it costs per image."""
 
     call: Callable
@@ -48,14 +48,14 @@ class Kernel(NamedTuple):
 
 
 KERNELS = {
-    "forward product": Kernel(lambda b, s: b.matmul(s.x, *s.layers[0]), 2 * 784 * 128, 784),
-    "backward product": Kernel(lambda b, s: b.matmul(s.x.T, s.hidden_grad), 2 * 784 * 128, SHARD),
-    "logits product": Kernel(lambda b, s: b.matmul(s.hidden, *s.layers[1]), 2 * 128 * 10, 128),
-    "hidden gradient product": Kernel(lambda b, s: b.matmul(s.logits_grad, s.layers[1][0].T), 2 * 10 * 128, 10),
-    "output gradient product": Kernel(lambda b, s: b.matmul(s.hidden.T, s.logits_grad), 2 * 128 * 10, SHARD),
-    "relu": Kernel(lambda b, s: b.relu(s.hidden_grad), 128, 1),
-    "relu_grad": Kernel(lambda b, s: b.relu_grad(s.hidden_grad, s.hidden), 128, 1),
-    "softmax_grad": Kernel(lambda b, s: b.softmax_grad(s.logits, s.labels)[2], 5 * 10, 10),
+    "forward product": Case(lambda b, s: b.matmul(s.x, *s.layers[0]), 2 * 784 * 128, 784),
+    "backward product": Case(lambda b, s: b.matmul(s.x.T, s.hidden_grad), 2 * 784 * 128, SHARD),
+    "logits product": Case(lambda b, s: b.matmul(s.hidden, *s.layers[1]), 2 * 128 * 10, 128),
+    "hidden gradient product": Case(lambda b, s: b.matmul(s.logits_grad, s.layers[1][0].T), 2 * 10 * 128, 10),
+    "output gradient product": Case(lambda b, s: b.matmul(s.hidden.T, s.logits_grad), 2 * 128 * 10, SHARD),
+    "relu": Case(lambda b, s: b.relu(s.hidden_grad), 128, 1),
+    "relu_grad": Case(lambda b, s: b.relu_grad(s.hidden_grad, s.hidden), 128, 1),
+    "softmax_grad": Case(lambda b, s: b.softmax_grad(s.logits, s.labels)[2], 5 * 10, 10),
 }
 
 

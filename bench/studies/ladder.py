@@ -41,7 +41,7 @@ class Climb:
     seconds_per_gflop: Comparison
     """Of each step and of OpenBLAS. Slow steps compute only part of the rows."""
     peak_gflop_per_second: float
-    """Peak FMA throughput on as many threads: the bound."""
+    """Peak FMA throughput with the same number of threads: the bound."""
 
     @property
     def steps(self) -> list[str]:
@@ -73,21 +73,39 @@ class Result:
 
 def measure(dataset: Dataset, quick: bool) -> Result:
     """Time all steps on both products."""
-    places = [(product, threads) for product in SHAPES for threads in sorted({1, available_cores()})]
-    climbs = [climb(product, threads, quick) for product, threads in track(places, "ladder", transient=True)]
-    return Result(climbs, {step: lines_of_code(step) for step in STEPS})
+    counts = sorted({1, available_cores()})
+    climbs = [climb for threads in track(counts, "ladder", transient=True) for climb in climbs_on(threads, quick)]
+    by_product = [climb for product in SHAPES for climb in climbs if climb.product == product]
+    return Result(by_product, {step: lines_of_code(step) for step in STEPS})
 
 
-def climb(product: str, threads: int, quick: bool) -> Climb:
-    """Time the steps on one product. Operands start on a cache line, so that alignment is not left to chance."""
+Timed = tuple[Callable[[], Any], int]
+"""A function, and the operations that it does."""
+
+
+def climbs_on(threads: int, quick: bool) -> list[Climb]:
+    """Time the steps on both products, all interleaved, as a step's rates on the two are compared as well."""
+    timed = {product: verified_steps(product, threads, quick) for product in SHAPES}
+    every: dict[str, Timed] = {"peak": peak(threads)}
+    every |= {f"{product}, {name}": each for product, steps in timed.items() for name, each in steps.items()}
+    with threadpool_limits(threads, user_api="blas"):
+        seconds = interleave({name: run for name, (run, _) in every.items()}, 2 if quick else 6)
+    per_gflop = {name: 1e9 * seconds[name] / flop for name, (_, flop) in every.items()}
+    best = float(1 / per_gflop["peak"].min())  # a bound
+    return [
+        Climb(product, threads, Comparison.of("10⁹ operations", {n: per_gflop[f"{product}, {n}"] for n in steps}), best)
+        for product, steps in timed.items()
+    ]
+
+
+def verified_steps(product: str, threads: int, quick: bool) -> dict[str, Timed]:
+    """OpenBLAS and the steps on one product. Operands start on a cache line: alignment is not left to chance."""
     m, k, n = SHAPES[product]
     rng = np.random.default_rng(0)
     a, b = (aligned(rng.standard_normal(shape, np.float32)) for shape in ((m, k), (k, n)))
     a = a[: QUICK_ROWS[product]] if quick else a
     expected = a @ b
-    run_peak, peak_flop = peak(threads)
-    runs: dict[str, tuple[Callable[[], Any], int]] = {"peak": (run_peak, peak_flop)}
-    runs[BLAS] = partial(np.matmul, a, b, np.empty_like(expected)), 2 * len(a) * b.size
+    timed: dict[str, Timed] = {BLAS: (partial(np.matmul, a, b, np.empty_like(expected)), 2 * len(a) * b.size)}
     for step in STEPS:
         if (step == "threads") if threads == 1 else (step == "loops"):
             continue  # the last step starts threads itself; the GIL serializes Python loops
@@ -98,12 +116,8 @@ def climb(product: str, threads: int, quick: bool) -> Climb:
         run()
         tolerance = 10 * len(b) * float(np.finfo(np.float32).eps)
         np.testing.assert_allclose(arguments[2], expected[:rows], rtol=0, atol=tolerance)
-        runs[step] = run, 2 * rows * b.size
-    with threadpool_limits(threads, user_api="blas"):
-        seconds = interleave({name: run for name, (run, _) in runs.items()}, 2 if quick else 6)
-    per_gflop = {name: 1e9 * seconds[name] / flop for name, (_, flop) in runs.items()}
-    best = float(1 / per_gflop.pop("peak").min())  # a bound
-    return Climb(product, threads, Comparison.of("10⁹ operations", per_gflop), best)
+        timed[step] = run, 2 * rows * b.size
+    return timed
 
 
 def aligned(values: NDArray) -> NDArray:
@@ -140,14 +154,8 @@ def draw(result: Result, small_print: str, file: Path) -> None:
             plain_ticks(axes.xaxis)
             right_labels(axes, [" / ".join(map(short, rates[step])) for step in steps], fontsize=7)
         panels[0].legend(loc="lower left", frameon=False, fontsize=7)
-        title(figure, _title(result))
+        title(figure, "GFLOP/s of each step, on one thread and on all")
         print_small(figure, f"Right of each panel: GFLOP/s on one thread / on all.\n{small_print}")
-
-
-def _title(result: Result) -> str:
-    alone = [climb for climb in result.climbs if climb.threads == 1]
-    shares = [f"{climb.percent_of_blas(climb.steps[-1]):.0f} % at {climb.product}" for climb in alone]
-    return f"Speed of the last step on one thread, relative to OpenBLAS: {', '.join(shares)}"
 
 
 # Lines of code -----------------------------------------------------------------------------------------------------

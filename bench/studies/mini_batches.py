@@ -28,7 +28,7 @@ from rich.progress import track
 from bench.measure.interleave import interleave
 from bench.measure.processes import in_fresh_process
 from bench.measure.records import Comparison
-from bench.peers import REST, VERIFIED_STEPS, competitor, expected_parameters, verified
+from bench.peers import REST, VERIFIED_STEPS, expected_parameters, verified
 from bench.peers.ours import Ours
 from bench.peers.task import Learner, Task, UnavailableError, shuffled_batches, take_steps
 from bench.publish.style import end_labels, plain_ticks
@@ -47,7 +47,6 @@ LEARNING_RATE = 0.1
 IMAGES = 20_000  # to draw batches from: 63 MB of floats, more than most caches; to copy all takes frameworks a second
 IMAGES_IN_A_TURN = 2_048
 MOST_STEPS_IN_A_TURN = 16
-FULL_BATCH = "sparse, all images"
 
 IN_PARTS = ("numpy", "numba", "sparse")
 SIZES_IN_PARTS = (32, 128, 512)
@@ -67,19 +66,12 @@ class Result:
     """The study's record."""
 
     steps: dict[int, dict[int, Comparison]]
-    """Seconds per step by number of threads and batch size; with the largest, also of sparse over all images."""
-    images: int
-    """Number of all images."""
+    """Seconds per step by number of threads and batch size."""
     skipped: dict[str, str]
     """Why a competitor was not timed."""
     parts: dict[int, dict[str, Comparison]] = field(default_factory=dict)
     """Seconds per step of each of `PARTS` and of the `WHOLE`, on one thread, by batch size and backend."""
     kind: Literal["mini_batches"] = "mini_batches"
-
-    def per_image(self, threads: int, size: int) -> float:
-        """Seconds per image of `sparse` in batches of `size`, relative to a full batch."""
-        whole = self.steps[threads][max(self.steps[threads])].median(FULL_BATCH) / self.images
-        return self.steps[threads][size].median("sparse") / size / whole
 
 
 def measure(dataset: Dataset, quick: bool) -> Result:
@@ -88,7 +80,6 @@ def measure(dataset: Dataset, quick: bool) -> Result:
     measured = {threads: in_fresh_process(_on_threads, dataset, threads, quick, cores=threads) for threads in counts}
     return Result(
         steps={threads: steps for threads, (steps, _) in measured.items()},
-        images=len(dataset.train_images),
         skipped={name: reason for _, skipped in measured.values() for name, reason in skipped.items()},
         parts=in_fresh_process(_in_parts, dataset, quick, cores=1),
     )
@@ -97,8 +88,8 @@ def measure(dataset: Dataset, quick: bool) -> Result:
 def _on_threads(dataset: Dataset, threads: int, quick: bool) -> tuple[dict[int, Comparison], dict[str, str]]:
     steps, skipped = {}, {}
     with thread_pool(threads) as run:
-        every = Task(MLP(), dataset.train_images, dataset.train_labels, LEARNING_RATE, threads, run)
-        task = every._replace(images=every.images[:IMAGES], labels=every.labels[:IMAGES])
+        images, labels = dataset.train_images[:IMAGES], dataset.train_labels[:IMAGES]
+        task = Task(MLP(), images, labels, LEARNING_RATE, threads, run)
         for size in track([size for size in SIZES if size < len(task.images)], f"{threads} threads", transient=True):
             turns: dict[str, Callable[[], Any]] = {}
             rows = batches(len(task.images), size)
@@ -114,13 +105,10 @@ def _on_threads(dataset: Dataset, threads: int, quick: bool) -> tuple[dict[int, 
                     turns[name] = partial(take_steps, learner.learn_rows, following, steps_in_a_turn(size))
                 except UnavailableError as reason:
                     skipped[name] = str(reason)
-            if size == SIZES[-1]:
-                turns[FULL_BATCH] = competitor("sparse", every).step
             rest = REST if threads > 1 else 0  # one thread leaves no idle ones that busy-wait
             seconds = interleave(turns, 2 if quick else 6, rest=rest, warmup=0, steps=2)
-            for name in turns.keys() - {FULL_BATCH}:
-                seconds[name] /= steps_in_a_turn(size)
-            steps[size] = Comparison.of(f"a step over {size:,} images, {threads} threads", seconds)
+            per_step = {name: times / steps_in_a_turn(size) for name, times in seconds.items()}
+            steps[size] = Comparison.of(f"a step over {size:,} images, {threads} threads", per_step)
     return steps, skipped
 
 
@@ -221,17 +209,22 @@ def draw(result: Result, small_print: str, file: Path) -> None:
     """Microseconds per step against batch size, a panel for each number of threads."""
     with figure_file(file, figsize=(8, 4)) as figure:
         panels = figure.subplots(1, len(result.steps), sharey=True, squeeze=False)[0]
+        compared = [comparison for steps in result.steps.values() for comparison in steps.values()]
+        drawn = [times for each in compared for name, times in each.rounds.items() if name in NAMES]
+        lowest, highest = min(times.low for times in drawn), max(times.high for times in drawn)
+        panels[0].set(yscale="log", ylim=(1e6 * lowest / 1.3, 1.3e6 * highest))
         for axes, (threads, steps) in zip(panels, result.steps.items()):
             _draw_panel(axes, steps)
             axes.set_title(f"{threads} thread{'s' * (threads > 1)}", fontsize=9, fontweight="normal")
         panels[0].set_ylabel("microseconds per step")
-        title(figure, _title(result))
+        title(figure, "Microseconds per step against the batch size")
         print_small(figure, small_print)
 
 
 def _draw_panel(axes: Axes, steps: dict[int, Comparison]) -> None:
     sizes = list(steps)
-    axes.set(xscale="log", yscale="log", xlabel="batch size (images)", xlim=(sizes[0] / 1.5, 12 * sizes[-1]))
+    right = 1.3 * sizes[-1]
+    axes.set(xscale="log", xlabel="batch size (images)", xlim=(sizes[0] / 1.3, right))
     ends: list[tuple[str, float, float, str]] = []
     for name in [name for name in NAMES if name in steps[sizes[0]]]:
         rounds = [steps[size].rounds[name] for size in sizes]
@@ -240,15 +233,6 @@ def _draw_panel(axes: Axes, steps: dict[int, Comparison]) -> None:
         axes.vlines(
             sizes, [1e6 * each.low for each in rounds], [1e6 * each.high for each in rounds], color=colour(name)
         )
-        ends.append((name, sizes[-1], medians[-1], colour(name)))
+        ends.append((name, right, medians[-1], colour(name)))
     end_labels(axes, ends)
     plain_ticks(axes.xaxis, axes.yaxis)
-
-
-def _title(result: Result) -> str:
-    """The ratios of sparse to PyTorch in this run, or to numpy without PyTorch."""
-    steps = result.steps[1]
-    base = "PyTorch" if "PyTorch" in next(iter(steps.values())) else "numpy"
-    sizes = [size for size in (32, 128, 512) if size in steps]
-    ratios = ", ".join(f"{steps[size].ratio('sparse', base).ratio:.2f}" for size in sizes)
-    return f"In batches of {', '.join(map(str, sizes))}, sparse takes {ratios} × the time of {base} on one thread"

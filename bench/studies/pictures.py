@@ -5,7 +5,10 @@ The pictures are simulated from MNIST's test images: enlarged, on paper, in unev
 
 import io
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
 from typing import Any, Literal
 
 import numpy as np
@@ -18,6 +21,7 @@ from kernels import get_backend
 from model.data import Dataset
 from model.extras.picture import PictureError, decode, prepare
 from model.mlp import MLP
+from model.threads import available_cores
 from model.training import train
 
 Floats = NDArray[np.floating]
@@ -292,14 +296,26 @@ def recognised(mlp: MLP, content: bytes) -> int | None:
     return int(mlp.predict(get_backend("numpy"), image.reshape(1, -1))[0])
 
 
-def accuracy(mlp: MLP, kind: Kind, images: NDArray[np.uint8], labels: NDArray[np.uint8]) -> float:
+def accuracy(mlp: MLP, images: NDArray[np.uint8], labels: NDArray[np.uint8], name: str) -> float:
     """Percent of the digits that are recognised, in pictures of this kind."""
     rng = np.random.default_rng(0)
-    return 100 * float(np.mean([recognised(mlp, kind(image, rng)) == label for image, label in zip(images, labels)]))
+    right = [recognised(mlp, KINDS[name](image, rng)) == label for image, label in zip(images, labels)]
+    return 100 * float(np.mean(right))
 
 
-def refused(mlp: MLP, contents: list[bytes]) -> float:
-    """Percent of the files that are refused."""
+def blank_refused(mlp: MLP, images: NDArray[np.uint8], name: str) -> float:
+    """Percent of blank pages of this kind that are refused, of as many as there are images."""
+    rng = np.random.default_rng(0)
+    return _refused(mlp, [BLANK[name](np.zeros_like(image), rng) for image in images])
+
+
+def pairs_refused(mlp: MLP, images: NDArray[np.uint8]) -> float:
+    """Percent of the pictures of two digits that are refused."""
+    rng = np.random.default_rng(0)
+    return _refused(mlp, [pair(*two, rng) for two in zip(images, images[::-1])])
+
+
+def _refused(mlp: MLP, contents: list[bytes]) -> float:
     return 100 * float(np.mean([recognised(mlp, content) is None for content in contents]))
 
 
@@ -319,14 +335,17 @@ class Result:
 
 
 def measure(dataset: Dataset, quick: bool) -> Result:
-    """Test each kind of picture, blank pages and pairs of digits; takes a few minutes."""
+    """Test each kind of picture, blank pages and pairs of digits, a process per core; takes a few minutes."""
     mlp, count = network(dataset), 20 if quick else 100
     chosen = np.random.default_rng(0).permutation(len(dataset.test_images))[:count]
     images, labels = dataset.test_images[chosen], dataset.test_labels[chosen]
-    rng, nothing = np.random.default_rng(0), np.zeros(images.shape[1], np.uint8)
-    return Result(
-        pictures=count,
-        right={name: accuracy(mlp, kind, images, labels) for name, kind in track(KINDS.items(), transient=True)},
-        blank_refused={name: refused(mlp, [kind(nothing, rng) for _ in range(count)]) for name, kind in BLANK.items()},
-        pairs_refused=refused(mlp, [pair(*two, rng) for two in zip(images, images[::-1])]),
-    )
+    with ProcessPoolExecutor(available_cores(), mp_context=get_context("spawn")) as pool:
+        right = pool.map(partial(accuracy, mlp, images, labels), KINDS)
+        blank = pool.map(partial(blank_refused, mlp, images), BLANK)
+        pairs = pool.submit(pairs_refused, mlp, images)
+        return Result(
+            pictures=count,
+            right=dict(zip(KINDS, track(right, "pictures", len(KINDS), transient=True))),
+            blank_refused=dict(zip(BLANK, blank)),
+            pairs_refused=pairs.result(),
+        )

@@ -23,7 +23,8 @@ from rich.progress import track
 from bench.measure.interleave import interleave
 from bench.measure.records import Rounds
 from bench.publish.style import end_labels, note, plain_ticks, short
-from kernels import backend_names, get_backend, simd
+from bench.studies import full_batch_backends
+from kernels import get_backend, simd
 from kernels.backend import Backend
 from kernels.ladder.steps import in_threads
 from kernels.simd import Vectors, View
@@ -197,8 +198,7 @@ def measure(dataset: Dataset, quick: bool) -> Result:
     readers = {level: reader(level) for level in MEMORY}
     measured = {
         (name, which): product
-        for name in track(backend_names(), "preparing", transient=True)
-        if name != "naive"  # five orders of magnitude below
+        for name in track(full_batch_backends(), "preparing", transient=True)
         for which, product in products(get_backend(name), dataset.train_images).items()
     }
     competitors = {

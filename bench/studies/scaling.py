@@ -18,6 +18,7 @@ from bench.measure.records import Rounds, rounded
 from bench.peers import REST, best_form, competitor, expected_parameters
 from bench.peers.task import Learner, Task, UnavailableError, shuffled_batches, take_steps
 from bench.publish.style import end_labels, label, plain_ticks, points_up
+from bench.studies import full_batch_backends
 from bench.studies.roofline import peak
 from kernels import backend_names, get_backend
 from model.data import Dataset, limited
@@ -37,7 +38,7 @@ HIDDEN_UNITS = (16, 64, 128, 512, 2_048)
 
 STEPS = 100  # at most, of an epoch in mini-batches
 HIDDEN_IMAGES = 6_000  # 2,048 units take seconds for all images
-NAIVE_IMAGES = 16  # take pure Python a quarter of a second
+SLOW_IMAGES = 16  # take pure Python a quarter of a second
 
 # How seconds ideally grow with the number on each axis: the exponent, and what it means.
 LAWS = {
@@ -164,15 +165,20 @@ def image_points(run: Callable, dataset: Dataset, forms: dict[str, str], most: i
     large = shifted(dataset, counts[-1])
     points = {
         (name, count): Point(full_batch(run, name, limited(large, count)), repeats=-(-15_000 // count))
-        for name in compiled()
+        for name in full_batch_backends()
         for count in counts
     }
     for name, form in forms.items():
         for count in counts:
             peer = competitor(name, task_of(run, limited(large, count)), form)
             points[name, count] = Point(peer.step, repeats=-(-15_000 // count))
-    few = limited(dataset, NAIVE_IMAGES)
-    return {("naive", counts[0]): Point(full_batch(run, "naive", few), NAIVE_IMAGES / counts[0]), **points}
+    few = limited(dataset, SLOW_IMAGES)
+    slow = {
+        (name, counts[0]): Point(full_batch(run, name, few), SLOW_IMAGES / counts[0])
+        for name in backend_names()
+        if name not in full_batch_backends()
+    }
+    return slow | points
 
 
 def batch_points(run: Callable, dataset: Dataset, forms: dict[str, str], steps: int) -> Points:
@@ -191,9 +197,10 @@ def batch_points(run: Callable, dataset: Dataset, forms: dict[str, str], steps: 
             assert isinstance(learner, Learner)
             points[name, size] = Point(take_batches(learner.learn_rows, whole, size, count), share)
         for name in backend_names():
-            if name == "naive" and size > NAIVE_IMAGES:
+            slow = get_backend(name).too_slow_for_full_batches
+            if slow and size > SLOW_IMAGES:
                 continue
-            few = -(-8 // size) if name == "naive" else count
+            few = -(-8 // size) if slow else count
             train = mini_batches(run, name, network(dataset, HIDDEN), dataset, size, few)
             points[name, size] = Point(train, min(1, few * size / whole))
     return points
@@ -209,8 +216,9 @@ def hidden_points(run: Callable, dataset: Dataset, forms: dict[str, str]) -> Poi
             peer = competitor(name, task_of(run, few, hidden), form)
             points[name, hidden] = Point(peer.step, part_of(few, whole))
     for name in backend_names():
+        slow = get_backend(name).too_slow_for_full_batches
         for hidden in HIDDEN_UNITS:
-            count = max(1, NAIVE_IMAGES * HIDDEN // hidden // 4) if name == "naive" else min(whole, HIDDEN_IMAGES)
+            count = max(1, SLOW_IMAGES * HIDDEN // hidden // 4) if slow else min(whole, HIDDEN_IMAGES)
             points[name, hidden] = Point(full_batch(run, name, limited(dataset, count), hidden), count / whole)
     return points
 
@@ -218,7 +226,9 @@ def hidden_points(run: Callable, dataset: Dataset, forms: dict[str, str]) -> Poi
 def thread_points(runs: dict[int, Callable], dataset: Dataset) -> Points:
     """Full-batch steps by number of threads, without pure Python, which the GIL serializes."""
     return {
-        (name, threads): Point(full_batch(run, name, dataset)) for name in compiled() for threads, run in runs.items()
+        (name, threads): Point(full_batch(run, name, dataset))
+        for name in full_batch_backends()
+        for threads, run in runs.items()
     }
 
 
@@ -258,11 +268,6 @@ def network(dataset: Dataset, hidden: int) -> MLP:
     return MLP((dataset.train_images.shape[1], hidden, 10))
 
 
-def compiled() -> list[str]:
-    """Backends that can finish an epoch."""
-    return [name for name in backend_names() if name != "naive"]
-
-
 def thread_counts() -> list[int]:
     """Powers of two, and the number of cores."""
     cores = available_cores()
@@ -294,7 +299,7 @@ def check(dataset: Dataset) -> None:
             for ours, theirs in zip(stepped(name, dataset, hidden, 1, 4), expected):
                 # A step changes a parameter by at most 0.3, with the rounding errors of sums over 784 products.
                 np.testing.assert_allclose(ours, theirs, rtol=0, atol=0.3 * 784 * float(np.finfo(np.float32).eps))
-    for name in compiled():
+    for name in full_batch_backends():
         expected = stepped(name, dataset, HIDDEN, 1)
         for threads in thread_counts():
             for ours, theirs in zip(stepped(name, dataset, HIDDEN, threads), expected):
@@ -340,15 +345,16 @@ def draw_axis(axes: Axes, result: Result, axis: str, backends: Axis) -> None:
     exponent, law = LAWS[axis]
     longest = max(point.high for point in points) * (width if axis == "images" else 1)
     axes.set(xscale="log", yscale="log", xlabel=axis, ylabel="seconds per epoch")
-    axes.set(xlim=(first / width**0.06, last * width**0.3), ylim=(floor.min() / 3, 2 * longest))
+    right = last * width**0.06  # names are outside
+    axes.set(xlim=(first / width**0.06, right), ylim=(floor.min() / 3, 2 * longest))
     rates = 10.0 ** np.arange(-3, 4)
     for rate in rates:
         axes.plot(x, dense / rate, color="#CCCCCC", linewidth=0.6, zorder=0)
     axes.plot(x, floor, color=BOUND_COLOUR, linestyle="--", linewidth=1)
-    ends: list[tuple[str, float, float, str]] = [("peak", last, floor[-1], BOUND_COLOUR)]
+    ends: list[tuple[str, float, float, str]] = [("peak", right, floor[-1], BOUND_COLOUR)]
     for name, row in backends.items():
         at, seconds, low, high = np.array([(point.at, point.median, point.low, point.high) for point in row]).T
-        if name != "naive" or len(row) == 1:
+        if at[-1] == last or len(row) == 1:
             anchor = -1 if exponent == 1 else 0
             axes.plot(x, seconds[anchor] * (x / at[anchor]) ** exponent, ":", color=colour(name), linewidth=1)
         axes.plot(at, seconds, color=colour(name), linewidth=1.4)
@@ -357,13 +363,14 @@ def draw_axis(axes: Axes, result: Result, axis: str, backends: Axis) -> None:
             fill = colour(name) if point.share == 1 else "white"
             axes.plot(point.at, point.median, "o", color=colour(name), markerfacecolor=fill, markersize=4)
         alone = len(row) == 1
-        ends.append((name, last if alone else at[-1], seconds[-1] * (width if alone else 1), colour(name)))
+        end = right if alone or at[-1] == last else at[-1]
+        ends.append((name, end, seconds[-1] * (width if alone else 1), colour(name)))
     names = end_labels(axes, ends)
     for rate in rates:
         y = dense[1] / rate
-        height = points_up(axes, last, y)
+        height = points_up(axes, right, y)
         if floor.min() / 2 < y < 1.5 * longest and all(abs(height - name) > 9 for name in names):
-            label(axes, f"{rate:,g} GFLOP/s", last, y, 6.5, shade="#777777")
+            label(axes, f"{rate:,g} GFLOP/s", right, y, 6.5, shade="#777777")
     plain_ticks(axes.xaxis, axes.yaxis)
     axes.set_title(f"dotted: {law}", fontsize=8, fontweight="normal")
 

@@ -1,9 +1,10 @@
 """Study: seconds from the images in memory to the published test accuracy, in mini-batches.
 
 Each competitor uses the batch size and learning rate that were fastest for it on images held out of the training set.
-The test images serve only for the reported times. These include shuffling, preparing, steps, and an evaluation on all
-test images after every 2,500 training images, but not loading or compilation. Pure Python is extrapolated: NumPy's
-number of images, at the time per image that pure Python takes for a few.
+Only torch.compile takes PyTorch's, as it would compile again for each batch size. The test images serve only for the
+reported times. These include shuffling, preparing, steps, and an evaluation on all test images after every 2,500
+training images, but not loading or compilation. Pure Python is extrapolated: NumPy's number of images, at the time per
+image that pure Python takes for a few.
 """
 
 import itertools
@@ -100,7 +101,7 @@ def measure(dataset: Dataset, quick: bool) -> Result:
     with thread_pool(available_cores()) as run:
         for name in track(NAMES, "choosing recipes", transient=True):
             candidates = recipes_of(name, quick)
-            if name == "torch.compile" and "PyTorch" in recipes:  # it would compile again for each batch size
+            if name == "torch.compile" and "PyTorch" in recipes:
                 candidates = [recipes["PyTorch"]]
             try:
                 trials[name] = try_recipes(name, held_out(dataset), run, candidates)
@@ -114,13 +115,15 @@ def measure(dataset: Dataset, quick: bool) -> Result:
         naive = naive_curves(dataset, recipes["naive"], run)
     for name, drawn in curves.items():
         if missed := sum(curve[-1].accuracy < TARGET for curve in drawn):
-            skipped[name] = f"{missed} of {len(drawn)} runs did not reach {TARGET:.2%} with {GIVE_UP_AFTER:,} images"
+            skipped[name] = (
+                f"{missed} of {len(drawn)} runs did not reach {percent(TARGET)} with {GIVE_UP_AFTER:,} images"
+            )
             del seconds[name]
     return Result(
         target=TARGET,
         trials=trials,
         recipes=recipes,
-        times=Comparison.of(f"time to {TARGET:.2%}", seconds),
+        times=Comparison.of(f"time to {percent(TARGET)}", seconds),
         curves={name: drawn[-min(rounds, DRAWN) :] for name, drawn in curves.items()},
         naive=naive,
         skipped=skipped,
@@ -200,7 +203,7 @@ def fastest(trials: list[Trial]) -> Recipe:
     """
     trial = min(trials, key=lambda trial: trial.seconds or np.inf)
     if trial.seconds is None:
-        raise UnavailableError(f"no recipe always reached {TARGET:.2%} on the held-out images")
+        raise UnavailableError(f"no recipe always reached {percent(TARGET)} on the held-out images")
     return trial.recipe
 
 
@@ -237,46 +240,48 @@ def draw(result: Result, small_print: str, file: Path) -> None:
         times["naive"] = Rounds([curve[-1].seconds for curve in result.naive])
     names = sorted(times, key=lambda name: -times[name].median)
     every_curve = {**result.curves, "naive": result.naive}
-    target = 100 * result.target
+    target, goal = 100 * result.target, percent(result.target)
     with figure_file(file, figsize=(8, 5.5)) as figure:
         above, below = figure.subplots(2, sharex=True, height_ratios=(2, 1))
         for name in names:
+            style = "-" if name in result.times else "--"
             curves = sorted(every_curve[name], key=lambda curve: curve[-1].seconds)
             seconds, _, accuracies = np.array(curves[len(curves) // 2]).T
-            above.plot(seconds, 100 * accuracies, "--" if name == "naive" else "-", color=colour(name))
+            above.plot(seconds, 100 * accuracies, style, color=colour(name))
             for end in [curve[-1] for curve in curves]:
                 above.plot(end.seconds, 100 * end.accuracy, "o", color=colour(name), markersize=3)
         above.axhline(target, color=BOUND_COLOUR, linestyle="--", linewidth=1)
         above.set(ylabel="test accuracy (%)", ylim=(80, 95))
-        above.annotate(f"{target:.2f} %", (0.01, target), xycoords=("axes fraction", "data"), va="bottom")
+        above.annotate(goal, (0.01, target), xycoords=("axes fraction", "data"), va="bottom")
         for row, name in enumerate(names):
             first, last = min(times[name].seconds), max(times[name].seconds)
             below.plot([first, last], [row, row], color=colour(name), linewidth=2)
             below.plot(times[name].median, row, "o", color=colour(name))
             recipe = result.recipes[name]
             note = f"batches of {recipe.batch_size}, rate {recipe.learning_rate:g}"
-            extrapolated = ", extrapolated" if name == "naive" else ""
-            side = -1 if name == "naive" else 1
-            label(
-                below,
-                f"{in_seconds(times[name].median)}  ({note}{extrapolated})",
-                first if name == "naive" else last,
-                row,
-                7.5,
-                side,
-            )
+            text = f"{in_seconds(times[name].median)}  ({note}"
+            if name in result.times:
+                label(below, f"{text})", last, row, 7.5)
+            else:
+                label(below, f"{text}, extrapolated)", first, row, 7.5, side=-1)
         below.set(xscale="log", yticks=range(len(names)), ylim=(len(names) - 0.5, -0.5))
-        below.set(xlabel=f"seconds, including preparation and evaluations (log scale); below: to {target:.2f} %")
+        below.set(xlabel=f"seconds, including preparation and evaluations (log scale); below: to {goal}")
         below.set_yticklabels(names)
         title(figure, _title(result))
         print_small(figure, f"Below: median and range over random starts.\n{small_print}")
 
 
 def _title(result: Result) -> str:
-    """The competitor with the lowest median, or all whose ranges over random starts overlap with its range."""
-    seconds = result.times.seconds
-    first = min(seconds, key=result.times.median)
-    level = [name for name in seconds if min(seconds[name]) <= max(seconds[first])]
-    if level == [first]:
-        return f"{result.target:.2%} test accuracy in {in_seconds(result.times.median(first))}: {first}"
-    return f"To {result.target:.2%} test accuracy, the ranges of {', '.join(level)} overlap"
+    """The competitor with the lowest median, and those whose ranges over random starts overlap with its range."""
+    seconds, goal = result.times.seconds, percent(result.target)
+    first, *others = sorted(seconds, key=result.times.median)
+    level = [name for name in others if min(seconds[name]) <= max(seconds[first])]
+    if level:
+        return f"Seconds to {goal} test accuracy: {first}'s range overlaps those of {', '.join(level)}"
+    if len(seconds[first]) == 1:  # an older result: a median without its range
+        return f"Seconds to {goal} test accuracy"
+    return f"{goal} test accuracy in {in_seconds(result.times.median(first))}: {first}"
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.2f} %"

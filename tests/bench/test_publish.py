@@ -73,7 +73,7 @@ def test_the_table_of_a_step_needs_its_parts(tmp_path):
     text = "<!-- steps -->\nold\n<!-- /steps -->"
     seconds = {part: [1e-6 * n] for n, part in enumerate([*mini_batches.PARTS, mini_batches.WHOLE], 1)}
     parts = {size: dict.fromkeys(mini_batches.IN_PARTS, Comparison("", seconds)) for size in (32, 512)}
-    older, newer = (mini_batches.Result({}, 60_000, {}, found) for found in ({}, parts))
+    older, newer = (mini_batches.Result({}, {}, found) for found in ({}, parts))
     (tmp_path / "here").mkdir()
     write(tmp_path / "here" / "machine.json", machine())
     texts = []
@@ -161,7 +161,7 @@ def test_no_ranking_where_ranges_over_random_starts_overlap(tmp_path, ours, verd
 def busy(run):
     """The same run on a busy machine."""
     conditions = dataclasses.replace(CONDITIONS, busy="other processes kept 0.4 cores busy")
-    return Run({name: Section(conditions, section.found) for name, section in run.sections.items()})
+    return Run({name: Section(conditions, section.result) for name, section in run.sections.items()})
 
 
 def test_a_cell_says_what_weakens_its_evidence(tmp_path):

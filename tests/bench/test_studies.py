@@ -1,11 +1,15 @@
 """The studies count, scale up and draw correctly, regardless of the timings."""
 
 import math
+import signal
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from bench import commands
 from bench.benchmarks.bench_epoch import FLOP_OF_PRODUCTS
 from bench.measure.records import Comparison, Rounds
 from bench.peers.task import UnavailableError
@@ -141,7 +145,7 @@ def test_sums_of_the_largest_operands_are_exact():
     assert 8 * 8 * deepest < 2**24
 
 
-def test_the_weakest_shape_is_in_the_title(tmp_path, monkeypatch):
+def test_the_largest_ratio_is_in_the_title(tmp_path, monkeypatch):
     titles = []
     monkeypatch.setattr("matplotlib.figure.Figure.suptitle", lambda self, text, **look: titles.append(text))
     sweep = [
@@ -150,7 +154,7 @@ def test_the_weakest_shape_is_in_the_title(tmp_path, monkeypatch):
         for transposes, seconds in zip(products.TRANSPOSES, (0.5, 0.75, 1.5 if shape == (4, 5, 6) else 1.0, 0.9))
     ]
     products.draw(products.Result([], sweep), "", tmp_path / "products.png")
-    assert titles == ["numba's weakest shape: ABᵀ at 4 × 5 × 6, 1.50 × OpenBLAS's time"]
+    assert titles == ["Time relative to OpenBLAS's, by shape and transposes; numba's largest: 1.50"]
     products.draw(products.Result([]), "", tmp_path / "nothing.png")
     assert not (tmp_path / "nothing.png").exists()
 
@@ -198,6 +202,29 @@ def test_estimate_for_more_workers(processes, threads, levels):
     assert calculated["tasks"] == pytest.approx(0.01 + 0.0005 * 1.25 * processes)
     assert calculated["network"] == pytest.approx((2 + 16 * levels) * 4e5 / 1.25e9)
     assert calculated["hashing"] == pytest.approx(2 * 3e6 * 784 / 1e9 / threads)
+
+
+def test_the_report_comes_last_after_a_failure_and_ctrl_c(tmp_path, monkeypatch):
+    """The first study has a result, the second fails, and Ctrl-C stops the third."""
+
+    def run(command):
+        if "density" in command:
+            raise KeyboardInterrupt
+        return SimpleNamespace(returncode=int("ladder" in command))
+
+    reported = []
+
+    def show(folder, output, missing):
+        reported.append(missing)
+        commands.out.print("report: here")
+
+    monkeypatch.setattr(commands, "subprocess", SimpleNamespace(run=run))
+    monkeypatch.setattr(commands, "show", show)
+    (tmp_path / "run.json").write_text('{"kind": "run"}')
+    result = CliRunner().invoke(commands.app, ["run", "epochs", "ladder", "density", "--output", str(tmp_path)])
+    assert reported == [{"density": commands.STOPPED, "ladder": "it failed; see above"}]
+    assert result.output.splitlines()[-1] == "report: here"
+    assert result.exit_code == 128 + signal.SIGINT
 
 
 def test_reproduction(digits28, monkeypatch):
