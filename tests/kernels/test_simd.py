@@ -46,7 +46,7 @@ def shapes(dtype):
     columns = [0, 1, edge + 1, width, 2 * width - 1]
     yield from itertools.product([0, 1, MR - 1, 2 * MR + 1], [0, 1, 5], columns)
     yield from [(PACK_ROWS + 1, 33, width + 3), (2 * width + 1, 7, 10), (10, KC + 1, 10)]
-    yield (2 * MR + 1, KC_TRANSPOSED + 1, 3 * width + edge + 1)  # three panels share a copy of A's columns
+    yield (2 * MR + 1, KC_TRANSPOSED + 1, 3 * width + edge + 1)  # three panels share the packed A
     few = FEW_BYTES // dtype().itemsize * -(-FEW_LARGE_BYTES // (2 * KC * FEW_BYTES))
     yield from [(rows, 2 * KC, few + edge + 1) for rows in (1, FEW_ROWS - 1)]
     yield from [(1, 9, 2 * ONE_BYTES // dtype().itemsize + edge + 1), (FEW_ROWS + 1, 3, PAGE // dtype().itemsize + 1)]
@@ -206,7 +206,7 @@ def test_bits_of_a_row_do_not_depend_on_other_rows(layout, dtype):
 @pytest.mark.parametrize("layout_b", ["C", "F"])
 @pytest.mark.parametrize("layout_a", ["C", "F"])
 def test_bits_do_not_depend_on_blocking(layout_a, layout_b, dtype):
-    """Few rows, copied columns and packed blocks give the same bits as the rows in a larger product, or one by one."""
+    """Few rows, and a packed A or B, give the same bits as the rows in a larger product, or one by one."""
     generator = np.random.default_rng(0)
     k, n = 2 * KC + 3, 4 * TILE_BYTES // dtype().itemsize + 5
     a, b, bias = (generator.standard_normal(shape).astype(dtype) for shape in [(PACK_ROWS + 9, k), (k, n), n])
