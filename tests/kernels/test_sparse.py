@@ -1,4 +1,4 @@
-"""The sparse format of images and its products: lossless, in bounds, equal to dense products."""
+"""The sparse encoding of images and its products: lossless, in bounds, equal to dense products."""
 
 import itertools
 import subprocess
@@ -32,7 +32,7 @@ def random_images(shape, density, seed=0):
 
 
 def decode(nonzeros, shape, group=GROUP):
-    """The matrix of bytes, decoded by the documented format alone."""
+    """The matrix of bytes, decoded by its documentation alone."""
     n, k = shape
     matrix = np.zeros((n + 1, k), np.uint8)
     values = iter(nonzeros.values.tolist())
@@ -52,7 +52,7 @@ def decode(nonzeros, shape, group=GROUP):
     return matrix[:-1]
 
 
-# The form ----------------------------------------------------------------------------------------------------------
+# The encoding ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("density", DENSITIES)
@@ -85,13 +85,19 @@ def test_transpose(sparse):
     assert x.T.T.nonzeros is x.nonzeros
 
 
+def test_repr_is_one_line(sparse):
+    x = sparse.prepare(random_images((300, 784), 0.2))
+    assert repr(x) == f"<SparseMatrix (300, 784), float32: {x.nbytes:,} bytes>"
+    assert repr(x.T) == f"<SparseMatrix (784, 300), float32: {x.nbytes:,} bytes>"
+
+
 def test_only_non_zeros_take_memory(sparse):
     """A byte per non-zero, and 12 bytes per row in each block where it has any, and in the first block."""
     images = random_images((512, 784), 0.19)
     x = sparse.prepare(images)
-    for form in x.nonzeros, x.transposed:
-        assert form.values.nbytes <= 1.05 * np.count_nonzero(images)
-        assert form.rows.nbytes + form.masks.nbytes <= 12 * len(images) * 784 / BLOCK * 1.1
+    for encoding in x.nonzeros, x.transposed:
+        assert encoding.values.nbytes <= 1.05 * np.count_nonzero(images)
+        assert encoding.rows.nbytes + encoding.masks.nbytes <= 12 * len(images) * 784 / BLOCK * 1.1
     assert sparse.prepare(np.zeros_like(images)).nbytes <= 12 * sum(images.shape) + 1000
 
 
@@ -225,14 +231,14 @@ def test_product_stays_inside_its_arrays(layout, dtype, place):
         [(1, 1), (2, BLOCK), (3, BLOCK + 1), (5, 7)], [1, lanes - 1, lanes, 7 * lanes + 1, 17 * lanes - 1]
     ):
         images = 255 * (random_images((n, k), 0.4) > 0).astype(np.uint8)  # ones, whose sums are exact
-        form = [Guarded(array, place=place) for array in encode(images)[0]]
+        encoding = [Guarded(array, place=place) for array in encode(images)[0]]
         b, bias = (
             Guarded(integers((k, columns), dtype, 1), layout, place),
             Guarded(integers(columns, dtype), layout, place),
         )
         out = Guarded(np.full((n + 1, columns), np.nan, dtype), place=place)
         quotients = Guarded(sparse_backend.QUOTIENTS[np.dtype(dtype)], place=place)
-        arguments = b, bias, quotients, *form
+        arguments = b, bias, quotients, *encoding
         sparse_backend.product(*(argument.read_only() for argument in arguments), out.array)
         for argument in arguments:
             argument.assert_unchanged()
