@@ -1,8 +1,8 @@
 """``python -m kernels.ladder.mca CPU ...``: how fast the inner loops run on other CPUs, as llvm-mca predicts.
 
-LLVM compiles the inner loops of the products for a CPU: the dense one, its form for few rows, and the sparse one. Then
-llvm-mca (LLVM's machine code analyzer) simulates them on its model of the core, as if all data were in the L1 cache.
-The percentages compare the multiply-adds per cycle with those of a loop that does nothing else.
+LLVM compiles the inner loops of the products for a CPU: the dense one, its variant for few rows, and the sparse one.
+Then llvm-mca (LLVM's machine code analyzer) simulates them on its model of the core, as if all data were in the L1
+cache. The percentages compare the multiply-adds per cycle with those of a loop that does nothing else.
 """
 
 import multiprocessing
@@ -125,7 +125,7 @@ def triple_of(analyzer: str, cpu: str) -> str:
 
 @app.command()
 def run(
-    cpus: Annotated[list[str], typer.Argument(help="LLVM's names, as in: neoverse-n1 apple-m1 haswell znver4")],
+    cpus: Annotated[list[str], typer.Argument(help="LLVM's names, such as neoverse-n1, apple-m1, haswell or znver4.")],
 ) -> None:
     """Predict how close the inner loops come to the peak of multiply-adds on other CPUs (needs llvm-mca)."""
     analyzer = newest_analyzer()
