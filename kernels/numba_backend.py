@@ -63,7 +63,7 @@ class Tuning(NamedTuple):
     """Rows of A addressed from one pointer, each by an addition: the length of the dependency chain. A long one takes
     longer than the multiply-adds."""
     transposed_depth: int
-    """Steps of k in a block, where k runs down the columns of a row-major array, as in x.T dz."""
+    """Steps of k in a block, where k runs down the columns of a row-major array: x.T dz, for example."""
     packs_a: bool = False
     """Whether such an A is packed, one row of tiles at a time. In place, each step of k is on a different page, and
     with rows of 4 KB all of them map to the same L1 set."""

@@ -226,7 +226,7 @@ class Vectors:
         return ir.Constant(self.type, [ir.Constant(self._float, value)] * self.lanes)
 
     def fma(self, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
-        """A b + c: a fused multiply-add, or two instructions on a CPU without one."""
+        """``a b + c``: a fused multiply-add, or two instructions on a CPU without one."""
         return self._call("fmuladd", self.type, [a, b, c])
 
     def first(self, count: ir.Value) -> ir.Value:
