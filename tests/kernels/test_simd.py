@@ -452,6 +452,14 @@ def test_settings_that_change_the_code_do_not_share_a_cache(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_setting_changed_after_the_import_does_not_share_a_cache_either(tmp_path):
+    change = 'import os, kernels.simd\nos.environ["NUMBA_OPT"] = "0"\n'
+    finish(start_probe(code=change + PROBE, NUMBA_CACHE_DIR=str(tmp_path)))
+    assert finish(start_probe(NUMBA_CACHE_DIR=str(tmp_path)))[0] > 0
+    assert finish(start_probe(NUMBA_CACHE_DIR=str(tmp_path), NUMBA_OPT="0"))[0] == 0
+
+
+@pytest.mark.slow
 def test_a_damaged_cache_file_is_compiled_again(tmp_path):
     def run():
         seconds, *_, relu, gradient = finish(start_probe(NUMBA_CACHE_DIR=str(tmp_path)))
