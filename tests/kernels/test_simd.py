@@ -1,6 +1,5 @@
 """The compiled kernels stay inside their arrays, are correct at every edge, and never run stale code."""
 
-import importlib.util
 import itertools
 import os
 import shutil
@@ -32,6 +31,7 @@ from kernels.numba_backend import (
 )
 from tests.support.guarded import Guarded, every_dtype, every_place, integers, needs_mprotect
 from tests.support.systems import needs_long_double
+from tests.support.targets import compiled_for
 
 LAYOUTS = ["row-major", "transposed", "reversed", "strided", "misaligned"]
 ROOT = Path(__file__).parents[2]
@@ -322,26 +322,20 @@ def test_products_are_right_on_a_cpu_with_narrower_vectors(settings, register_by
 
 
 OTHERS = {
-    "SSE": (16, 16, "generic"),
-    "NEON": (16, 32, "generic"),
-    "AVX-512 on Intel": (64, 32, "skylake-avx512"),
-    "AVX-512 on Zen": (64, 32, "znver4"),
+    "SSE": {"REGISTER_BYTES": 16, "REGISTERS": 16, "CPU": "generic"},
+    "NEON": {"REGISTER_BYTES": 16, "REGISTERS": 32, "CPU": "generic"},
+    "AVX-512 on Intel": {"REGISTER_BYTES": 64, "REGISTERS": 32, "CPU": "skylake-avx512"},
+    "AVX-512 on Zen": {"REGISTER_BYTES": 64, "REGISTERS": 32, "CPU": "znver4"},
 }
 
 
 @pytest.fixture(scope="module", params=OTHERS.values(), ids=OTHERS)
 def other(request, tmp_path_factory):
-    """The module compiled for other vector registers; LLVM emulates instructions that this CPU lacks."""
+    """The module compiled for other vector registers."""
     for dtype in np.float32, np.float64:  # compile for this CPU what results are compared with
         one = np.ones((1, 1), dtype)
         get_backend("numba").softmax_grad(get_backend("numba").matmul(one, one), np.zeros(1, int))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(numba.config, "CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
-        for name, value in zip(("REGISTER_BYTES", "REGISTERS", "CPU"), request.param, strict=True):
-            patch.setattr(simd, name, value)
-        spec = importlib.util.spec_from_file_location("numba_backend_elsewhere", numba_backend.__file__)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+    with compiled_for(numba_backend, tmp_path_factory.mktemp("cache"), **request.param) as module:
         yield module
 
 

@@ -6,15 +6,14 @@ import sys
 import textwrap
 from types import SimpleNamespace
 
-import numba
 import numpy as np
 import pytest
 
-from bench.studies.ablation import variant
 from kernels import get_backend, simd, sparse_backend
 from kernels.sparse_backend import BLOCK, GROUP, MANY_PIXELS, encode
 from tests.support.guarded import Guarded, every_dtype, every_place, integers, needs_mprotect
 from tests.support.reference import assert_product
+from tests.support.targets import compiled_for
 
 SHAPES = [(1, 1), (1, 784), (2, 64), (3, 30 * 20), (5, BLOCK), (6, BLOCK + 1), (7, 2 * BLOCK - 1), (130, 2)]
 DENSITIES = [0.0, 0.2, 1.0]
@@ -120,6 +119,10 @@ def test_mnist_takes_40_mb_at_most(sparse, mnist):
 @every_dtype
 @pytest.mark.parametrize("hidden", HIDDEN)
 def test_products_of_every_size(sparse, hidden, dtype):
+    check_products_of_every_size(sparse, hidden, dtype)
+
+
+def check_products_of_every_size(sparse, hidden, dtype):
     rng = np.random.default_rng(hidden)
     for (n, pixels), density in itertools.product(SHAPES, DENSITIES):
         images = random_images((n, pixels), density)
@@ -180,6 +183,10 @@ def test_results_stay_with_their_images(sparse):
 
 @every_dtype
 def test_bits_of_a_row_do_not_depend_on_other_rows(sparse, dtype):
+    check_bits_of_rows(sparse, dtype)
+
+
+def check_bits_of_rows(sparse, dtype):
     """Bit for bit, including the sign of zeros, for any other rows in its group and any position among them."""
     rng = np.random.default_rng(0)
     images = np.concatenate([random_images((40, 150), density, seed) for seed, density in enumerate([0, 0.1, 0.3, 1])])
@@ -199,6 +206,10 @@ def test_bits_of_a_row_do_not_depend_on_other_rows(sparse, dtype):
 @every_dtype
 @pytest.mark.parametrize("nasty", [np.nan, np.inf, -np.inf])
 def test_non_finite_weights_reach_only_images_with_ink_there(sparse, dtype, nasty):
+    check_non_finite_weights(sparse, dtype, nasty)
+
+
+def check_non_finite_weights(sparse, dtype, nasty):
     images = random_images((65, 200), 0.3)
     images[::7] = 0
     images[3] = 0
@@ -272,17 +283,18 @@ def test_encode_stays_inside_its_arrays(layout, place, monkeypatch):
 # Other CPUs --------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(
-    scope="module", params=[(16, 16, False), (16, 32, False), (64, 32, True)], ids=["SSE", "NEON", "AVX-512"]
-)
+OTHERS = {
+    "SSE": {"REGISTER_BYTES": 16, "REGISTERS": 16, "HAS_COMPRESS": False},
+    "NEON": {"REGISTER_BYTES": 16, "REGISTERS": 32, "HAS_COMPRESS": False},
+    "AVX-512": {"REGISTER_BYTES": 64, "REGISTERS": 32, "HAS_COMPRESS": True},
+}
+
+
+@pytest.fixture(scope="module", params=OTHERS.values(), ids=OTHERS)
 def other(request, tmp_path_factory):
-    """The backend compiled for other vector registers; LLVM emulates instructions that this CPU lacks."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(numba.config, "CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
-        for name, value in zip(("REGISTER_BYTES", "REGISTERS", "HAS_COMPRESS"), request.param):
-            patch.setattr(simd, name, value)
-        with variant() as backend:
-            yield backend
+    """The backend compiled for other vector registers."""
+    with compiled_for(sparse_backend, tmp_path_factory.mktemp("cache"), **request.param) as module:
+        yield module.SparseBackend()
 
 
 @pytest.mark.slow
@@ -301,9 +313,9 @@ def test_images_are_kept_exactly_on_other_cpus(other, digits28):
 @every_dtype
 def test_products_on_other_cpus(other, dtype):
     for hidden in HIDDEN:
-        test_products_of_every_size(other, hidden, dtype)
-    test_bits_of_a_row_do_not_depend_on_other_rows(other, dtype)
-    test_non_finite_weights_reach_only_images_with_ink_there(other, dtype, np.nan)
+        check_products_of_every_size(other, hidden, dtype)
+    check_bits_of_rows(other, dtype)
+    check_non_finite_weights(other, dtype, np.nan)
 
 
 # Dense images ------------------------------------------------------------------------------------------------------
