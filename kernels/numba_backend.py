@@ -54,7 +54,7 @@ class Tuning(NamedTuple):
 
     rows: int
     """Rows of a tile. The tile, a row of the panel and an element of A must fit in the registers. Not 8: where the rows
-    of A are a power of two apart, all of them map to the same L1 set, and 8 would cause conflict misses."""
+    of A are a multiple of 4 KB apart, all of them map to the same L1 set, and 8 would cause conflict misses."""
     vectors: int
     """Vectors in a row of a tile."""
     edge_vectors: int

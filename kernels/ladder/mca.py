@@ -45,7 +45,7 @@ class Loop(NamedTuple):
 def loops(triple: str, cpu: str) -> list[Loop]:
     """Compile the inner loops for a CPU. Must run in a process that has not imported the kernels yet.
 
-    The kernels choose their tiles by the target of Numba, so that must name the CPU before they are imported. Numba
+    The kernels choose their tiles by Numba's target, so it must be set to the CPU before they are imported. Numba
     itself can only compile for this machine: the code for the other one is made from LLVM IR that is not optimized yet.
     """
     os.environ["NUMBA_OPT"] = "0"

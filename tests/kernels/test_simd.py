@@ -404,7 +404,7 @@ def test_an_edit_of_either_file_compiles_anew(chosen_by_user, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_that_start_on_an_empty_cache_fill_it_together(tmp_path):
-    """They compile the same kernels at the same time; whoever comes later finds them."""
+    """They compile the same kernels at the same time; a later process finds them."""
     both = [start_probe(NUMBA_CACHE_DIR=str(tmp_path)) for _ in range(2)]
     for seconds, *_, relu, gradient in map(finish, both):
         assert seconds > 0

@@ -169,7 +169,7 @@ def test_empty_products(sparse, n, pixels, hidden):
 
 
 def test_results_stay_with_their_images(sparse):
-    """Whatever the order of the images, each row of the result and each label belong to the same image."""
+    """In any order of the images, each row of the result and each label belong to the same image."""
     rng = np.random.default_rng(0)
     images = random_images((65, 100), 0.3)
     weights, upstream = (rng.integers(-4, 5, shape).astype(np.float64) for shape in ((100, 20), (65, 20)))
