@@ -192,7 +192,7 @@ class Backend(ABC):
         parameter
             Any shape, float32 or float64: written.
         gradient
-            Same shape and dtype; its content is undefined afterwards.
+            Same shape and dtype, writable, in other memory than the parameter; its content is undefined afterwards.
         factor
             Rounded to that dtype, as is the product, so every backend gives the same bits.
 
@@ -203,13 +203,13 @@ class Backend(ABC):
         """
         if not (type(parameter) is np.ndarray and parameter.dtype in FLOATS and _is_like(gradient, parameter)):
             _check_update(parameter, gradient)
-        self._update(parameter, gradient, factor)
+        self._update(parameter, gradient, float(factor))  # NumPy would compute in the type of a float64 scalar
 
     def _prepare(self, images: NDArray[np.uint8], dtype: np.dtype) -> Any:
         return np.divide(images, 255, dtype=dtype)
 
     def _update(self, parameter: NDArray, gradient: NDArray, factor: float) -> None:
-        with np.errstate(over="ignore", invalid="ignore"):  # an overflow shows in the loss
+        with np.errstate(all="ignore"):  # an overflow shows in the loss
             gradient *= factor  # in place: a temporary would take half of the time
             parameter -= gradient
 

@@ -687,7 +687,7 @@ class NumbaBackend(Backend):
         return loss, correct, out
 
     def _update(self, parameter: NDArray, gradient: NDArray, factor: float) -> None:
-        if parameter.flags.carray and gradient.flags.c_contiguous:
+        if parameter.flags.carray and gradient.flags.carray:
             subtract(np.asarray(parameter).reshape(-1), np.asarray(gradient).reshape(-1), factor)
         else:
             super()._update(parameter, gradient, factor)

@@ -182,7 +182,8 @@ def cpu_words(machine: Machine) -> str:
 
 
 def platform_word(machine: Machine) -> str:
-    return "threads" if (machine.threads_per_core or 1) > 1 else "cores"
+    """What a logical CPU is: a core only if it is known to run one thread."""
+    return "threads" if (machine.threads_per_core or 2) > 1 else "cores"
 
 
 def _size(size: int) -> str:
@@ -194,13 +195,21 @@ def slug(machine: Machine) -> str:
     return re.sub(r"[^a-z0-9]+", "-", f"{machine.name}-{machine.cores}".lower()).strip("-") or platform.machine()
 
 
-def kernels_changed(commit: str) -> str:
-    """A sentence on whether the code in ``kernels/`` has changed since a commit; empty if git cannot tell."""
-    root, code = Path(__file__).parents[2], ":(glob)kernels/**/*.py"
-    command = ["git", "-C", str(root), "diff", "--quiet", commit.removesuffix("-dirty"), "--", code]
+def kernels_changed(commit: str) -> bool | None:
+    """Whether the code in ``kernels/`` has changed since a commit; None if git cannot tell."""
+    status, _ = _git("diff", "--quiet", commit.removesuffix("-dirty"), "--", ":(top,glob)kernels/**/*.py")
+    return {0: False, 1: True}.get(status)
+
+
+def has_history() -> bool:
+    """Whether this is a clone with all commits, not a shallow one or a copy without git."""
+    return _git("rev-parse", "--is-shallow-repository") == (0, "false")
+
+
+def _git(*arguments: str) -> tuple[int, str]:
+    """Exit code and output of a git command in the project's folder; code 2 without git."""
     try:
-        status = subprocess.run(command, capture_output=True).returncode
+        process = subprocess.run(["git", "-C", Path(__file__).parent, *arguments], capture_output=True, text=True)
     except OSError:
-        return ""
-    words = {0: "kernels/ has not changed since.", 1: "kernels/ has changed since."}
-    return words.get(status, "")
+        return 2, ""
+    return process.returncode, process.stdout.strip()

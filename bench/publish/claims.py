@@ -1,21 +1,26 @@
 """What the study claims, and on which machines each claim holds: the only place where "faster" is decided."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from bench.measure.records import Comparison, Ratio, Run
+from bench.measure.records import Comparison, Ratio, Run, Section
 from bench.publish.folder import Folder
 from bench.publish.style import in_seconds, short
 from model.extras.figure import BOUND_COLOUR, OTHER_COLOURS, figure_file, print_small, title
 
-OPENBLAS, BIG = "OpenBLAS", "big products, OpenBLAS"
+OPENBLAS, MKL, BIG = "OpenBLAS", "MKL", "big products, OpenBLAS"
 FRAMEWORKS = ("PyTorch", "PyTorch by hand", "torch.compile", "JAX", "scikit-learn")
 FASTEST = "the fastest framework"
 
-Pick = Callable[[Run], Comparison | None]
+MAIN, BATCHES, PRODUCTS = "claims", "batch-claims", "product-claims"
+"""The tables that claims stand in."""
+
+Measured = tuple[Section, Comparison]
+Pick = Callable[[Run], Measured | None]
 Bound = Callable[[Folder], float | None]
 """Seconds at a machine's peak FMA throughput; None if that was not measured."""
 
@@ -30,19 +35,33 @@ class Claim:
     """A competitor, or `FASTEST`: the framework that is the fastest on the machine."""
     what: str
     pick: Pick
-    """Selects the comparison in a run that decides the claim."""
+    """Selects the comparison in a run that decides the claim, with its section."""
     at_peak: Bound = lambda folder: None
     """Lower bound of the competitor's seconds: its multiply-adds at peak throughput."""
+    table: str = MAIN
+    ranges: bool = False
+    """Whether the ranges of the two decide instead of their medians: if they overlap, neither takes less time."""
 
     def ratio(self, run: Run) -> Ratio | None:
         """The ratio that a run measured; None if it did not."""
-        comparison = self.pick(run)
-        if comparison is None or self.competitor not in comparison:
+        measured = self.pick(run)
+        if measured is None or self.competitor not in measured[1]:
             return None
-        base: str | None = self.base
+        comparison, base = measured[1], self.base
         if base == FASTEST:
-            base = min((name for name in FRAMEWORKS if name in comparison), key=comparison.median, default=None)
-        return comparison.ratio(self.competitor, base) if base and base in comparison else None
+            base = min((name for name in FRAMEWORKS if name in comparison), key=comparison.median, default=base)
+        if base not in comparison:
+            return None
+        ratio = comparison.ratio(self.competitor, base)
+        ours, theirs = comparison.seconds[self.competitor], comparison.seconds[base]
+        if self.ranges and len(ours) > 1:
+            return replace(ratio, interval=(min(ours) / max(theirs), max(ours) / min(theirs)))
+        return ratio
+
+    def busy(self, run: Run) -> bool:
+        """Whether the machine was busy with something else during the measurement."""
+        measured = self.pick(run)
+        return bool(measured and measured[0].conditions.busy)
 
 
 @dataclass(frozen=True)
@@ -50,6 +69,8 @@ class Cell:
     """The evidence of a machine's runs for a claim."""
 
     ratios: list[Ratio]
+    busy: int
+    """The number of runs during which the machine was busy with something else."""
 
     @property
     def low(self) -> float:
@@ -83,48 +104,48 @@ class Cell:
         return self.verdict == "faster"
 
 
-def _step(run: Run) -> Comparison | None:
+def _found(run: Run, study: str, pick: Callable[[Any], Comparison | None]) -> Measured | None:
+    """A comparison from a study's result, with its section; None if the run lacks one of them."""
+    section = run.sections.get(study)
+    comparison = pick(section.found) if section else None
+    return (section, comparison) if section and comparison else None
+
+
+def _epoch(run: Run) -> Measured | None:
+    return _found(run, "epochs", lambda result: result.epochs)
+
+
+def _step(run: Run) -> Measured | None:
     """A full-batch step, interleaved with the peers if the run has them, otherwise with the backends alone."""
-    if section := run.sections.get("head_to_head"):
-        return section.found.steps
-    return section.found.epochs if (section := run.sections.get("epochs")) else None
+    return _found(run, "head_to_head", lambda result: result.steps) or _epoch(run)
 
 
-def _epoch(run: Run) -> Comparison | None:
-    return section.found.epochs if (section := run.sections.get("epochs")) else None
+def _time_to(run: Run) -> Measured | None:
+    return _found(run, "time_to_accuracy", lambda result: result.times)
 
 
-def _time_to(run: Run) -> Comparison | None:
-    return section.found.times if (section := run.sections.get("time_to_accuracy")) else None
-
-
-def _command(run: Run) -> Comparison | None:
-    return section.found.command if (section := run.sections.get("break_even")) else None
+def _command(run: Run) -> Measured | None:
+    return _found(run, "break_even", lambda result: result.command)
 
 
 def _product(start: str, one: bool) -> Pick:
-    def pick(run: Run) -> Comparison | None:
-        comparisons = run.sections["products"].found.products if "products" in run.sections else []
-        ends_one = ", 1 thread"
-        return next((c for c in comparisons if c.what.startswith(start) and c.what.endswith(ends_one) == one), None)
+    def pick(result: Any) -> Comparison | None:
+        fits = (each for each in result.products if each.what.startswith(start))
+        return next((each for each in fits if each.what.endswith(", 1 thread") == one), None)
 
-    return pick
+    return lambda run: _found(run, "products", pick)
 
 
 def _small_step(size: int) -> Pick:
-    def pick(run: Run) -> Comparison | None:
-        section = run.sections.get("mini_batches")
-        return section.found.steps.get(1, {}).get(size) if section else None
-
-    return pick
+    return lambda run: _found(run, "mini_batches", lambda result: result.steps.get(1, {}).get(size))
 
 
 def _climb(product: str) -> Pick:
-    def pick(run: Run) -> Comparison | None:
-        climbs = run.sections["ladder"].found.climbs if "ladder" in run.sections else []
-        return next((c.seconds_per_gflop for c in climbs if (c.product, c.threads) == (product, 1)), None)
+    def pick(result: Any) -> Comparison | None:
+        climbs = (climb for climb in result.climbs if (climb.product, climb.threads) == (product, 1))
+        return next((climb.seconds_per_gflop for climb in climbs), None)
 
-    return pick
+    return lambda run: _found(run, "ladder", pick)
 
 
 def _peak(folder: Folder, one: bool) -> float | None:
@@ -167,7 +188,7 @@ def _climb_bound(product: str) -> Bound:
 FLOP_OF_IMAGE = 2 * 784 * 128
 """FLOP per image in one of the big products."""
 
-STEP = "a full-batch step"
+STEP, TO_ACCURACY = "a full-batch step", "mini-batches to the published accuracy"
 CLAIMS = (
     Claim("numpy-naive", "numpy", "naive", STEP, _epoch),
     Claim("numba-numpy", "numba", "numpy", STEP, _step, _step_bound("numba")),
@@ -179,33 +200,34 @@ CLAIMS = (
     Claim("sparse-framework", "sparse", FASTEST, STEP, _step, _step_bound("sparse")),
     Claim("sparse-scipy", "sparse", "SciPy CSR", STEP, _step, _step_bound("sparse")),
     Claim("sparse-torch-csr", "sparse", "PyTorch CSR", STEP, _step, _step_bound("sparse")),
+    Claim("sparse-mkl-csr", "sparse", "MKL CSR", STEP, _step, _step_bound("sparse")),
+    Claim("sparse-c-csr", "sparse", "C CSR", STEP, _step, _step_bound("sparse")),
     *(
         Claim(
-            f"batch-{key}-{size}",
+            f"batch-{ours}-{key}-{size}",
             ours,
             base,
             f"a step over {size} images, 1 thread",
             _small_step(size),
             _step_bound(ours, size),
+            MAIN if size == 128 else BATCHES,
         )
         for size in (32, 128, 512)
-        for key, ours, base in (
-            ("sparse-torch", "sparse", "PyTorch"),
-            ("sparse-by-hand", "sparse", "PyTorch by hand"),
-            ("numba-torch", "numba", "PyTorch"),
-        )
+        for ours in ("numba", "sparse")
+        for key, base in (("torch", "PyTorch"), ("framework", FASTEST))
     ),
-    Claim("time-numba", "numba", "numpy", "mini-batches to the published accuracy", _time_to),
-    Claim("time-sparse", "sparse", "numpy", "mini-batches to the published accuracy", _time_to),
+    Claim("time-numba", "numba", "numpy", TO_ACCURACY, _time_to, ranges=True),
+    Claim("time-sparse", "sparse", "numpy", TO_ACCURACY, _time_to, ranges=True),
     Claim("command", "sparse", "numpy", "250 epochs with start-up and evaluations", _command),
     *(
         Claim(
-            f"product-{key}-{'1' if one else 'all'}",
+            f"product-{key}-{base.lower()}-{'1' if one else 'all'}",
             "numba",
-            OPENBLAS,
+            base,
             f"{shape}, {'1 thread' if one else 'all threads'}",
             _product(shape, one),
             _product_bound(flop, one),
+            PRODUCTS,
         )
         for key, shape, flop in (
             ("forward", "(60000×784)(784×128)", 60_000 * FLOP_OF_IMAGE),
@@ -214,7 +236,7 @@ CLAIMS = (
             ("shard-backward", "(784×1024)(1024×128)", 1024 * FLOP_OF_IMAGE),
             ("1024", "1024³", 2 * 1024**3),
         )
-        for one in (True, False)
+        for base, one in ((OPENBLAS, True), (OPENBLAS, False), (MKL, True))
     ),
     Claim("ladder-compiled", "compiled", "loops", "ladder, MLP product, 1 thread", _climb("MLP")),
     Claim(
@@ -226,30 +248,38 @@ CLAIMS = (
         _climb_bound("MLP"),
     ),
 )
+OFF_SCALE = ("numpy-naive", "ladder-compiled")
+"""Claims with ratios of hundreds or thousands to one, which would squeeze all others in the figure."""
+
 BY_KEY = {claim.key: claim for claim in CLAIMS}
 
 
 def cell(claim: Claim, folder: Folder) -> Cell | None:
     """The evidence of a machine; None if the claim was not measured there."""
-    ratios = [row for run in folder.runs if (row := claim.ratio(run))]
-    return Cell(ratios) if ratios else None
+    ratios = [(row, claim.busy(run)) for run in folder.runs if (row := claim.ratio(run))]
+    return Cell([row for row, _ in ratios], sum(busy for _, busy in ratios)) if ratios else None
 
 
 def cells(claim: Claim, folders: Iterable[Folder]) -> dict[str, Cell]:
     """The evidence by machine, for machines on which the claim was measured."""
-    return {folder.machine.name: evidence for folder in folders if (evidence := cell(claim, folder))}
+    return {folder.label: evidence for folder in folders if (evidence := cell(claim, folder))}
 
 
 def cell_text(evidence: Cell | None, what_base: str) -> str:
-    """The smallest and largest ratio, the base's seconds, and whether the claim holds."""
+    """The smallest and largest ratio, the base's seconds, whether the claim holds, and what weakens the evidence."""
     if not evidence:
         return ""
     low, high = two_digits(evidence.low), two_digits(evidence.high)
     span = low if low == high else f"{low} to {high}"
     name = f" ({evidence.bases})" if what_base == FASTEST else ""
-    runs = "" if len(evidence.ratios) > 1 else ", 1 run"
     mark = {"faster": "✓", "slower": "✗", "undecided": "≈"}[evidence.verdict]
-    return f"{mark} {span} × {in_seconds(evidence.base_seconds)}{name}{runs}"
+    runs = len(evidence.ratios)
+    notes = [
+        "1 run" if runs == 1 else "",
+        "no interval" if all(row.interval is None for row in evidence.ratios) else "",
+        ("busy" if runs == 1 else f"{evidence.busy} of {runs} busy") if evidence.busy else "",
+    ]
+    return ", ".join([f"{mark} {span} × {in_seconds(evidence.base_seconds)}{name}", *filter(None, notes)])
 
 
 def two_digits(ratio: float) -> str:
@@ -289,12 +319,13 @@ def sentence(claim: Claim, folders: Iterable[Folder]) -> str:
 
 
 def draw(folders: list[Folder], file: Path) -> None:
-    """A dot for each claim and machine at the median of its runs, with their range; a line marks 1.
+    """A dot for each claim of the main table and machine at the median of its runs, with their range.
 
-    A faint tick is the ratio at the machine's peak FMA throughput, if that was measured.
+    A line marks 1. A faint tick is the ratio at the machine's peak FMA throughput, if that was measured.
     """
-    rows = [claim for claim in CLAIMS if any(cell(claim, folder) for folder in folders)]
-    rows = [claim for claim in rows if claim.key not in ("numpy-naive", "ladder-compiled")]  # thousands to one
+    rows = [claim for claim in CLAIMS if claim.table == MAIN and any(cell(claim, folder) for folder in folders)]
+    rows = [claim for claim in rows if claim.key not in OFF_SCALE]
+    off = [f"{BY_KEY[key].competitor} / {BY_KEY[key].base}" for key in OFF_SCALE]
     shades = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", *OTHER_COLOURS]
     with figure_file(file, figsize=(8, 1.6 + 0.27 * len(rows))) as figure:
         axes = figure.subplots()
@@ -302,7 +333,7 @@ def draw(folders: list[Folder], file: Path) -> None:
         for order, folder in enumerate(folders):
             shift, shade = (order - (len(folders) - 1) / 2) * 0.6 / max(len(folders), 3), shades[order % len(shades)]
             commit = ", ".join(folder.commits[:1])
-            axes.plot([], [], "o", color=shade, markersize=5, label=f"{folder.machine.name} (commit {commit})")
+            axes.plot([], [], "o", color=shade, markersize=5, label=f"{folder.label} (commit {commit})")
             for row, claim in enumerate(rows):
                 if each := cell(claim, folder):
                     middle = float(np.median([ratio.ratio for ratio in each.ratios]))
@@ -322,10 +353,12 @@ def draw(folders: list[Folder], file: Path) -> None:
         axes.legend(
             loc="upper center", bbox_to_anchor=(0.2, -0.55 / (0.27 * len(rows))), ncols=3, frameon=False, fontsize=7
         )
-        title(figure, "Every claim on every machine, with the range over its runs")
+        title(figure, "The claims on every machine, with the range over its runs")
         print_small(
             figure,
             "Ratios of medians over interleaved rounds. Dot: median of the runs. Bar: their range. "
-            "Faint tick: the competitor's big products\nat peak FMA throughput; for sparse, on non-zero pixels only.",
+            "Faint tick: the competitor's big products\nat peak FMA throughput; for sparse, on non-zero pixels only. "
+            f"Not shown: {' and '.join(off)}, far off this scale;\n"
+            "single products and other batch sizes, which have their own tables and figures.",
         )
         axes.spines["left"].set_color(BOUND_COLOUR)

@@ -6,8 +6,11 @@ from pathlib import Path
 
 from bench.publish import claims
 from bench.publish.folder import Folder
-from bench.publish.style import small_print
+from bench.publish.style import INTERVALS, small_print
 from bench.studies import STUDIES, study
+
+WITH_INTERVALS = ("epochs", "kernels", "ladder", "roofline", "head_to_head", "mini_batches", "density", "scaling")
+"""Figures that show medians with their intervals."""
 
 
 def draw_all(folder: Folder, output: Path, say: Callable[[str], None]) -> dict[str, Path]:
@@ -29,6 +32,6 @@ def draw_all(folder: Folder, output: Path, say: Callable[[str], None]) -> dict[s
     for name in STUDIES:
         section = folder.section(name)
         if section and hasattr(study(name), "draw"):
-            origin = small_print(section.conditions, folder.machine)
+            origin = small_print(section, folder.machine, INTERVALS if name in WITH_INTERVALS else "")
             attempt(name, partial(study(name).draw, section.found, origin))
     return drawn

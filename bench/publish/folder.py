@@ -1,6 +1,7 @@
 """A folder of results: one machine and its runs."""
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,20 @@ class Folder:
     path: Path
     machine: Machine
     runs: list[Run]
+    label: str = ""
+    """The machine's name, with the folder's if several have that name."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "label", self.label or self.machine.name)
 
     def section(self, study: str) -> Section | None:
-        """A study's section in the first run that has it; None if no run does."""
-        return next((run.sections[study] for run in self.runs if study in run.sections), None)
+        """A study's section in the first run that has it, if possible on an idle machine; None if no run does."""
+        sections = self.sections(study)
+        return min(sections, key=lambda section: bool(section.conditions.busy), default=None)
+
+    def sections(self, study: str) -> list[Section]:
+        """A study's section from each run that has it."""
+        return [run.sections[study] for run in self.runs if study in run.sections]
 
     def result(self, study: str) -> Any:
         """The study's `Result` in that section, or None."""
@@ -29,7 +40,7 @@ class Folder:
 
     def every(self, study: str) -> list[Any]:
         """A study's `Result` from each run that has it."""
-        return [run.sections[study].found for run in self.runs if study in run.sections]
+        return [section.found for section in self.sections(study)]
 
     @property
     def studies(self) -> set[str]:
@@ -61,7 +72,13 @@ def read_folder(path: Path) -> Folder:
 
 def read_all(path: Path) -> list[Folder]:
     """Read all folders of results in a folder, sorted by name."""
-    return [read_folder(file.parent) for file in sorted(path.glob(f"*/{MACHINE}"))]
+    folders = [read_folder(file.parent) for file in sorted(path.glob(f"*/{MACHINE}"))]
+    names = Counter(folder.machine.name for folder in folders)
+    shared = {name for name, count in names.items() if count > 1}
+    return [
+        replace(folder, label=f"{folder.label} ({folder.path.name})") if folder.machine.name in shared else folder
+        for folder in folders
+    ]
 
 
 def existing_run(folder: Path) -> Run:

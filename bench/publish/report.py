@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from bench.measure.machine import cpu_words, kernels_changed
-from bench.measure.records import Comparison, Rounds
+from bench.measure.records import Comparison, Machine, Rounds
 from bench.publish.claims import CLAIMS, cell, two_digits
 from bench.publish.figures import draw_all
 from bench.publish.folder import Folder
@@ -17,15 +17,15 @@ from model.extras.files import write_whole
 
 REPORT = "report.html"
 
-# For each figure: what it shows, and its limitations.
+# For each figure, in one sentence each: what it shows, and its limitations.
 CAPTIONS = {
     "claims": (
-        "Every claim on this machine. Left of the line, the competitor takes less time than its base.",
-        "Bars span the runs, so a single run has none. A faint tick marks the ratio at peak FMA throughput.",
+        "Time relative to the base: left of the line, the competitor takes less.",
+        "Bars span the runs, and faint ticks mark peak FMA throughput.",
     ),
     "epochs": (
         "Seconds per full-batch epoch on each backend (log scale), and of the two big products on OpenBLAS.",
-        "Hatched bars are scaled up from a few images. The big products are a reference, not a bound.",
+        "Hatched bars are scaled up from a few images, and the big products are a reference, not a bound.",
     ),
     "kernels": (
         "Throughput of each kernel on one thread, at the shapes of a training step.",
@@ -33,7 +33,7 @@ CAPTIONS = {
     ),
     "ladder": (
         "The gain of each step in optimizing matrix multiplication, from Python loops to vectors and threads.",
-        "Slow steps compute only part of the rows. Gains differ between CPUs, as their caches do.",
+        "Slow steps compute only part of the rows, and gains differ between CPUs, as their caches do.",
     ),
     "roofline": (
         "How close the big products come to the bounds of arithmetic and of each memory level, on one thread.",
@@ -44,11 +44,11 @@ CAPTIONS = {
         "This is one small network on one machine; the packages are designed for other workloads, too.",
     ),
     "mini_batches": (
-        "Microseconds per training step against batch size. Every step takes different images.",
-        "Small batches are bound by Python's call overhead, not arithmetic. Ours also prepare each batch from bytes.",
+        "Microseconds per training step against batch size, each step on different images.",
+        "Small batches are bound by call overhead, and ours also prepare each batch from bytes.",
     ),
     "products": (
-        "Time of each product relative to OpenBLAS's, by shape (rows) and transposes (columns). Below 1 is less time.",
+        "Time of each product relative to OpenBLAS's, by shape (rows) and transposes (columns).",
         "One thread, with operands as they lie in memory: packing them is part of the time.",
     ),
     "time_to_accuracy": (
@@ -64,8 +64,8 @@ CAPTIONS = {
         "Hollow marks were measured on part of an epoch and scaled up.",
     ),
     "break_even": (
-        "Seconds since process start against epochs. Where a line crosses NumPy's, its start-up cost is paid back.",
-        "The slope is the median epoch. The start depends on the state of the disk and the interpreter.",
+        "Seconds since process start against epochs: where a line crosses NumPy's, its start-up cost is paid back.",
+        "The slope is the median epoch, and the start depends on the disk and the interpreter.",
     ),
     "reproduction": (
         "Accuracy by epoch, with the published points and a band over random starts.",
@@ -100,9 +100,13 @@ def write_report(folder: Folder, output: Path, say: Callable[[str], None], missi
     figures = draw_all(folder, output, say)
     for run in folder.runs:
         missing = {**run.skipped, **missing}
-    sections = [(name, section) for run in folder.runs for name, section in run.sections.items()]
-    warnings = [f"{name}: {section.conditions.busy}." for name, section in sections if section.conditions.busy]
-    if any(section.conditions.quick for _, section in sections):
+    sections = [
+        (f"Run {number}, {name}", section.conditions)
+        for number, run in enumerate(folder.runs, 1)
+        for name, section in run.sections.items()
+    ]
+    warnings = [f"{name}: {conditions.busy}." for name, conditions in sections if conditions.busy]
+    if any(conditions.quick for _, conditions in sections):
         warnings.insert(0, "A quick run on few images and rounds: a smoke test, not a measurement.")
     claims = _claims(folder)
     tables = [*_timings(folder), _conditions(folder), _skipped(folder, missing)]
@@ -110,9 +114,10 @@ def write_report(folder: Folder, output: Path, say: Callable[[str], None], missi
     html = environment.get_template("report.html.jinja").render(
         machine=folder.machine,
         words=cpu_words(folder.machine),
+        details=_details(folder.machine),
         runs=len(folder.runs),
         commits=", ".join(folder.commits),
-        kernels_changed=kernels_changed(folder.commits[-1]) if folder.commits else "",
+        kernels_changed=kernels_changed(folder.commits[-1]) if folder.commits else None,
         warnings=warnings,
         claims=claims,
         tables=[table for table in tables if table.rows],
@@ -130,6 +135,21 @@ def write_report(folder: Folder, output: Path, say: Callable[[str], None], missi
     return output / REPORT
 
 
+def _details(machine: Machine) -> str:
+    """What else is known of the machine, in a line."""
+    peak = machine.peak_gflop_per_second
+    rates = ", ".join(f"{level} {short(rate)}" for level, rate in machine.bandwidth_gb_per_second.items())
+    known = [
+        f"instruction sets: {', '.join(machine.isa)}" if machine.isa else "",
+        f"hypervisor: {machine.hypervisor}" if machine.hypervisor else "",
+        f"NumPy's BLAS: {machine.blas}" if machine.blas else "",
+        f"peak of a thread: {short(peak)} GFLOP/s" if peak else "",
+        f"bandwidth in GB/s: {rates}" if rates else "",
+    ]
+    line = "; ".join(filter(None, known))
+    return f"{line[:1].upper()}{line[1:]}." if line else ""
+
+
 def _claims(folder: Folder) -> TableOf:
     rows = []
     for claim in CLAIMS:
@@ -145,8 +165,12 @@ def _claims(folder: Folder) -> TableOf:
                     " to ".join(map(two_digits, interval)) if interval else "",
                 ]
             )
-    columns = ["competitor / base: task", "time ratio, all runs", "verdict", "base (s)", "95 % interval, 1st run"]
-    text = "Ratios of median times over interleaved rounds. A verdict requires all runs to agree."
+    columns = ["competitor / base: task", "time ratio, all runs", "verdict", "base (s)", "interval, 1st run"]
+    text = (
+        "Ratios of median times over interleaved rounds, with 95 % intervals; for the time to the published accuracy, "
+        "what the ranges over random starts allow. A verdict requires all runs to agree. Without an interval (fewer "
+        "than six rounds), the ratio alone counts."
+    )
     return TableOf("Claims", text, columns, rows)
 
 
@@ -165,7 +189,14 @@ def _timings(folder: Folder) -> list[TableOf]:
             [name, f"{times.median:.4g}", _span(times), str(len(times.seconds))]
             for name, times in comparison.rounds.items()
         ]
-        tables.append(TableOf(title, "Medians of the first run.", ["", "seconds", "95 % interval", "rounds"], rows))
+        tables.append(
+            TableOf(
+                title,
+                "Medians of one run, if possible on an idle machine.",
+                ["", "seconds", "95 % interval", "rounds"],
+                rows,
+            )
+        )
     if result := folder.result("kernels"):
         rows = [
             [kernel, name, short(1e6 * times.median), short(result.flop[kernel] / times.median / 1e9)]

@@ -8,9 +8,12 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from bench.measure.records import Conditions, Machine
+from bench.measure.machine import platform_word
+from bench.measure.records import FEWEST_ROUNDS, Machine, Section
 from kernels import backend_names
 from model.extras.figure import BOUND_COLOUR
+
+INTERVALS = f"medians with 95 % intervals, from {FEWEST_ROUNDS} rounds up"
 
 
 def label(
@@ -117,17 +120,19 @@ def in_seconds(seconds: float) -> str:
     return f"{short(seconds * scale)} {unit}"
 
 
-def small_print(conditions: Conditions, machine: Machine) -> str:
-    """Conditions and versions of a measurement, in two lines."""
+def small_print(section: Section, machine: Machine, medians: str = "") -> str:
+    """Conditions and versions of a measurement, in two lines; `medians` says what a value and its interval are."""
+    conditions = section.conditions
     environment = conditions.environment
+    threads = f"{environment['cores']} {platform_word(machine)}"
     packages = environment["packages"]
     versions = ", ".join(f"{name} {packages[name]}" for name in ("numpy", "numba", "llvmlite") if name in packages)
     first = [
         "QUICK RUN, not for quoting" * conditions.quick,
-        "BUSY MACHINE" * bool(conditions.busy),
+        f"busy machine: {conditions.busy}" if conditions.busy else "",
         conditions.note or "",
-        f"{conditions.dataset}; {machine.name} ({machine.cpu}), {environment['cores']} threads; float32",
-        "medians with 95 % intervals",
+        f"{conditions.dataset}; {machine.name} ({machine.cpu}), {threads}; float32",
+        medians,
     ]
     return (
         f"{'; '.join(filter(None, first))}\n"

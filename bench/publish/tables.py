@@ -17,12 +17,25 @@ from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 
-from bench.publish.claims import BY_KEY, CLAIMS, cell, cell_text, cells, draw, sentence, where
+from bench.measure.machine import has_history, kernels_changed, platform_word
+from bench.publish.claims import (
+    BATCHES,
+    BY_KEY,
+    CLAIMS,
+    MAIN,
+    PRODUCTS,
+    cell,
+    cell_text,
+    cells,
+    draw,
+    sentence,
+    where,
+)
 from bench.publish.figures import draw_all
 from bench.publish.folder import Folder, read_all
-from bench.publish.style import ordered, short, small_print
+from bench.publish.style import short, small_print
 from bench.studies.break_even import break_even
-from bench.studies.epochs import BIG_PRODUCTS
+from bench.studies.epochs import FEW_IMAGES
 from bench.studies.ladder import BLAS
 from bench.studies.mini_batches import PARTS, WHOLE
 from bench.studies.workers import MEMORY_LIMIT, calculation
@@ -96,49 +109,47 @@ def origin(results: Path, study: str) -> str:
     """The small print of a study on the main machine."""
     folder = main_folder(results)
     section = folder.section(study)
-    return small_print(section.conditions, folder.machine) if section else ""
+    return small_print(section, folder.machine) if section else ""
 
 
-def claim_table(results: Path, products: bool = False) -> str:
-    """Claims by machine: those about single products, or all others."""
+def claim_table(results: Path, table_name: str = MAIN) -> str:
+    """The claims of a table, by machine."""
     every = folders(results)
-    columns = [f"{folder.machine.name}, at {', '.join(folder.commits)}" for folder in every]
+    columns = [f"{folder.label}, at {', '.join(folder.commits)}" for folder in every]
     table = Table("competitor / base, task", *columns, "holds on", box=MARKDOWN)
+    text = ""
     for claim in CLAIMS:
-        evidence = cells(claim, every) if claim.key.startswith("product-") == products else {}
+        evidence = cells(claim, every) if claim.table == table_name else {}
         if evidence:
             holding = sum(each.holds for each in evidence.values())
-            texts = [cell_text(cell(claim, folder), claim.base) for folder in every]
-            name = f"{claim.competitor} / {claim.base}, {claim.what}"
-            table.add_row(name, *texts, f"{holding} of {len(evidence)}")
-    return (
-        f"{_markdown(table)}\n\nEach cell: time ratio (its range over all runs) × the base's seconds. "
-        "✓ less time in every run, ✗ more time in every run, ≈ undecided: runs disagree, or an interval includes 1. "
-        "Ladder: seconds per 10⁹ operations."
-    )
-
-
-def speed_table(results: Path) -> str:
-    """Seconds per epoch of each backend, interleaved, relative to NumPy and to the big products."""
-    result = result_of(results, "epochs")
-    table = Table("backend", "seconds per epoch", "95 % interval", "× numpy", "× big products", box=MARKDOWN)
-    for name in ordered(name for name in result.epochs.seconds if name != BIG_PRODUCTS):
-        times = result.epochs.rounds[name]
-        scaled = f"scaled up from {result.extrapolated[name]} images" if name in result.extrapolated else ""
-        relative = [short(result.epochs.ratio(name, base).ratio) for base in ("numpy", BIG_PRODUCTS)]
-        table.add_row(f"`{name}`", short(times.median), scaled or f"{times.low:.3f} to {times.high:.3f}", *relative)
-    return f"{_markdown(table)}\n\n{origin(results, 'epochs')}"
+            texts = [cell_text(evidence.get(folder.label), claim.base) for folder in every]
+            text += "".join(texts)
+            table.add_row(f"{claim.competitor} / {claim.base}, {claim.what}", *texts, f"{holding} of {len(evidence)}")
+    notes = [
+        "Each cell: time ratio (its range over all runs) × the base's seconds.",
+        "✓ less time in every run, ✗ more time in every run, ≈ undecided: runs disagree, or an interval includes 1.",
+        "No interval: stored without rounds, or fewer than six; the ratio alone counts." * ("no interval" in text),
+        "Busy: other processes were running, or the hypervisor ran other guests." * ("busy" in text),
+    ]
+    if table_name == MAIN:
+        notes += [
+            f"`naive`: scaled up from {FEW_IMAGES} images.",
+            "To the published accuracy: undecided where the ranges over random starts overlap.",
+            "Ladder: seconds per 10⁹ operations.",
+        ]
+    return f"{_markdown(table)}\n\n{' '.join(filter(None, notes))}"
 
 
 def accuracy_table(results: Path) -> str:
     """The published accuracies beside ours, and pure Python's after its mini-batches."""
     reproduced = result_of(results, "reproduction").reproduced
     table = _markdown(comparison_table(full_batch_histories(reproduced), reproduced["dataset"], MARKDOWN))
-    if "naive" not in reproduced["runs"]:
-        return table
-    (naive,) = history(reproduced["runs"]["naive"]).epochs
-    words = f"{naive.test_accuracy:.2%} test accuracy after {naive.seconds:.0f} s of pure Python."
-    return f"{table}\n\n`naive`, in mini-batches: {words}"
+    for name, run in reproduced["runs"].items():
+        if run["protocol"]["batch_size"]:
+            last = history(run).epochs[-1]
+            words = f"{last.test_accuracy:.2%} test accuracy after {last.seconds:.0f} s of pure Python."
+            table += f"\n\n`{name}`, in mini-batches: {words}"
+    return table
 
 
 def ladder_table(results: Path) -> str:
@@ -160,7 +171,9 @@ def ladder_table(results: Path) -> str:
             texts.append(_range(rates) + (f" ({_range(percent)} %)" if percent else ""))
         table.add_row(step if step == BLAS else f"`{step}`", str(last.lines.get(step, "")), *texts)
     table.add_row("peak", "", *(_range([climb.peak_gflop_per_second for climb in climbs]) for climbs in places))
-    return f"{_markdown(table)}\n\n{origin(results, 'ladder')}"
+    busy = [section.conditions.busy for section in main_folder(results).sections("ladder") if section.conditions.busy]
+    marked = f", {len(busy)} of them on a busy machine ({'; '.join(busy)})" if busy else ""
+    return f"{_markdown(table)}\n\nRanges over {len(runs)} runs{marked}.\n{origin(results, 'ladder')}"
 
 
 def _range(values: list[float]) -> str:
@@ -177,13 +190,15 @@ def competitor_table(results: Path) -> str:
         peak = f"{memory.peak_bytes[name] / 1e6:.0f}" if name in memory.peak_bytes else memory.skipped.get(name, "")
         seconds = result.compile_seconds.get(name)
         interval = f"{times.low:.3f} to {times.high:.3f}" if times.interval else ""
-        form = known.get(name, "reference")
+        chosen = result.chosen.get(name, "ours")
+        form = known.get(name, "reference") + (f": {chosen}" if chosen != "ours" else "")
         error = result.tried[name][result.chosen[name]].error if name in result.chosen else None
         off = f"{error:.1e}" if error is not None else ""
         table.add_row(name, form, f"{times.median:.3f}", interval, off, peak, short(seconds) if seconds else "")
     for name, reason in result.skipped.items():
         table.add_row(name, f"skipped: {reason}")
-    return f"{_markdown(table)}\n\n{origin(results, 'head_to_head')}"
+    compiled = f"C CSR is compiled with `{result.c_command}`.\n" if "C CSR" in result.steps else ""
+    return f"{_markdown(table)}\n\n{compiled}{origin(results, 'head_to_head')}"
 
 
 def ablation_table(results: Path) -> str:
@@ -216,7 +231,7 @@ def step_table(results: Path) -> str:
             columns.append(parts[size][name])
     for part in (*PARTS, WHOLE):
         table.add_row(part, *(short(1e6 * column.median(part)) for column in columns))
-    return f"{_markdown(table)}\n\n{small_print(section.conditions, folder.machine)}"
+    return f"{_markdown(table)}\n\n{small_print(section, folder.machine, 'medians')}"
 
 
 def workers_table(results: Path) -> str:
@@ -264,26 +279,30 @@ def picture_table(results: Path) -> str:
 
 
 def machine_table(results: Path) -> str:
-    """Each machine, with the number and dates of its runs."""
-    table = Table("machine", "CPU", "runs", "days", "commit", "NumPy's BLAS", box=MARKDOWN)
+    """Each machine, with the number and dates of its runs, and whether the measured kernels are today's."""
+    table = Table("machine", "CPU", "runs", "days", "commit", "kernels/ since then", "NumPy's BLAS", box=MARKDOWN)
     for folder in folders(results):
         sections = [section for run in folder.runs for section in run.sections.values()]
         days = ", ".join(sorted({section.conditions.date[:10] for section in sections}))
         here = folder.machine
-        cpu = f"{here.cpu}, {here.cores} threads"
-        table.add_row(here.name, cpu, str(len(folder.runs)), days, ", ".join(folder.commits), here.blas or "")
+        cpu = f"{here.cpu}, {here.cores} {platform_word(here)}"
+        changed = kernels_changed(folder.commits[-1])
+        if changed is None and not has_history():
+            raise MissingError("the history of kernels/")
+        since = {True: "changed", False: "unchanged", None: "unknown commit"}[changed]
+        commits = ", ".join(folder.commits)
+        table.add_row(folder.label, cpu, str(len(folder.runs)), days, commits, since, here.blas or "")
     return _markdown(table)
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
-    "claims": claim_table,
-    "product-claims": partial(claim_table, products=True),
+    MAIN: claim_table,
+    **{name: partial(claim_table, table_name=name) for name in (BATCHES, PRODUCTS)},
     "machines": machine_table,
     "workers": workers_table,
     "growth": growth_table,
     "billion": billion_table,
     "pictures": picture_table,
-    "speed": speed_table,
     "competitors": competitor_table,
     "accuracy": accuracy_table,
     "ladder": ladder_table,
@@ -343,7 +362,7 @@ def _ratio_range(results: Path, key: str) -> str:
 
 # Numbers within sentences.
 NUMBERS: dict[str, Callable[[Path], str]] = {
-    "machine": lambda results: main_folder(results).machine.name,
+    "machine": lambda results: main_folder(results).label,
     "nanoseconds": _nanoseconds,
     "compiled-gain": _step_gain("MLP", "compiled", "loops"),
     "compiled-near-far": _step_gain("MLP", "compiled", "compiled", "1024³"),

@@ -143,4 +143,4 @@ def _title(result: Result) -> str:
     ratio = result.dataset_rounds.median / result.dense["numba"].median
     below = break_even(result, "numba")
     pays = f"up to {below:.0f} % of non-zero pixels" if below < 100 else "at any share of non-zero pixels"
-    return f"Skipping zeros pays off {pays}; on {result.dataset} it takes {short(ratio)} × the time of dense numba"
+    return f"Skipping zeros saves time {pays}; on {result.dataset} it takes {short(ratio)} × the time of dense numba"

@@ -12,14 +12,24 @@ from types import SimpleNamespace
 
 import pytest
 
-from bench.measure.machine import caches, machine
+from bench.measure.machine import caches, kernels_changed, machine
 from bench.measure.records import Comparison, Conditions, RecordError, Rounds, Run, Section, read, write
 from bench.peers import Form, pytorch
-from bench.publish import claims
-from bench.publish.folder import Folder, existing_run, read_folder, save
+from bench.publish import claims, tables
+from bench.publish.folder import Folder, existing_run, read_all, read_folder, save
 from bench.publish.report import CAPTIONS, write_report
-from bench.publish.tables import PUBLISHED_RESULTS, ROOT, STEPS, competitor_table, folders, main_folder, refresh
-from bench.studies import STUDIES, epochs, head_to_head, memory, mini_batches, roofline, study
+from bench.publish.style import small_print
+from bench.publish.tables import (
+    PUBLISHED_RESULTS,
+    ROOT,
+    STEPS,
+    claim_table,
+    competitor_table,
+    folders,
+    main_folder,
+    refresh,
+)
+from bench.studies import STUDIES, epochs, head_to_head, memory, mini_batches, roofline, study, time_to_accuracy
 from tests.support.claims import CLAIMED
 from tests.support.systems import needs_posix
 
@@ -66,13 +76,13 @@ def test_the_table_of_a_step_needs_its_parts(tmp_path):
     older, newer = (mini_batches.Result({}, 60_000, {}, found) for found in ({}, parts))
     (tmp_path / "here").mkdir()
     write(tmp_path / "here" / "machine.json", machine())
-    tables = []
+    texts = []
     for number, result in enumerate((older, newer), 1):
         write(tmp_path / "here" / f"run-{number}.json", Run({"mini_batches": Section(CONDITIONS, result)}))
         folders.cache_clear()
-        tables.append(refresh(text, tmp_path))
-    assert tables[0] == text
-    table = tables[1].splitlines()
+        texts.append(refresh(text, tmp_path))
+    assert texts[0] == text
+    table = texts[1].splitlines()
     assert re.findall(r"(\w+), (\d+) images", table[1]) == [(name, str(size)) for size, name in STEPS]
     rows = cells(table[3:])
     assert [row[0] for row in rows] == list(seconds)
@@ -102,7 +112,7 @@ def test_the_competitors_stand_with_their_errors(tmp_path):
     error = header.index("error")
     assert {row[0]: (row[1], row[error]) for row in rows} == {
         "numpy": ("dense", "1.2e-07"),
-        "PyTorch bfloat16": ("bfloat16", "1.7e-03"),
+        "PyTorch bfloat16": ("bfloat16: autocast", "1.7e-03"),
         head_to_head.BIG_PRODUCTS: ("reference", ""),
     }
 
@@ -137,10 +147,87 @@ def test_a_verdict_needs_all_runs(tmp_path, numba, verdict):
     assert words == ("on " if verdict == "faster" else "not on ") + folder.machine.name
 
 
+@pytest.mark.parametrize(
+    ("ours", "verdict"), [([0.5] * 6, "faster"), ([0.5] * 5 + [1.2], "undecided"), ([1.4] * 6, "slower")]
+)
+def test_no_ranking_where_ranges_over_random_starts_overlap(tmp_path, ours, verdict):
+    """Though the medians differ by half."""
+    times = Comparison("", {"numba": ours, "numpy": [1.0] * 5 + [1.3]})
+    section = Section(CONDITIONS, time_to_accuracy.Result(0.9221, {}, {}, times, {}, [], {}))
+    folder = Folder(tmp_path, machine(), [Run({"time_to_accuracy": section})])
+    assert claims.cell(claims.BY_KEY["time-numba"], folder).verdict == verdict
+
+
+def busy(run):
+    """The same run on a busy machine."""
+    conditions = dataclasses.replace(CONDITIONS, busy="other processes kept 0.4 cores busy")
+    return Run({name: Section(conditions, section.found) for name, section in run.sections.items()})
+
+
+def test_a_cell_says_what_weakens_its_evidence(tmp_path):
+    claim = claims.BY_KEY["numba-numpy"]
+    few, many = ({"numpy": [1.0] * rounds, "numba": [0.5] * rounds} for rounds in (5, 6))
+    texts = {
+        (): "✓ 0.50 × 1.0 s",
+        ("busy",): "✓ 0.50 × 1.0 s, 1 of 2 busy",
+        ("few",): "✓ 0.50 × 1.0 s, no interval",
+    }
+    for weak, text in texts.items():
+        run = run_of(**few if "few" in weak else many)
+        folder = Folder(tmp_path, machine(), [busy(run) if "busy" in weak else run, run])
+        assert claims.cell_text(claims.cell(claim, folder), claim.base) == text
+    alone = Folder(tmp_path, machine(), [busy(run_of(**few))])
+    assert claims.cell_text(claims.cell(claim, alone), claim.base) == "✓ 0.50 × 1.0 s, 1 run, no interval, busy"
+
+
+def test_figures_come_from_an_idle_machine_if_possible(tmp_path):
+    disturbed, idle, later = busy(run_of(numpy=[1.0])), run_of(numpy=[2.0]), run_of(numpy=[3.0])
+    assert Folder(tmp_path, machine(), [disturbed, idle, later]).section("epochs") == idle.sections["epochs"]
+    assert Folder(tmp_path, machine(), [disturbed]).section("epochs") == disturbed.sections["epochs"]
+
+
+@pytest.mark.parametrize(("threads_per_core", "word"), [(1, "2 cores"), (2, "2 threads"), (None, "2 threads")])
+def test_the_small_print_says_what_is_known(threads_per_core, word):
+    here = dataclasses.replace(machine(), name="Zen 3", cpu="EPYC", threads_per_core=threads_per_core)
+    (section,) = busy(run_of(numpy=[1.0])).sections.values()
+    first, _ = small_print(section, here).splitlines()
+    assert first == f"busy machine: other processes kept 0.4 cores busy; MNIST; Zen 3 (EPYC), {word}; float32"
+
+
+def test_machines_of_one_name_stay_apart(tmp_path):
+    """One column each, and a claim that holds on one of them."""
+    for name, numba in (("zen-3-2", 0.5), ("zen-3-64", 2.0)):
+        (tmp_path / name).mkdir()
+        save(tmp_path / name, dataclasses.replace(machine(), name="Zen 3"), run_of(numpy=[1.0] * 6, numba=[numba] * 6))
+    every = read_all(tmp_path)
+    claim = claims.BY_KEY["numba-numpy"]
+    assert list(claims.cells(claim, every)) == ["Zen 3 (zen-3-2)", "Zen 3 (zen-3-64)"]
+    assert claims.where(claim, every) == "on 1 of 2 machines (Zen 3 (zen-3-2))"
+    header, _, row = cells(claim_table(tmp_path).splitlines())
+    assert header[1:3] == ["Zen 3 (zen-3-2), at abc", "Zen 3 (zen-3-64), at abc"]
+    assert row[1:] == ["✓ 0.50 × 1.0 s, 1 run", "✗ 2.00 × 1.0 s, 1 run", "1 of 2"]
+
+
+def test_without_history_the_table_of_machines_stays(tmp_path, monkeypatch):
+    """In a shallow clone, git cannot tell whether kernels/ has changed."""
+    (tmp_path / "here").mkdir()
+    save(tmp_path / "here", machine(), run_of(numpy=[1.0]))
+    assert kernels_changed("no-such-commit") is None
+    text = "<!-- machines -->\nold\n<!-- /machines -->"
+    monkeypatch.setattr(tables, "has_history", lambda: False)
+    assert refresh(text, tmp_path) == text
+    monkeypatch.setattr(tables, "has_history", lambda: True)
+    header, _, row = cells(refresh(text, tmp_path).splitlines())
+    assert row[header.index("kernels/ since then")] == "unknown commit"
+    for changed, word in ((True, "changed"), (False, "unchanged")):
+        monkeypatch.setattr(tables, "kernels_changed", lambda commit, changed=changed: changed)
+        assert cells(refresh(text, tmp_path).splitlines())[2][header.index("kernels/ since then")] == word
+
+
 def test_the_peak_bounds_a_ratio(tmp_path):
     """10 GFLOP/s: a product of 2 · 1024³ operations takes 0.21 s at least. Without a peak, there is no bound."""
     slow = dataclasses.replace(machine(), peak_gflop_per_second=10.0)
-    claim = claims.BY_KEY["product-1024-1"]
+    claim = claims.BY_KEY["product-1024-openblas-1"]
     assert claim.at_peak(Folder(tmp_path, slow, [])) == pytest.approx(2 * 1024**3 / 1e10)
     unknown = dataclasses.replace(slow, peak_gflop_per_second=None)
     assert claim.at_peak(Folder(tmp_path, unknown, [])) is None
@@ -165,6 +252,8 @@ def test_the_bound_of_sparse_counts_non_zeros_only(tmp_path):
 def test_every_figure_has_a_caption():
     drawn = [name for name in STUDIES if hasattr(study(name), "draw")]
     assert set(CAPTIONS) == {"claims", *drawn}
+    for caption in CAPTIONS.values():
+        assert [len(re.findall(r"[.?!](?=\s|$)", text)) for text in caption] == [1, 1], caption
 
 
 def test_mkl_reports_its_code_path(monkeypatch):

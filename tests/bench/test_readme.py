@@ -28,14 +28,25 @@ def test_tables_and_numbers_match_the_published_results(document):
 def test_every_table_is_used_and_every_marker_known():
     text = "".join((ROOT / document).read_text() for document in DOCUMENTS)
     markers = set(re.findall(r"<!-- ([\w-]+) -->", text))
-    assert set(TABLES) - {"speed"} <= markers
+    assert set(TABLES) <= markers
     assert markers <= {*TABLES, *NUMBERS}
 
 
-def test_only_generated_text_claims_speed():
-    """Text between markers is generated, including the quantifier."""
-    text = re.sub(r"<!-- ([\w-]+) -->.*?<!-- /\1 -->", "", README.read_text(), flags=re.DOTALL)
-    assert CLAIMED.findall(text) == []
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_only_generated_text_claims_speed(document):
+    """Text between markers is generated, including the quantifier. In kernels/, a sentence may name the CPU instead."""
+    text = re.sub(r"<!-- ([\w-]+) -->.*?<!-- /\1 -->", "", (ROOT / document).read_text(), flags=re.DOTALL)
+    sentences = re.split(r"(?<=[.:?!])\s|\n\n", text)
+    if document.startswith("kernels/"):
+        sentences = [sentence for sentence in sentences if not re.search(r"\b(Zen \d|Intel|AVX)", sentence)]
+    assert [sentence for sentence in sentences if CLAIMED.search(sentence)] == []
+
+
+@pytest.mark.parametrize(
+    "text", ["It is Slower than", "ahead of OpenBLAS", "it pays off", "it wins", "passes OpenBLAS", "passes BLAS"]
+)
+def test_these_words_claim_speed(text):
+    assert CLAIMED.search(text)
 
 
 def test_numbers_within_a_sentence_are_updated():

@@ -37,7 +37,7 @@ def laid_out(array, layout):
         backwards = tuple(slice(None, None, -1) for _ in array.shape)
         return np.ascontiguousarray(array[backwards])[backwards]
     if layout == "misaligned":
-        raw = np.frombuffer(b"\0" + array.tobytes() + b"\0", np.uint8)[1 : 1 + array.nbytes]
+        raw = np.frombuffer(bytearray(b"\0" + array.tobytes() + b"\0"), np.uint8)[1 : 1 + array.nbytes]
         return raw.view(array.dtype).reshape(array.shape) if array.size else array
     view = array.copy()
     view.flags.writeable = layout != "read-only"
@@ -235,23 +235,28 @@ def test_arguments_are_not_modified(backend):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", ["contiguous", "transposed", "every second", "reversed"])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "every second", "reversed", "misaligned"])
 @pytest.mark.parametrize("shape", [(0,), (1,), (37,), (5, 0), (13, 67)])
-def test_update_rounds_the_product_and_the_difference(backend, shape, layout, dtype):
+@pytest.mark.parametrize("factor", [0.1 / 3, np.float64(0.1 / 3)])
+def test_update_rounds_the_product_and_the_difference(backend, factor, shape, layout, dtype):
+    """For any type of factor, and even if NumPy raises errors on overflow and underflow."""
     rng = np.random.default_rng(0)
     start, gradient = with_special_values(rng, shape, dtype, 0.1), with_special_values(rng, shape, dtype, 0.1)
     parameter = laid_out(start, layout)
     with np.errstate(all="ignore"):
         expected = start - gradient * np.array(0.1 / 3, dtype)
-        backend.update(parameter, laid_out(gradient, layout), 0.1 / 3)
+    with np.errstate(all="raise"):
+        backend.update(parameter, laid_out(gradient, layout), factor)
     np.testing.assert_array_equal(parameter, expected)
 
 
-def test_update_refuses_a_parameter_that_is_read_only(backend):
-    parameter = floats(3)
-    parameter.flags.writeable = False
+@pytest.mark.parametrize("which", [0, 1])
+def test_update_refuses_read_only_arrays(backend, which):
+    arrays = [floats(3), floats(3)]
+    arrays[which].flags.writeable = False
     with pytest.raises(ValueError, match="read-only"):
-        backend.update(parameter, floats(3), 0.1)
+        backend.update(*arrays, 0.1)
+    np.testing.assert_array_equal(arrays[0], 1)
 
 
 def floats(*shape):

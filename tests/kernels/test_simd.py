@@ -97,6 +97,21 @@ def test_relu_and_its_gradient_stay_inside_their_arrays(kernel, inputs, expected
 @needs_mprotect
 @every_dtype
 @every_place
+@pytest.mark.parametrize("layout", ["row-major", "misaligned"])
+def test_subtract_stays_inside_its_arrays(layout, place, dtype):
+    for size in range(70):
+        gradient = Guarded(integers(size, dtype, 1), layout, place)
+        parameter = Guarded(integers(size, dtype, 2), place=place)
+        before = parameter.array.copy()
+        numba_backend.subtract(parameter.array, gradient.read_only(), 0.5)
+        gradient.assert_unchanged()
+        parameter.assert_canaries_live()
+        np.testing.assert_array_equal(parameter.array, before - gradient.array / 2)
+
+
+@needs_mprotect
+@every_dtype
+@every_place
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_softmax_grad_stays_inside_its_arrays(layout, place, dtype):
     for rows, classes in itertools.product([0, 1, 2, 7], [1, 2, 9, 10, 17, 100]):

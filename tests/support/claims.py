@@ -2,4 +2,8 @@
 
 import re
 
-CLAIMED = re.compile(r"\b(faster|fastest|reaches|passes BLAS|outperforms|beats)\b", re.IGNORECASE)
+CLAIMED = re.compile(
+    r"\b(faster|fastest|slower|slowest|reaches|outperforms|outruns|beats|wins?|pays off|ahead of|competes with"
+    r"|passes (?:Open)?BLAS)\b",
+    re.IGNORECASE,
+)
