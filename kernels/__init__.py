@@ -1,8 +1,8 @@
-"""Interchangeable backends for the four kernels of a small neural network.
+"""Interchangeable backends for a small neural network: its four kernels, and the update of its parameters.
 
 A backend is imported only on request, so the ``numpy`` backend needs neither Numba nor a compiler. To add one, put a
 file ``<name>_backend.py`` beside this one, with one subclass of :class:`~kernels.backend.Backend` that implements the
-kernels. Or keep your class anywhere on the import path: ``get_backend("package.module:Class")``.
+four kernels. Or keep your class anywhere on the import path: ``get_backend("package.module:Class")``.
 """
 
 import importlib
@@ -43,7 +43,7 @@ def get_backend(name: str) -> Backend:
     if name not in backend_names():
         raise ValueError(
             f"unknown backend {name!r}: choose one of {', '.join(backend_names())}, "
-            "or name a class of your own as package.module:Class"
+            "or pass a class of your own as package.module:Class"
         )
     module = importlib.import_module(f"kernels.{name}_backend")
     (backend_class,) = (

@@ -1,8 +1,8 @@
 """The contract: what every backend computes, and the one place where arguments are checked.
 
 The public methods check shapes, dtypes and labels once. Then they call the backend's ``_matmul``, ``_relu`` and so on,
-which may trust their arguments. Kernels keep the dtype of their arguments (float32, or float64 for gradient checks),
-never write to them, and return new row-major arrays. They are thread-safe. Only `update` works in place.
+which may trust their arguments. The four kernels keep the dtype of their arguments (float32, or float64 for gradient
+checks), never write to them, and return new row-major arrays. They are thread-safe. The update works in place.
 """
 
 from abc import ABC, abstractmethod
@@ -34,7 +34,7 @@ class Backend(ABC):
     Attributes
     ----------
     too_slow_for_full_batches : bool
-        Whether an epoch over all images takes many minutes, as in pure Python.
+        Whether an epoch over all images takes many minutes, as it does in pure Python.
     """
 
     too_slow_for_full_batches = False

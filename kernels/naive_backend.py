@@ -14,7 +14,7 @@ from kernels.backend import Backend
 
 
 def matmul(a, b, bias, out):
-    """Out = A B + bias: one multiplication and one addition for every i, j and k."""
+    """out = A B + bias: one multiplication and one addition for every i, j and k."""
     for i in range(len(out)):
         for j in range(len(bias)):
             total = bias[j]
@@ -24,21 +24,21 @@ def matmul(a, b, bias, out):
 
 
 def relu(z, out):
-    """Out = max(z, 0); NaN stays NaN."""
+    """out = max(z, 0); NaN stays NaN."""
     for i in range(len(z)):
         for j in range(len(z[i])):
             out[i][j] = 0.0 if z[i][j] <= 0.0 else z[i][j]
 
 
 def relu_grad(upstream, activations, out):
-    """Out = upstream where the activation is positive, else 0."""
+    """out = upstream where the activation is positive, else 0."""
     for i in range(len(upstream)):
         for j in range(len(upstream[i])):
             out[i][j] = upstream[i][j] if activations[i][j] > 0.0 else 0.0
 
 
 def softmax_grad(logits, labels, out):
-    """Out = softmax(logits) - onehot(labels); returns the summed cross-entropy and the count of correct rows."""
+    """out = softmax(logits) - onehot(labels); returns the summed cross-entropy and the count of correct rows."""
     loss = 0.0
     correct = 0
     for i in range(len(logits)):

@@ -6,9 +6,9 @@ vectors, in registers for the whole loop over k. Each step loads one row of the 
 each row of the tile, and multiplies and adds: 24 multiply-adds for 10 loads on Zen with AVX-512. Around it, B is cut
 into blocks that stay in the L2 or L3 cache. *Packing* copies a block into contiguous *panels*, each as wide as a tile.
 
-Goto packs A as well. Here A is read in place: its elements are only ever broadcast, so any strides will do. The hard
-case is the transpose of a row-major A, where each step of k is on a different page and needs its own TLB entry.
-`TUNING` says what each kind of CPU does about that.
+Goto packs A as well. Here its elements are only ever broadcast, so A can be read in place, with any strides. The hard
+case is the transpose of a row-major A, where each step of k is on a different page and needs its own TLB entry. Only
+such an A is packed or prefetched, and only on the kinds of CPU where `TUNING` says so.
 
 However the product is blocked, each element of the result is one chain of multiply-adds, which starts from the bias and
 runs along k. So its bits depend only on its row of A and its column of B.
@@ -18,7 +18,7 @@ import functools
 import itertools
 import math
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
@@ -26,6 +26,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.lib.stride_tricks import as_strided
+from numpy.typing import NDArray
 
 from kernels.backend import Backend
 from kernels.simd import (
@@ -52,33 +53,33 @@ class Tuning(NamedTuple):
     """How the product is cut for a kind of CPU."""
 
     rows: int
-    """Rows of a tile. The tile, a row of the panel and an element of A must fit in the registers. Not 8: the rows of A
-    are read in parallel, and if their distance is a power of two they compete for one set of L1 (conflict misses)."""
+    """Rows of a tile. The tile, a row of the panel and an element of A must fit in the registers. Not 8: where the rows
+    of A are a multiple of 4 KB apart, all of them map to the same L1 set, and 8 would cause conflict misses."""
     vectors: int
     """Vectors in a row of a tile."""
     edge_vectors: int
     """Vectors in a row of the narrower tile for the last columns."""
     chain: int
-    """Rows of A whose addresses LLVM may compute one from the other. A long dependency chain of additions takes longer
-    than the multiply-adds."""
+    """Rows of A addressed from one pointer, each by an addition: the length of the dependency chain. A long one takes
+    longer than the multiply-adds."""
     transposed_depth: int
-    """Steps of k in a block, where k runs down the columns of a row-major array, as in x.T dz."""
-    copies: bool = False
-    """Whether the elements of such an A that a row of tiles needs are first copied to contiguous memory. In place, each
-    step of k is on a different page, and with rows of 4 KB all of them map to the same L1 set."""
+    """Steps of k in a block, where k runs down the columns of a row-major array: x.T dz, for example."""
+    packs_a: bool = False
+    """Whether such an A is packed, one row of tiles at a time. In place, each step of k is on a different page, and
+    with rows of 4 KB all of them map to the same L1 set."""
     prefetches: bool = False
     """Whether the next block of such an A is prefetched, one line at each step of k, spread evenly over the tiles."""
 
 
 # Keyed by the number of registers and their bytes. Not tuned at run time: good choices differ by less than the noise.
 TUNING = {
-    # SSE and AVX2: 12 accumulators, two vectors of B and two elements of A. On Zen 3, copying takes x.T dz from 1.2
-    # times the time of OpenBLAS to 0.95; prefetching instead did nothing there.
-    (16, 16): Tuning(6, 2, 2, chain=1, transposed_depth=512, copies=True),
-    (16, 32): Tuning(6, 2, 2, chain=1, transposed_depth=512, copies=True),
+    # SSE and AVX2: 12 accumulators, two vectors of B and two elements of A. On Zen 3, packing A takes x.T dz from
+    # 1.2 times the time of OpenBLAS to 0.95; prefetching instead did nothing there.
+    (16, 16): Tuning(6, 2, 2, chain=1, transposed_depth=512, packs_a=True),
+    (16, 32): Tuning(6, 2, 2, chain=1, transposed_depth=512, packs_a=True),
     # NEON: 24 accumulators. Longer chains make LLVM use post-indexed loads (LD1R), which take a multiply-add unit.
     # Judged by llvm-mca only; never timed on ARM.
-    (32, 16): Tuning(6, 4, 2, chain=1, transposed_depth=512, copies=True),
+    (32, 16): Tuning(6, 4, 2, chain=1, transposed_depth=512, packs_a=True),
     # AVX-512 on Zen 4 and 5, which read x.T in place at no cost.
     (32, 64): Tuning(6, 4, 1, chain=6, transposed_depth=800),
 }[REGISTERS, REGISTER_BYTES]
@@ -100,16 +101,16 @@ EDGE_BYTES = EDGE_VECTORS * REGISTER_BYTES
 EDGE_MR = 12 // EDGE_VECTORS
 
 # Largest block of B: KC rows of NC_BYTES. With AVX-512 it is 400 KB, and stays in an L2 cache of 512 KB. A wider block
-# needs fewer passes over A, and fewer copies of it. On Zen 3 with AVX2, that matters more: at 1024 x 1024 x 1024, x y
+# needs fewer passes over A, and packs it less often. On Zen 3 with AVX2, that matters more: at 1024 x 1024 x 1024, x y
 # takes 1.01 times the time of OpenBLAS instead of 1.05, and x.T y 0.96 times instead of 1.02.
 KC = 800
 KC_TRANSPOSED = TUNING.transposed_depth
-COPIES = TUNING.copies
-NC_BYTES = 4096 if COPIES else 512
+PACKS_A = TUNING.packs_a
+NC_BYTES = 4096 if PACKS_A else 512
 
-# B is packed if at least this many rows of A amortize it. More than FEW_ROWS do where each row of B is on another page,
-# as a panel in place takes more entries than the dTLB has. On Zen 3, this takes 32 x 1024 times 1024 x 1024 from 1.8 to
-# 1.2 times the time of OpenBLAS.
+# B is packed if at least this many rows of A amortize it. If each row of B is on its own page, more than FEW_ROWS are
+# enough: an unpacked panel would need more dTLB entries than there are. On Zen 3, this takes 32 x 1024 times
+# 1024 x 1024 from 1.8 to 1.2 times the time of OpenBLAS.
 PACK_ROWS = 16 * MR
 PAGE = 4096  # bytes
 
@@ -141,7 +142,7 @@ DOT_VECTORS = 2
 
 
 @intrinsic
-def tile(typing_context, a, i, rows, copy, copied, panels, p, bias, out, j, first):
+def tile(typing_context, a, i, rows, packed, is_packed, panels, p, bias, out, j, first):
     """Add the product of A and panel `p` of B to a tile of the result.
 
     Parameters
@@ -149,8 +150,8 @@ def tile(typing_context, a, i, rows, copy, copied, panels, p, bias, out, j, firs
     a
         (m, k) array, of which the tile uses `rows` rows from `i` on: 1 to MR (EDGE_MR in `edge_tile`, FEW_MR in
         `few_tile`).
-    copy, copied
-        (k, MR) array, and whether it holds a copy of these rows.
+    packed, is_packed
+        (k, MR) array, and whether these rows are packed there.
     panels
         (panels, k, columns) array; rows of a panel are contiguous and TILE_VECTORS vectors long.
     bias
@@ -158,13 +159,13 @@ def tile(typing_context, a, i, rows, copy, copied, panels, p, bias, out, j, firs
     out
         (m, n) row-major array; element (i, j) is the tile's upper left corner.
     """
-    signature = types.void(a, i, rows, copy, copied, panels, p, bias, out, j, first)
+    signature = types.void(a, i, rows, packed, is_packed, panels, p, bias, out, j, first)
 
     def emit(context, builder, signature, arguments):
-        copy, copied = View.of(context, builder, signature.args[3], arguments[3]), arguments[4]
+        packed, is_packed = View.of(context, builder, signature.args[3], arguments[3]), arguments[4]
         signature = signature.replace(args=signature.args[:3] + signature.args[5:])
         arguments = arguments[:3] + arguments[5:]
-        _emit_tile(context, builder, signature, arguments, MR, TILE_VECTORS, copy=(copy, copied))
+        _emit_tile(context, builder, signature, arguments, MR, TILE_VECTORS, packing=(packed, is_packed))
 
     return signature, emit
 
@@ -218,7 +219,7 @@ def dot_tile(typing_context, a, b, bias, out, j, first):
     return types.void(a, b, bias, out, j, first), emit
 
 
-def _emit_tile(context, builder, signature, arguments, most, width, ragged=False, copy=None):
+def _emit_tile(context, builder, signature, arguments, most, width, ragged=False, packing=None):
     """Emit a micro-kernel for each number of rows from 1 to `most`, and the branch that selects one."""
     _, i, rows, _, p, _, _, j, first = arguments
     a, panels, bias, out = (View.of(context, builder, signature.args[n], arguments[n]) for n in (0, 3, 5, 6))
@@ -233,15 +234,15 @@ def _emit_tile(context, builder, signature, arguments, most, width, ragged=False
         out.shape,
         [builder.select(first, j.type(0), out.strides[0])],
     )
-    ahead = _next_block(builder, a, i, panels, p) if copy and TUNING.prefetches else None
+    ahead = _next_block(builder, a, i, panels, p) if packing and TUNING.prefetches else None
     a, panel, out = a.part(i), panels.part(p, drop=1), out.part(i, j)
-    if copy:  # prefetch the results of the next tile; timed on Zen 3 only
+    if packing:  # prefetch the results of the next tile; timed on Zen 3 only
         for r, byte in itertools.product(range(MR), range(0, TILE_BYTES, CACHE_LINE)):
             vectors.prefetch(builder.gep(out.at(r), [j.type(TILE_BYTES + byte)]), level=1)
-    if copy and COPIES:
-        copy, copied = copy
-        strides = [builder.select(copied, *pair) for pair in zip(reversed(copy.strides), a.strides, strict=True)]
-        a = View(builder, builder.select(copied, copy.at(), a.at()), a.shape, strides)
+    if packing and PACKS_A:
+        packed, is_packed = packing
+        strides = [builder.select(is_packed, *pair) for pair in zip(reversed(packed.strides), a.strides, strict=True)]
+        a = View(builder, builder.select(is_packed, packed.at(), a.at()), a.shape, strides)
     for count in range(1, most + 1):
         with builder.if_then(builder.icmp_signed("==", rows, j.type(count))):
             for is_chosen, view in _layouts(builder, a, j.type(REGISTER_BYTES // vectors.lanes), count == MR):
@@ -250,21 +251,21 @@ def _emit_tile(context, builder, signature, arguments, most, width, ragged=False
 
 
 def _layouts(builder, a, size, is_full):
-    """Views of A with strides that LLVM knows, each with the condition for it; `size` is the bytes of an element.
+    """Loop versioning: views of A with strides that LLVM knows, each with its condition; an element takes `size` bytes.
 
-    Then the addresses of a full tile need no additions. On Zen 3, those took up to 7 % of the time.
+    With them, the addresses of a full tile need no additions. On Zen 3, those took up to 7 % of the time.
     """
     if not is_full:
         return [(ir.Constant(ir.IntType(1), 1), a)]
     known = [(a.strides[0], size)]
-    if COPIES:
+    if PACKS_A:
         known.append((size, builder.mul(size, size.type(MR))))
     layouts, is_other = [], ir.Constant(ir.IntType(1), 1)
     for strides in known:
         pairs = zip(strides, a.strides, strict=True)
-        is_such = functools.reduce(builder.and_, (builder.icmp_signed("==", *pair) for pair in pairs))
-        layouts.append((is_such, View(builder, a.at(), a.shape, strides)))
-        is_other = builder.and_(is_other, builder.not_(is_such))
+        matches = functools.reduce(builder.and_, (builder.icmp_signed("==", *pair) for pair in pairs))
+        layouts.append((matches, View(builder, a.at(), a.shape, strides)))
+        is_other = builder.and_(is_other, builder.not_(matches))
     return [*layouts, (is_other, a)]
 
 
@@ -353,14 +354,14 @@ def pack_transposed(typing_context, b, row, j, panel, column):
 
 
 @intrinsic
-def copy_columns(typing_context, a, i, copy):
-    """Set row k of `copy`, (k, MR), to elements i to i + MR of column k of `a`, whose columns are contiguous.
+def pack_a(typing_context, a, i, packed):
+    """Set row k of `packed`, (k, MR), to elements i to i + MR of column k of `a`, whose columns are contiguous.
 
-    It stores whole vectors, so `copy` needs room for one more vector at its end.
+    It stores whole vectors, so `packed` needs room for one more vector at its end.
     """
 
     def emit(context, builder, signature, arguments):
-        a, copy = (View.of(context, builder, signature.args[n], arguments[n]) for n in (0, 2))
+        a, packed = (View.of(context, builder, signature.args[n], arguments[n]) for n in (0, 2))
         i = arguments[1]
         vectors = Vectors(context, builder, signature.args[0].dtype)
         starts = range(0, MR, vectors.lanes)
@@ -372,12 +373,12 @@ def copy_columns(typing_context, a, i, copy):
                 with branch, cgutils.for_range(builder, a.shape[1]) as loop:
                     for c, mask in enumerate(chosen):
                         vector = vectors.load(a.at(i, loop.index), mask, column=c)
-                        vectors.store(vector, copy.at(loop.index), column=c)
+                        vectors.store(vector, packed.at(loop.index), column=c)
 
-    return types.void(a, i, copy), emit
+    return types.void(a, i, packed), emit
 
 
-# The product around them ------------------------------------------------------------------------------------
+# Cache blocking ---------------------------------------------------------------------------------------------
 
 
 @kernel(matrix_in, matrix_in, flat_in, matrix_out)
@@ -431,14 +432,14 @@ def add_block(a, b, bias, out, first):
     width = TILE_BYTES // b.itemsize
     edge = n - n % width
     panels = panels_of(b[:, :edge], width, m)
-    copied = COPIES and len(panels) > 2 and a.strides[0] == a.itemsize != a.strides[1]
-    copy = np.empty((len(b) + REGISTER_BYTES if copied else 0, MR), b.dtype)
+    is_packed = PACKS_A and len(panels) > 2 and a.strides[0] == a.itemsize != a.strides[1]
+    packed = np.empty((len(b) + REGISTER_BYTES if is_packed else 0, MR), b.dtype)
     for i in range(0, m, MR):
         rows = min(MR, m - i)
-        if copied:
-            copy_columns(a, i, copy)
+        if is_packed:
+            pack_a(a, i, packed)
         for p in range(len(panels)):
-            tile(a, i, rows, copy, copied, panels, p, bias, out, p * width, first)
+            tile(a, i, rows, packed, is_packed, panels, p, bias, out, p * width, first)
     add_edge(a, b, bias, out, edge, first)
 
 
@@ -521,7 +522,7 @@ def pack_columns(b, j, panel):
                 panel[row, c] = b[row, j + c] if j + c < n else 0
 
 
-# Element-wise kernels ----------------------------------------------------------------------------------------
+# The other kernels, and the update ---------------------------------------------------------------------------
 
 
 @kernel(row_major_in, matrix_out)
@@ -542,7 +543,10 @@ def relu_grad(upstream, activations, out):
 
 @kernel(flat_out, flat_in, lambda dtype: dtype)
 def subtract(parameter, gradient, factor):
-    """Subtract `factor` times the gradient, in a single pass; the product is rounded, as NumPy rounds it."""
+    """Subtract `factor` times the gradient, in one pass.
+
+    Not contracted to an FMA: the product is rounded first, as in NumPy's two passes.
+    """
     for i in range(len(parameter)):
         parameter[i] -= factor * gradient[i]
 
@@ -567,7 +571,9 @@ def softmax_grad(logits, labels, out):
 
 @intrinsic
 def softmax_grad_row(typing_context, logits, i, label, out):
-    """Set row `i` of `out` to softmax - onehot, vector by vector; lanes past the end hold neutral values.
+    """Set row `i` of `out` to softmax - onehot, vector by vector.
+
+    Lanes past the end hold the identity of each reduction.
 
     Returns
     -------
@@ -628,8 +634,8 @@ def softmax_grad_row(typing_context, logits, i, label, out):
             store(exponentials, out, j, mask)
             builder.store(builder.fadd(builder.load(total), exponentials), total)
             is_nan, is_largest = builder.fcmp_unordered("uno", x, x), builder.fcmp_ordered("==", x, largest)
-            for is_such, first in (is_nan, first_nan), (is_largest, first_largest):
-                index = builder.add(j, vectors.first_on(builder.and_(is_such, mask), classes))
+            for matches, first in (is_nan, first_nan), (is_largest, first_largest):
+                index = builder.add(j, vectors.first_on(builder.and_(matches, mask), classes))
                 before = builder.load(first)
                 builder.store(builder.select(builder.icmp_signed("<", index, before), index, before), first)
         total = vectors.across(builder.fadd, builder.load(total))
@@ -656,31 +662,31 @@ class NumbaBackend(Backend):
     # arrays of as many dimensions, where `ravel` of an np.matrix still has two.
 
     @property
-    def compile_seconds(self):
+    def compile_seconds(self) -> float:
         return compile_seconds()
 
-    def _matmul(self, a, b, bias):
+    def _matmul(self, a: Any, b: NDArray, bias: NDArray | None) -> NDArray:
         out = np.empty((a.shape[0], b.shape[1]), a.dtype)
         bias = np.zeros(b.shape[1], b.dtype) if bias is None else np.ascontiguousarray(bias)
         matmul(a, b, bias, out)
         return out
 
-    def _relu(self, z):
+    def _relu(self, z: NDArray) -> NDArray:
         out = np.empty(z.shape, z.dtype)
         relu(np.ascontiguousarray(z), out)
         return out
 
-    def _relu_grad(self, upstream, activations):
+    def _relu_grad(self, upstream: NDArray, activations: NDArray) -> NDArray:
         out = np.empty(upstream.shape, upstream.dtype)
         relu_grad(np.ascontiguousarray(upstream), np.ascontiguousarray(activations), out)
         return out
 
-    def _softmax_grad(self, logits, labels):
+    def _softmax_grad(self, logits: NDArray, labels: NDArray[np.integer]) -> tuple[float, int, NDArray]:
         out = np.empty(logits.shape, logits.dtype)
         loss, correct = softmax_grad(np.ascontiguousarray(logits), np.ascontiguousarray(labels, np.int64), out)
         return loss, correct, out
 
-    def _update(self, parameter, gradient, factor):
+    def _update(self, parameter: NDArray, gradient: NDArray, factor: float) -> None:
         if parameter.flags.carray and gradient.flags.carray:
             subtract(np.asarray(parameter).reshape(-1), np.asarray(gradient).reshape(-1), factor)
         else:

@@ -11,7 +11,7 @@ from kernels.backend import Backend
 
 
 class NumpyBackend(Backend):
-    """The kernels as whole-array expressions."""
+    """The four kernels as whole-array expressions."""
 
     def _matmul(self, a: NDArray, b: NDArray, bias: NDArray | None) -> NDArray:
         out = a @ b

@@ -226,7 +226,7 @@ class Vectors:
         return ir.Constant(self.type, [ir.Constant(self._float, value)] * self.lanes)
 
     def fma(self, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
-        """A b + c: a fused multiply-add, or two instructions on a CPU without one."""
+        """``a b + c``: a fused multiply-add, or two instructions on a CPU without one."""
         return self._call("fmuladd", self.type, [a, b, c])
 
     def first(self, count: ir.Value) -> ir.Value:
@@ -394,26 +394,27 @@ class Kernel:
 
     def assembly(self, dtype: np.dtype) -> str:
         """Assembly for a float type. This compiles again, as Numba has no assembly of cached code."""
-        return next(iter(self._dispatcher(dtype, cache=None).inspect_asm().values()))
+        return next(iter(self._dispatcher(dtype, is_cached=False).inspect_asm().values()))
 
     def ir(self, dtype: np.dtype) -> str:
         """LLVM IR for a float type, optimized as Numba's settings say."""
-        return next(iter(self._dispatcher(dtype, cache=None).inspect_llvm().values()))
+        return next(iter(self._dispatcher(dtype, is_cached=False).inspect_llvm().values()))
 
     def _compile(self, dtype: np.dtype) -> Callable:
         with _COMPILING, event.install_timer("numba:compile", _SECONDS.append):
             if dtype not in self._compiled:
-                dispatcher = self._dispatcher(dtype, self._cache(dtype))
+                dispatcher = self._dispatcher(dtype, is_cached=True)
                 (version,) = dispatcher.overloads.values()
                 self._dispatchers.append(dispatcher)
                 self._compiled[dtype] = version.entry_point
         return self._compiled[dtype]
 
-    def _dispatcher(self, dtype: np.dtype, cache: "_Cache | None") -> Any:
-        numba.core.config.reload_config()  # compiling reloads too late for the next two lines
+    def _dispatcher(self, dtype: np.dtype, is_cached: bool) -> Any:
+        # Numba re-reads the environment only inside compile(): too late for the check and the cache key.
+        numba.core.config.reload_config()
         _require_compiler()
         dispatcher: Any = numba.njit(**self._options)(self.function)
-        if cache:
+        if is_cached and (cache := self._cache(dtype)):
             dispatcher._cache = cache
         dispatcher.compile(self._returns(*(parameter(numba.from_dtype(dtype)) for parameter in self._parameters)))
         dispatcher.disable_compile()

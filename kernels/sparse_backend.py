@@ -18,7 +18,7 @@ for B. Hence these techniques, on top of skipping zeros:
   row of the result is next, so software prefetches it.
 - *Bytes.* Pixels stay bytes; a table of 256 floats converts them when they are used.
 
-Both x and x.T are stored in that format, so the same code computes both products.
+Both x and x.T are encoded like this, so the same code computes both products.
 
 A zero pixel adds nothing to a sum, whatever its factor: zero times infinity or NaN is skipped, too.
 """
@@ -28,7 +28,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
@@ -85,14 +85,14 @@ _BYTES = ir.VectorType(_GREY, BLOCK)
 _TILE = ir.VectorType(_MASK, BLOCK)
 
 
-# The format of the images ------------------------------------------------------------------------------------------
+# The encoding of the images ----------------------------------------------------------------------------------------
 
 
 class NonZeros(NamedTuple):
     """The non-zero elements of a matrix of bytes, one block of columns after the other.
 
-    The first block lists all rows; the others leave out rows that are all zero. Rows are sorted from the most non-zeros
-    to the fewest, in groups of `GROUP`. The last group is padded with the row number one past the last.
+    The first block lists all rows; later blocks leave out rows that are all zero. Rows are sorted from the most
+    non-zeros to the fewest, in groups of `GROUP`. The last group is padded with the row number one past the last.
     """
 
     groups: NDArray[np.int64]
@@ -125,12 +125,12 @@ def masks_out(_: types.Type) -> types.Array:
     return types.Array(types.uint64, 3, "C")
 
 
-def form_in(dtype: types.Type) -> Callable[[types.Type], types.Array]:
+def encoding_in(dtype: types.Type) -> Callable[[types.Type], types.Array]:
     """One of the arrays of `NonZeros`, to read."""
     return lambda _: types.Array(dtype, 1, "C", readonly=True)
 
 
-def form_out(dtype: types.Type) -> Callable[[types.Type], types.Array]:
+def encoding_out(dtype: types.Type) -> Callable[[types.Type], types.Array]:
     """One of the arrays of `NonZeros`, to write."""
     return lambda _: types.Array(dtype, 1, "C")
 
@@ -151,20 +151,20 @@ def encode(images: NDArray[np.uint8]) -> tuple[NonZeros, NonZeros]:
     groups, transposed_groups = np.empty(blocks, np.int64), np.empty(strips, np.int64)
     number, listed, transposed_listed = find_nonzeros(images, masks, transposed_masks, groups, transposed_groups)
 
-    def form(matrix, masks, groups, listed):
+    def encoding(matrix, masks, groups, listed):
         arrays = np.empty(listed, np.uint32), np.empty(listed, np.uint64), np.empty(number + BLOCK, np.uint8)
-        fill_form(matrix, masks, groups, *arrays)
+        fill_encoding(matrix, masks, groups, *arrays)
         return NonZeros(groups, *arrays)
 
     return (
-        form(images, masks.swapaxes(0, 1), groups, listed),
-        form(images.T, transposed_masks, transposed_groups, transposed_listed),
+        encoding(images, masks.swapaxes(0, 1), groups, listed),
+        encoding(images.T, transposed_masks, transposed_groups, transposed_listed),
     )
 
 
 @kernel(
     row_major_pixels_in,
-    *(masks_out, masks_out, form_out(GROUPS), form_out(GROUPS)),
+    *(masks_out, masks_out, encoding_out(GROUPS), encoding_out(GROUPS)),
     returns=types.UniTuple(types.int64, 3),
 )
 def find_nonzeros(pixels, masks, transposed_masks, groups, transposed_groups):
@@ -236,15 +236,15 @@ def round_up(groups):
     return listed
 
 
-@kernel(pixels_in, masks_in, form_in(GROUPS), form_out(ROWS), form_out(MASKS), form_out(VALUES))
-def fill_form(matrix, masks, groups, rows, sorted_masks, values):
+@kernel(pixels_in, masks_in, encoding_in(GROUPS), encoding_out(ROWS), encoding_out(MASKS), encoding_out(VALUES))
+def fill_encoding(matrix, masks, groups, rows, sorted_masks, values):
     """Fill the arrays of `NonZeros` of a matrix of bytes (n, k) from its masks, (blocks, strips, 64)."""
     n = len(matrix)
-    begin = np.empty((2, BLOCK + 1), np.int64)
+    counters = np.empty((2, BLOCK + 1), np.int64)
     start = end = 0
     for block in range(len(groups)):
         stop = start + GROUP * groups[block]
-        filled = sort_rows(masks[block], n, block == 0, rows[start:], sorted_masks[start:], begin)
+        filled = sort_rows(masks[block], n, block == 0, rows[start:], sorted_masks[start:], counters)
         for position in range(start + filled, stop):
             rows[position], sorted_masks[position] = n, 0
         for position in range(start, start + filled):
@@ -255,32 +255,32 @@ def fill_form(matrix, masks, groups, rows, sorted_masks, values):
 
 
 @njit
-def sort_rows(masks, n, is_first, rows, sorted_masks, begin):
+def sort_rows(masks, n, is_first, rows, sorted_masks, counters):
     """List the rows of a block from the most non-zeros to the fewest; returns how many.
 
     A counting sort. Even and odd rows have separate counters, because reading a counter right after it was written
     costs several cycles (store-to-load forwarding). Indices are unsigned, which avoids Numba's check for negative ones.
     """
     size = np.uint64(BLOCK)
-    begin[:] = 0
+    counters[:] = 0
     for i in range(np.uint64(n)):
-        begin[i & np.uint64(1), place_of(masks[i // size, i % size])] += 1
+        counters[i & np.uint64(1), bucket_of(masks[i // size, i % size])] += 1
     listed = 0
-    for place in range(BLOCK + is_first):
+    for bucket in range(BLOCK + is_first):
         for parity in range(2):
-            begin[parity, place], listed = listed, listed + begin[parity, place]
+            counters[parity, bucket], listed = listed, listed + counters[parity, bucket]
     for i in range(np.uint64(n)):
         mask = masks[i // size, i % size]
         if is_first or mask != 0:
-            parity, place = i & np.uint64(1), place_of(mask)
-            position = begin[parity, place]
+            parity, bucket = i & np.uint64(1), bucket_of(mask)
+            position = counters[parity, bucket]
             rows[np.uint64(position)], sorted_masks[np.uint64(position)] = i, mask
-            begin[parity, place] = position + 1
+            counters[parity, bucket] = position + 1
     return listed
 
 
 @njit
-def place_of(mask):
+def bucket_of(mask):
     """0 for the rows with the most non-zeros, `BLOCK` for those without any."""
     return np.uint64(BLOCK - popcount(mask))
 
@@ -368,7 +368,7 @@ def _emit_copy(builder, row, stride, mask, values):
         builder.store(byte, builder.gep(values, [loop.index]))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class SparseMatrix:
     """Images divided by 255, or their transpose.
 
@@ -384,6 +384,9 @@ class SparseMatrix:
     dtype: np.dtype
     nonzeros: NonZeros
     transposed: NonZeros
+
+    def __repr__(self) -> str:
+        return f"<SparseMatrix {self.shape}, {self.dtype}: {self.nbytes:,} bytes>"
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -409,7 +412,9 @@ def pack_panel(typing_context, b, j, panel):
 
 
 @intrinsic
-def add_block(typing_context, groups, rows, masks, values, start, end, quotients, panel, bias, is_first, out, j, width):
+def add_nonzeros(
+    typing_context, groups, rows, masks, values, start, end, quotients, panel, bias, is_first, out, j, width
+):
     """Add the products of a block of A with a panel of B to `width` vectors of the rows of the result.
 
     Parameters
@@ -475,7 +480,7 @@ def add_block(typing_context, groups, rows, masks, values, start, end, quotients
                     grey = values.part(builder.load(end))
                     builder.store(builder.add(builder.load(end), builder.ctpop(mask)), end)
                     members.append(_Member(mask, grey, before.part(row), out.part(row, j)))
-                _emit_micro_kernel(builder, vectors, members, quotients, panel, width, tail)
+                _emit_sums(builder, vectors, members, quotients, panel, width, tail)
         return builder.load(end)
 
     return types.intp(groups, rows, masks, values, start, end, quotients, panel, bias, is_first, out, j, width), emit
@@ -494,7 +499,7 @@ def _load(builder, pointer, kind):
     return builder.load(builder.bitcast(pointer, kind.as_pointer()), align=1)
 
 
-def _emit_micro_kernel(builder, vectors, members, quotients, panel, width, tail):
+def _emit_sums(builder, vectors, members, quotients, panel, width, tail):
     """Emit the loop over the set bits of a group's masks, accumulating in registers; the first row has the most."""
     tile = [(r, c) for r in range(GROUP) for c in range(width)]
     totals = {(r, c): vectors.variable(vectors.constant(0)) for r, c in tile}
@@ -510,8 +515,8 @@ def _emit_micro_kernel(builder, vectors, members, quotients, panel, width, tail)
             column = builder.cttz(mask, ir.IntType(1)(0))
             grey = builder.zext(_load(builder, member.grey.at(loop.index), _GREY), _MASK)
             x = vectors.broadcast(quotients.at(grey))
-            # As one address: Intel's CPUs split a multiply-add with an indexed memory operand (the sum of two
-            # registers) into two operations.
+            # In one register: on Intel, an FMA with an indexed memory operand does not stay micro-fused
+            # (un-lamination).
             row = opaque(builder, panel.part(column))
             for c in range(width):
                 total = totals[r, c]
@@ -525,7 +530,7 @@ def _emit_micro_kernel(builder, vectors, members, quotients, panel, width, tail)
 empty_panel = njit(aligned_empty)
 
 
-@kernel(row_major_in, flat_in, flat_in, *(form_in(dtype) for dtype in (GROUPS, ROWS, MASKS, VALUES)), matrix_out)
+@kernel(row_major_in, flat_in, flat_in, *(encoding_in(dtype) for dtype in (GROUPS, ROWS, MASKS, VALUES)), matrix_out)
 def product(b, bias, quotients, groups, rows, masks, values, out):
     """out = A B + bias, where A is given by its `NonZeros`, with `quotients` for the pixels.
 
@@ -542,7 +547,7 @@ def product(b, bias, quotients, groups, rows, masks, values, out):
             start = end = 0
             for block in range(len(groups)):
                 pack_panel(b[block * BLOCK : (block + 1) * BLOCK], j, panel)
-                end = add_block(
+                end = add_nonzeros(
                     groups[block], rows, masks, values, start, end, quotients, panel, bias, block == 0, out, j, width
                 )
                 start += groups[block] * GROUP
@@ -562,13 +567,13 @@ QUOTIENTS = {dtype: np.divide(np.arange(256), 255, dtype=dtype) for dtype in FLO
 class SparseBackend(NumbaBackend):
     """Products with images as above; everything else comes from the numba backend."""
 
-    def _prepare(self, images, dtype):
+    def _prepare(self, images: NDArray[np.uint8], dtype: np.dtype) -> SparseMatrix:
         nonzeros, transposed = encode(images)
         if images.size >= MANY_PIXELS and len(nonzeros.values) > DENSE * images.size:
             _warn_of_dense_images()
         return SparseMatrix(images.shape, dtype, nonzeros, transposed)
 
-    def _matmul(self, a, b, bias):
+    def _matmul(self, a: Any, b: NDArray, bias: NDArray | None) -> NDArray:
         if not isinstance(a, SparseMatrix):
             return super()._matmul(a, b, bias)
         n, m = len(a), b.shape[1]

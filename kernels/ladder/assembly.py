@@ -34,7 +34,7 @@ def machine_code(name: str) -> str:
 
 
 def hottest_block(assembly: str) -> list[str]:
-    """The basic block (code without a jump) that multiplies the most floats: the body of the inner loop.
+    """The basic block (straight-line code) that multiplies the most floats: the body of the inner loop.
 
     If LLVM knows that the loop has few iterations, it unrolls it, and the block holds one or two of them.
     """

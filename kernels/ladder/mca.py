@@ -1,8 +1,8 @@
 """``python -m kernels.ladder.mca CPU ...``: how fast the inner loops run on other CPUs, as llvm-mca predicts.
 
-LLVM compiles the inner loops of the products for a CPU: the dense one, its form for few rows, and the sparse one. Then
-llvm-mca (LLVM's machine code analyzer) simulates them on its model of the core, as if all data were in the L1 cache.
-The percentages compare the multiply-adds per cycle with those of a loop that does nothing else.
+LLVM compiles the inner loops of the products for a CPU: the dense one, its variant for few rows, and the sparse one.
+Then llvm-mca (LLVM's machine code analyzer) simulates them on its model of the core, as if all data were in the L1
+cache. The percentages compare the multiply-adds per cycle with those of a loop that does nothing else.
 """
 
 import multiprocessing
@@ -45,7 +45,7 @@ class Loop(NamedTuple):
 def loops(triple: str, cpu: str) -> list[Loop]:
     """Compile the inner loops for a CPU. Must run in a process that has not imported the kernels yet.
 
-    The kernels choose their tiles by the target of Numba, so that must name the CPU before they are imported. Numba
+    The kernels choose their tiles by Numba's target, so it must be set to the CPU before they are imported. Numba
     itself can only compile for this machine: the code for the other one is made from LLVM IR that is not optimized yet.
     """
     os.environ["NUMBA_OPT"] = "0"
@@ -125,7 +125,7 @@ def triple_of(analyzer: str, cpu: str) -> str:
 
 @app.command()
 def run(
-    cpus: Annotated[list[str], typer.Argument(help="LLVM's names, as in: neoverse-n1 apple-m1 haswell znver4")],
+    cpus: Annotated[list[str], typer.Argument(help="LLVM's names, such as neoverse-n1, apple-m1, haswell or znver4.")],
 ) -> None:
     """Predict how close the inner loops come to the peak of multiply-adds on other CPUs (needs llvm-mca)."""
     analyzer = newest_analyzer()

@@ -3,7 +3,7 @@
 ``python -m kernels.ladder`` runs them, and ``--asm`` shows the machine code. README.md beside this file explains each
 step. All of them compute ``out = a @ b`` for row-major arrays of any shape and one dtype, float32 or float64.
 
-Numba compiles a function to LLVM IR, and LLVM vectorizes the loops. Two things help it. Floating-point addition is not
+Numba compiles a function to LLVM IR, and LLVM vectorizes the loops. Two things limit it. Floating-point addition is not
 associative, so LLVM must round exactly as the source says. ``contract`` relaxes one rule: a product and a sum may be
 fused into one instruction that rounds once. And in Python a negative index counts from the end, so Numba checks for it,
 unless the index is unsigned or starts at 0.
@@ -152,7 +152,7 @@ def packed(a, b, out):
     panel = aligned(len(b), TILE_COLUMNS, b)
     for left in range(0, n, TILE_COLUMNS):
         columns = min(TILE_COLUMNS, n - left)
-        pack(b, left, panel)
+        fill_panel(b, left, panel)
         for top in range(0, m, TILE_ROWS):
             rows = min(TILE_ROWS, m - top)
             tile[:] = 0
@@ -169,7 +169,7 @@ def packed(a, b, out):
 
 
 @jit
-def pack(b, left, panel):
+def fill_panel(b, left, panel):
     for k in range(len(b)):
         for j in range(np.uint64(min(TILE_COLUMNS, b.shape[1] - left))):
             panel[k, j] = b[k, np.uint64(left) + j]
@@ -188,7 +188,7 @@ def shared(a, b, out):
     panel = aligned(len(b), TILE_COLUMNS, b)
     for left in range(0, n, TILE_COLUMNS):
         columns = min(TILE_COLUMNS, n - left)
-        pack(b, left, panel)
+        fill_panel(b, left, panel)
         for top in range(0, m, 4):
             rows = min(4, m - top)
             row1, row2, row3 = min(top + 1, m - 1), min(top + 2, m - 1), min(top + 3, m - 1)  # never past the last row

@@ -1,4 +1,7 @@
-"""Time the steps: make their operands, and run each step interleaved with BLAS."""
+"""Operands for the steps, and their timing for ``python -m kernels.ladder``, interleaved with BLAS.
+
+The published figures come from the study, bench/studies/ladder.py.
+"""
 
 import statistics
 import time
@@ -29,7 +32,7 @@ def operands(name: str, a: NDArray, b: NDArray) -> tuple[Any, Any, Any]:
     Returns
     -------
     tuple
-        `a`, `b` and an uninitialised result: lists for step 1, arrays for the others.
+        `a`, `b` and an uninitialised result: lists for step 1, otherwise arrays.
     """
     rows = max(2, round(ENOUGH_FLOP[name] / (2 * b.size))) if name in ENOUGH_FLOP else len(a)
     a = a[:rows]

@@ -1,6 +1,5 @@
 """The compiled kernels stay inside their arrays, are correct at every edge, and never run stale code."""
 
-import importlib.util
 import itertools
 import os
 import shutil
@@ -32,6 +31,7 @@ from kernels.numba_backend import (
 )
 from tests.support.guarded import Guarded, every_dtype, every_place, integers, needs_mprotect
 from tests.support.systems import needs_long_double
+from tests.support.targets import compiled_for
 
 LAYOUTS = ["row-major", "transposed", "reversed", "strided", "misaligned"]
 ROOT = Path(__file__).parents[2]
@@ -46,7 +46,7 @@ def shapes(dtype):
     columns = [0, 1, edge + 1, width, 2 * width - 1]
     yield from itertools.product([0, 1, MR - 1, 2 * MR + 1], [0, 1, 5], columns)
     yield from [(PACK_ROWS + 1, 33, width + 3), (2 * width + 1, 7, 10), (10, KC + 1, 10)]
-    yield (2 * MR + 1, KC_TRANSPOSED + 1, 3 * width + edge + 1)  # three panels share a copy of A's columns
+    yield (2 * MR + 1, KC_TRANSPOSED + 1, 3 * width + edge + 1)  # three panels share the packed A
     few = FEW_BYTES // dtype().itemsize * -(-FEW_LARGE_BYTES // (2 * KC * FEW_BYTES))
     yield from [(rows, 2 * KC, few + edge + 1) for rows in (1, FEW_ROWS - 1)]
     yield from [(1, 9, 2 * ONE_BYTES // dtype().itemsize + edge + 1), (FEW_ROWS + 1, 3, PAGE // dtype().itemsize + 1)]
@@ -221,7 +221,7 @@ def test_bits_of_a_row_do_not_depend_on_other_rows(layout, dtype):
 @pytest.mark.parametrize("layout_b", ["C", "F"])
 @pytest.mark.parametrize("layout_a", ["C", "F"])
 def test_bits_do_not_depend_on_blocking(layout_a, layout_b, dtype):
-    """Few rows, copied columns and packed blocks give the same bits as the rows in a larger product, or one by one."""
+    """Few rows, and a packed A or B, give the same bits as the rows in a larger product, or one by one."""
     generator = np.random.default_rng(0)
     k, n = 2 * KC + 3, 4 * TILE_BYTES // dtype().itemsize + 5
     a, b, bias = (generator.standard_normal(shape).astype(dtype) for shape in [(PACK_ROWS + 9, k), (k, n), n])
@@ -337,26 +337,20 @@ def test_products_are_right_on_a_cpu_with_narrower_vectors(settings, register_by
 
 
 OTHERS = {
-    "SSE": (16, 16, "generic"),
-    "NEON": (16, 32, "generic"),
-    "AVX-512 on Intel": (64, 32, "skylake-avx512"),
-    "AVX-512 on Zen": (64, 32, "znver4"),
+    "SSE": {"REGISTER_BYTES": 16, "REGISTERS": 16, "CPU": "generic"},
+    "NEON": {"REGISTER_BYTES": 16, "REGISTERS": 32, "CPU": "generic"},
+    "AVX-512 on Intel": {"REGISTER_BYTES": 64, "REGISTERS": 32, "CPU": "skylake-avx512"},
+    "AVX-512 on Zen": {"REGISTER_BYTES": 64, "REGISTERS": 32, "CPU": "znver4"},
 }
 
 
 @pytest.fixture(scope="module", params=OTHERS.values(), ids=OTHERS)
 def other(request, tmp_path_factory):
-    """The module compiled for other vector registers; LLVM emulates instructions that this CPU lacks."""
+    """The module compiled for other vector registers."""
     for dtype in np.float32, np.float64:  # compile for this CPU what results are compared with
         one = np.ones((1, 1), dtype)
         get_backend("numba").softmax_grad(get_backend("numba").matmul(one, one), np.zeros(1, int))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(numba.config, "CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
-        for name, value in zip(("REGISTER_BYTES", "REGISTERS", "CPU"), request.param, strict=True):
-            patch.setattr(simd, name, value)
-        spec = importlib.util.spec_from_file_location("numba_backend_elsewhere", numba_backend.__file__)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+    with compiled_for(numba_backend, tmp_path_factory.mktemp("cache"), **request.param) as module:
         yield module
 
 
@@ -425,7 +419,7 @@ def test_an_edit_of_either_file_compiles_anew(chosen_by_user, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_that_start_on_an_empty_cache_fill_it_together(tmp_path):
-    """They compile the same kernels at the same time; whoever comes later finds them."""
+    """They compile the same kernels at the same time; a later process finds them."""
     both = [start_probe(NUMBA_CACHE_DIR=str(tmp_path)) for _ in range(2)]
     for seconds, *_, relu, gradient in map(finish, both):
         assert seconds > 0
@@ -464,6 +458,14 @@ def test_settings_that_change_the_code_do_not_share_a_cache(tmp_path):
         assert run(**{name: value}) > 0, name
     assert run() == 0
     assert run(NUMBA_OPT="0") == 0
+
+
+@pytest.mark.slow
+def test_a_setting_changed_after_the_import_does_not_share_a_cache_either(tmp_path):
+    change = 'import os, kernels.simd\nos.environ["NUMBA_OPT"] = "0"\n'
+    finish(start_probe(code=change + PROBE, NUMBA_CACHE_DIR=str(tmp_path)))
+    assert finish(start_probe(NUMBA_CACHE_DIR=str(tmp_path)))[0] > 0
+    assert finish(start_probe(NUMBA_CACHE_DIR=str(tmp_path), NUMBA_OPT="0"))[0] == 0
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The sparse format of images and its products: lossless, in bounds, equal to dense products."""
+"""The sparse encoding of images and its products: lossless, in bounds, equal to dense products."""
 
 import itertools
 import subprocess
@@ -6,15 +6,14 @@ import sys
 import textwrap
 from types import SimpleNamespace
 
-import numba
 import numpy as np
 import pytest
 
-from bench.studies.ablation import variant
 from kernels import get_backend, simd, sparse_backend
 from kernels.sparse_backend import BLOCK, GROUP, MANY_PIXELS, encode
 from tests.support.guarded import Guarded, every_dtype, every_place, integers, needs_mprotect
 from tests.support.reference import assert_product
+from tests.support.targets import compiled_for
 
 SHAPES = [(1, 1), (1, 784), (2, 64), (3, 30 * 20), (5, BLOCK), (6, BLOCK + 1), (7, 2 * BLOCK - 1), (130, 2)]
 DENSITIES = [0.0, 0.2, 1.0]
@@ -32,7 +31,7 @@ def random_images(shape, density, seed=0):
 
 
 def decode(nonzeros, shape, group=GROUP):
-    """The matrix of bytes, decoded by the documented format alone."""
+    """The matrix of bytes, decoded by its documentation alone."""
     n, k = shape
     matrix = np.zeros((n + 1, k), np.uint8)
     values = iter(nonzeros.values.tolist())
@@ -52,7 +51,7 @@ def decode(nonzeros, shape, group=GROUP):
     return matrix[:-1]
 
 
-# The form ----------------------------------------------------------------------------------------------------------
+# The encoding ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("density", DENSITIES)
@@ -85,13 +84,19 @@ def test_transpose(sparse):
     assert x.T.T.nonzeros is x.nonzeros
 
 
+def test_repr_is_one_line(sparse):
+    x = sparse.prepare(random_images((300, 784), 0.2))
+    assert repr(x) == f"<SparseMatrix (300, 784), float32: {x.nbytes:,} bytes>"
+    assert repr(x.T) == f"<SparseMatrix (784, 300), float32: {x.nbytes:,} bytes>"
+
+
 def test_only_non_zeros_take_memory(sparse):
     """A byte per non-zero, and 12 bytes per row in each block where it has any, and in the first block."""
     images = random_images((512, 784), 0.19)
     x = sparse.prepare(images)
-    for form in x.nonzeros, x.transposed:
-        assert form.values.nbytes <= 1.05 * np.count_nonzero(images)
-        assert form.rows.nbytes + form.masks.nbytes <= 12 * len(images) * 784 / BLOCK * 1.1
+    for encoding in x.nonzeros, x.transposed:
+        assert encoding.values.nbytes <= 1.05 * np.count_nonzero(images)
+        assert encoding.rows.nbytes + encoding.masks.nbytes <= 12 * len(images) * 784 / BLOCK * 1.1
     assert sparse.prepare(np.zeros_like(images)).nbytes <= 12 * sum(images.shape) + 1000
 
 
@@ -104,7 +109,7 @@ def test_rows_are_sorted_by_non_zeros(sparse):
 
 
 def test_mnist_takes_40_mb_at_most(sparse, mnist):
-    shards = np.array_split(mnist.train_images, 64)  # as in training
+    shards = np.array_split(mnist.train_images, 64)  # as training does
     assert sum(sparse.prepare(shard).nbytes for shard in shards) <= 40e6
 
 
@@ -114,6 +119,10 @@ def test_mnist_takes_40_mb_at_most(sparse, mnist):
 @every_dtype
 @pytest.mark.parametrize("hidden", HIDDEN)
 def test_products_of_every_size(sparse, hidden, dtype):
+    check_products_of_every_size(sparse, hidden, dtype)
+
+
+def check_products_of_every_size(sparse, hidden, dtype):
     rng = np.random.default_rng(hidden)
     for (n, pixels), density in itertools.product(SHAPES, DENSITIES):
         images = random_images((n, pixels), density)
@@ -160,7 +169,7 @@ def test_empty_products(sparse, n, pixels, hidden):
 
 
 def test_results_stay_with_their_images(sparse):
-    """Whatever the order of the images, each row of the result and each label belong to the same image."""
+    """In any order of the images, each row of the result and each label belong to the same image."""
     rng = np.random.default_rng(0)
     images = random_images((65, 100), 0.3)
     weights, upstream = (rng.integers(-4, 5, shape).astype(np.float64) for shape in ((100, 20), (65, 20)))
@@ -174,6 +183,10 @@ def test_results_stay_with_their_images(sparse):
 
 @every_dtype
 def test_bits_of_a_row_do_not_depend_on_other_rows(sparse, dtype):
+    check_bits_of_rows(sparse, dtype)
+
+
+def check_bits_of_rows(sparse, dtype):
     """Bit for bit, including the sign of zeros, for any other rows in its group and any position among them."""
     rng = np.random.default_rng(0)
     images = np.concatenate([random_images((40, 150), density, seed) for seed, density in enumerate([0, 0.1, 0.3, 1])])
@@ -193,6 +206,10 @@ def test_bits_of_a_row_do_not_depend_on_other_rows(sparse, dtype):
 @every_dtype
 @pytest.mark.parametrize("nasty", [np.nan, np.inf, -np.inf])
 def test_non_finite_weights_reach_only_images_with_ink_there(sparse, dtype, nasty):
+    check_non_finite_weights(sparse, dtype, nasty)
+
+
+def check_non_finite_weights(sparse, dtype, nasty):
     images = random_images((65, 200), 0.3)
     images[::7] = 0
     images[3] = 0
@@ -225,14 +242,14 @@ def test_product_stays_inside_its_arrays(layout, dtype, place):
         [(1, 1), (2, BLOCK), (3, BLOCK + 1), (5, 7)], [1, lanes - 1, lanes, 7 * lanes + 1, 17 * lanes - 1]
     ):
         images = 255 * (random_images((n, k), 0.4) > 0).astype(np.uint8)  # ones, whose sums are exact
-        form = [Guarded(array, place=place) for array in encode(images)[0]]
+        encoding = [Guarded(array, place=place) for array in encode(images)[0]]
         b, bias = (
             Guarded(integers((k, columns), dtype, 1), layout, place),
             Guarded(integers(columns, dtype), layout, place),
         )
         out = Guarded(np.full((n + 1, columns), np.nan, dtype), place=place)
         quotients = Guarded(sparse_backend.QUOTIENTS[np.dtype(dtype)], place=place)
-        arguments = b, bias, quotients, *form
+        arguments = b, bias, quotients, *encoding
         sparse_backend.product(*(argument.read_only() for argument in arguments), out.array)
         for argument in arguments:
             argument.assert_unchanged()
@@ -266,17 +283,18 @@ def test_encode_stays_inside_its_arrays(layout, place, monkeypatch):
 # Other CPUs --------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(
-    scope="module", params=[(16, 16, False), (16, 32, False), (64, 32, True)], ids=["SSE", "NEON", "AVX-512"]
-)
+OTHERS = {
+    "SSE": {"REGISTER_BYTES": 16, "REGISTERS": 16, "HAS_COMPRESS": False},
+    "NEON": {"REGISTER_BYTES": 16, "REGISTERS": 32, "HAS_COMPRESS": False},
+    "AVX-512": {"REGISTER_BYTES": 64, "REGISTERS": 32, "HAS_COMPRESS": True},
+}
+
+
+@pytest.fixture(scope="module", params=OTHERS.values(), ids=OTHERS)
 def other(request, tmp_path_factory):
-    """The backend compiled for other vector registers; LLVM emulates instructions that this CPU lacks."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(numba.config, "CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
-        for name, value in zip(("REGISTER_BYTES", "REGISTERS", "HAS_COMPRESS"), request.param):
-            patch.setattr(simd, name, value)
-        with variant() as backend:
-            yield backend
+    """The backend compiled for other vector registers."""
+    with compiled_for(sparse_backend, tmp_path_factory.mktemp("cache"), **request.param) as module:
+        yield module.SparseBackend()
 
 
 @pytest.mark.slow
@@ -295,9 +313,9 @@ def test_images_are_kept_exactly_on_other_cpus(other, digits28):
 @every_dtype
 def test_products_on_other_cpus(other, dtype):
     for hidden in HIDDEN:
-        test_products_of_every_size(other, hidden, dtype)
-    test_bits_of_a_row_do_not_depend_on_other_rows(other, dtype)
-    test_non_finite_weights_reach_only_images_with_ink_there(other, dtype, np.nan)
+        check_products_of_every_size(other, hidden, dtype)
+    check_bits_of_rows(other, dtype)
+    check_non_finite_weights(other, dtype, np.nan)
 
 
 # Dense images ------------------------------------------------------------------------------------------------------

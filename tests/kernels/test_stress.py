@@ -13,6 +13,7 @@ import pytest
 from threadpoolctl import threadpool_limits
 
 from kernels import get_backend, simd
+from kernels.numpy_backend import NumpyBackend
 from model.data import Dataset
 from model.mlp import MLP
 from model.training import train
@@ -22,9 +23,9 @@ SECONDS = 120  # for what takes one or two
 
 
 def work(backend, seed):
-    """Every kernel on this thread's data, in both dtypes: all results as bytes."""
+    """The four kernels on this thread's data, in both dtypes: all results as bytes."""
     rng = np.random.default_rng(seed)
-    n, pixels = (20, 30) if backend.name == "naive" else (500, 300)  # long enough for threads to meet
+    n, pixels = (20, 30) if backend.too_slow_for_full_batches else (500, 300)  # long enough for threads to overlap
     images = rng.integers(0, 256, (n, pixels), np.uint8) * (rng.random((n, pixels)) < 0.2).astype(np.uint8)
     labels = rng.integers(0, 10, n)
     results = []
@@ -64,7 +65,7 @@ def blas_on_one_thread():
 
 
 @pytest.mark.usefixtures("blas_on_one_thread")
-def test_threads_do_not_disturb_each_other(backend):
+def test_concurrent_calls_give_the_same_bits(backend):
     rounds = 20
     expected = [work(backend, seed) for seed in range(THREADS)]
 
@@ -106,7 +107,7 @@ def forks(test):
 
 @forks
 def test_a_fork_waits_for_a_kernel_that_is_being_compiled():
-    """Otherwise the child, which lacks the compiling thread, would wait for it for ever."""
+    """Otherwise the child, which lacks the compiling thread, would wait for it forever."""
     compiling, finish, codes = threading.Event(), threading.Event(), []
 
     def wait_while_compiling(dtype):
@@ -150,7 +151,7 @@ def fork_and_compile(codes, array):
 
 @forks
 def test_forked_processes(backend):
-    if backend.name == "numpy" and sys.platform == "darwin":
+    if isinstance(backend, NumpyBackend) and sys.platform == "darwin":
         pytest.skip("Apple's Accelerate, NumPy's BLAS there, does not survive a fork")
     tasks = [functools.partial(work, backend, 0), functools.partial(training, backend)]
     expected = [task() for task in tasks]
@@ -177,10 +178,10 @@ def test_forked_processes(backend):
 @pytest.mark.usefixtures("blas_on_one_thread")
 def test_forks_while_other_threads_compute(backend):
     """OpenBLAS does not allow that, even on one thread: each product briefly holds a lock over the list of its buffers,
-    and a child forked at that moment waits for it for ever (one fork in 600 beside small products).
+    and a child forked at that moment waits for it forever (one fork in 600 beside small products).
     """
-    if backend.name == "numpy":
-        pytest.skip("the child of a fork during a product of OpenBLAS may wait for its alloc_lock for ever")
+    if isinstance(backend, NumpyBackend):
+        pytest.skip("the child of a fork during a product of OpenBLAS may wait for its alloc_lock forever")
     tasks = [functools.partial(work, backend, 0), functools.partial(training, backend)]
     expected = [task() for task in tasks]
     begin, stopped = threading.Barrier(4), threading.Event()
