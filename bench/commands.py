@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -24,6 +24,17 @@ from model.extras.files import make_folder
 
 app = typer.Typer(help="Run studies, and draw their results.", add_completion=False, pretty_exceptions_enable=False)
 out = Console(markup=False, highlight=False, soft_wrap=True)
+DATASETS = ("mnist", "digits28", "auto")
+
+
+def parse_dataset(text: str) -> str:
+    """A data set with as many images as the studies need, of MNIST's size."""
+    if text not in DATASETS:
+        raise typer.BadParameter(f"the studies do not run on {text!r}: choose one of {', '.join(DATASETS)}")
+    return text
+
+
+DatasetName = Annotated[str, typer.Option(parser=parse_dataset, metavar="NAME", help="mnist, digits28 or auto.")]
 Output = Annotated[Path, typer.Option(parser=parse_path, metavar="FOLDER", help="Folder for the results and plots.")]
 DEFAULT = Path("bench/output")
 STOPPED = "stopped by Ctrl-C"
@@ -43,7 +54,7 @@ def chosen(names: list[str] | None) -> list[str]:
 def run(
     names: Annotated[list[str] | None, typer.Argument(help=f"{', '.join(STUDIES)} [default: all]")] = None,
     quick: Annotated[bool, typer.Option(help="Smoke test: little work, results in the subfolder quick.")] = False,
-    dataset: Annotated[str, typer.Option(help="mnist, digits28 or auto.")] = "auto",
+    dataset: DatasetName = "auto",
     output: Output = DEFAULT,
     report: Annotated[bool, typer.Option(help="Draw the figures and write the report.")] = True,
 ) -> None:
@@ -110,7 +121,7 @@ def with_rates(here: Machine, sections: dict[str, Section]) -> Machine:
 @app.command()
 def results(
     runs: Annotated[int, typer.Option(min=1, help="Number of runs; a claim holds only if all agree.")] = 3,
-    dataset: Annotated[str, typer.Option(help="mnist, digits28 or auto.")] = "mnist",
+    dataset: DatasetName = "mnist",
     output: Annotated[
         Path | None,
         typer.Option(parser=parse_path, metavar="FOLDER", help="Folder [default: bench/results/MACHINE]."),
@@ -178,10 +189,17 @@ def _bench(*arguments: str) -> list[str]:
 
 def main() -> None:
     """Run the command line; every expected error is one line on stderr and exit code 2."""
+    usage_error: Any = typer.BadParameter.__base__  # base class of all usage errors; its module was renamed
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
+    except (KeyboardInterrupt, typer.Abort):
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     except Stopped as stopped:
         sys.exit(128 + stopped.signal)
-    except (DataError, RecordError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    except usage_error as error:
+        message = error.format_message()
+    except (DataError, RecordError, ValueError, OSError) as error:
+        message = str(error)
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)

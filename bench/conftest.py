@@ -17,7 +17,8 @@ SECTIONS = pytest.StashKey[dict]()
 
 def pytest_addoption(parser):
     parser.addoption("--quick", action="store_true", help="smoke test: fewer images and rounds, about a minute")
-    parser.addoption("--dataset", default="auto", help="mnist, digits28 or auto, as in python -m model train")
+    names = ("mnist", "digits28", "auto")
+    parser.addoption("--dataset", default="auto", choices=names, help="as in python -m model train")
     parser.addoption(
         "--output", type=parse_path, default=Path(__file__).parent / "output", help="folder for results and plots"
     )

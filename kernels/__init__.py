@@ -7,7 +7,10 @@ four kernels. Or keep your class anywhere on the import path: ``get_backend("pac
 
 import importlib
 import inspect
+import operator
+import re
 from pathlib import Path
+from types import ModuleType
 
 from kernels.backend import Backend
 
@@ -35,32 +38,58 @@ def get_backend(name: str) -> Backend:
     Raises
     ------
     ValueError
-        If there is no such backend (the message lists those that exist), or the class cannot be loaded or is not a
-        subclass of `Backend`.
+        If there is no such backend (the message lists those that exist), or its class cannot be loaded or created, or
+        is not a subclass of `Backend` with all its kernels.
     """
+    if not isinstance(name, str):
+        raise ValueError(f"the name of a backend must be a string, not {name!r}")
     if ":" in name:
-        return _load_class(name)()
+        return _created(name, _load_class(name))
     if name not in backend_names():
         raise ValueError(
             f"unknown backend {name!r}: choose one of {', '.join(backend_names())}, "
             "or pass a class of your own as package.module:Class"
         )
-    module = importlib.import_module(f"kernels.{name}_backend")
-    (backend_class,) = (
-        member
-        for _, member in inspect.getmembers(module, inspect.isclass)
-        if member.__module__ == module.__name__ and issubclass(member, Backend)
-    )
-    return backend_class()
+    module = _imported(f"kernels.{name}_backend", name)
+    classes = {
+        member.__qualname__: member
+        for member in vars(module).values()
+        if inspect.isclass(member) and member.__module__ == module.__name__ and issubclass(member, Backend)
+    }
+    if len(classes) != 1:
+        found = " and ".join(classes) or "none"
+        raise ValueError(f"{name}_backend.py must define exactly one subclass of Backend; it has {found}")
+    return _created(name, *classes.values())
 
 
 def _load_class(path: str) -> type[Backend]:
     """The Backend subclass at ``package.module:Class``."""
     module_name, _, class_name = path.partition(":")
+    if not re.fullmatch(r"[\w-]+(\.[\w-]+)*", module_name):
+        raise ValueError(f"cannot load backend {path!r}: name it as package.module:Class, without folders")
+    module = _imported(module_name, path)
     try:
-        backend_class = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError, ValueError) as error:
+        backend_class = operator.attrgetter(class_name)(module)
+    except AttributeError as error:
         raise ValueError(f"cannot load backend {path!r}: {error}") from error
     if not (inspect.isclass(backend_class) and issubclass(backend_class, Backend)):
         raise ValueError(f"cannot use {path!r} as a backend: it is not a subclass of kernels.Backend")
     return backend_class
+
+
+def _imported(module: str, backend: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except Exception as error:  # it may be anyone's code
+        if isinstance(error, ValueError) and backend in _ORDER:  # ours, and clear, as when Numba's compiler is disabled
+            raise
+        raise ValueError(f"cannot load backend {backend!r}: {type(error).__name__}: {error}") from error
+
+
+def _created(name: str, backend_class: type[Backend]) -> Backend:
+    if missing := sorted(backend_class.__abstractmethods__):
+        raise ValueError(f"cannot use backend {name!r}: {backend_class.__qualname__} lacks {', '.join(missing)}")
+    try:
+        return backend_class()
+    except Exception as error:
+        raise ValueError(f"cannot create backend {name!r}: {type(error).__name__}: {error}") from error

@@ -26,6 +26,8 @@ FEWEST_ROUNDS = 6
 """Fewer rounds get no 95 % interval: even the full range of five misses the median with probability 2 · 0.5⁵, 6 %."""
 
 Interval = tuple[float, float] | None
+Seconds = Annotated[list[Annotated[float, Field(gt=0, allow_inf_nan=False)]], Field(min_length=1)]
+"""Round by round. Files are checked for what no clock can have measured."""
 
 
 class RecordError(Exception):
@@ -44,7 +46,7 @@ def rounded(values: NDArray[np.floating] | list[float]) -> list[float]:
 class Rounds:
     """Seconds of one competitor, round by round."""
 
-    seconds: list[float]
+    seconds: Seconds
     kind: Literal["rounds"] = "rounds"
 
     @classmethod
@@ -96,7 +98,7 @@ class Comparison:
     """Seconds of competitors interleaved round by round: what every ratio is computed from."""
 
     what: str
-    seconds: dict[str, list[float]]
+    seconds: dict[str, Seconds]
     """By competitor, (rounds,); entry i of each is from round i."""
     kind: Literal["comparison"] = "comparison"
 

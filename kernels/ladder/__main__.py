@@ -1,26 +1,37 @@
 """``python -m kernels.ladder``: time the steps and show their inner loops."""
 
 import sys
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from kernels.ladder.assembly import hottest_block, machine_code
-from kernels.ladder.steps import CORES, STEPS
-from kernels.ladder.timing import measure
-
 console = Console()
 errors = Console(stderr=True)
+
+
+def fail(message: str) -> NoReturn:
+    """Print an error on one line of stderr and exit with code 2."""
+    errors.print(f"error: {message}", soft_wrap=True, markup=False, highlight=False)
+    sys.exit(2)
+
+
+try:
+    from kernels.ladder.assembly import hottest_block, machine_code
+    from kernels.ladder.steps import CORES, STEPS
+    from kernels.ladder.timing import measure
+except ValueError as error:  # Numba's compiler is disabled
+    fail(str(error))
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command()
 def run(
     step: Annotated[str | None, typer.Argument(help=f"One of {', '.join(STEPS)}. [default: all of them]")] = None,
-    size: Annotated[int, typer.Option(min=1, help="Rows and columns of the square matrices.")] = 1024,
+    size: Annotated[int, typer.Option(min=1, max=10**6, help="Rows and columns of the square matrices.")] = 1024,
     asm: Annotated[bool, typer.Option("--asm", help="Also show the assembly of the inner loop.")] = False,
 ) -> None:
     """Climb the ladder: one matrix product, from three Python loops to BLAS speed.
@@ -47,13 +58,16 @@ def run(
 
 
 def main(app: typer.Typer) -> None:
-    """Run a command line; a wrong option is one line on stderr and exit code 2."""
+    """Run a command line; every expected error is one line on stderr and exit code 2."""
     usage_error: Any = typer.BadParameter.__base__  # base class of all usage errors; its module was renamed
     try:
         sys.exit(app(standalone_mode=False))
     except usage_error as error:
-        errors.print(f"error: {error.format_message()}", soft_wrap=True, markup=False, highlight=False)
-        sys.exit(2)
+        fail(error.format_message())
+    except (ValueError, OSError) as error:
+        fail(str(error))
+    except MemoryError as error:
+        fail(f"too large for this machine ({str(error) or 'out of memory'}): use smaller values")
     except (KeyboardInterrupt, typer.Abort):
         errors.print("interrupted")
         sys.exit(130)

@@ -11,6 +11,8 @@ import re
 import shutil
 import subprocess
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import Annotated, Any, NamedTuple
 from unittest import mock
 
@@ -70,9 +72,23 @@ def loops(triple: str, cpu: str) -> list[Loop]:
 
 
 def loops_of(targets: Sequence[tuple[str, str]]) -> list[list[Loop]]:
-    """The inner loops for each triple and CPU, compiled in a process for each."""
-    with multiprocessing.get_context("spawn").Pool(maxtasksperchild=1) as pool:
-        return pool.starmap(loops, targets, chunksize=1)
+    """The inner loops for each triple and CPU, compiled in a process for each.
+
+    Raises
+    ------
+    ValueError
+        If LLVM aborts its process, as it does for 32-bit CPUs.
+    """
+
+    def in_own_process(target: tuple[str, str]) -> list[Loop]:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            try:
+                return pool.submit(loops, *target).result()
+            except BrokenProcessPool as error:
+                raise ValueError(f"LLVM cannot compile for {target[1]}") from error
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        return list(threads.map(in_own_process, targets))
 
 
 def _register_bytes(machine: Any) -> int:
@@ -113,7 +129,7 @@ def newest_analyzer() -> str | None:
 
 def triple_of(analyzer: str, cpu: str) -> str:
     """The target that has a CPU of this name."""
-    for triple in TRIPLES:
+    for triple in TRIPLES if cpu not in ("", "help") else ():  # LLVM takes these two as no name, and a request for help
         command = [analyzer, f"-mtriple={triple}", f"-mcpu={cpu}"]
         report = subprocess.run(command, input="", capture_output=True, text=True).stderr
         if "not a recognized processor" not in report:

@@ -11,7 +11,9 @@ from html.parser import HTMLParser
 from types import SimpleNamespace
 
 import pytest
+from pydantic import TypeAdapter
 
+from bench import commands
 from bench.measure.machine import caches, kernels_changed, machine
 from bench.measure.records import Comparison, Conditions, RecordError, Rounds, Run, Section, read, write
 from bench.peers import Form, pytorch
@@ -42,6 +44,11 @@ def run_of(**seconds):
     return Run({"epochs": Section(CONDITIONS, result)})
 
 
+def run_text(**seconds):
+    """The content of its file."""
+    return TypeAdapter(Run).dump_json(run_of(**seconds)).decode()
+
+
 def test_records_survive_a_round_trip(tmp_path):
     run = run_of(numpy=[1.0, 2.0], numba=[0.5, 0.25])
     save(tmp_path, machine(), run)
@@ -58,6 +65,11 @@ def test_records_survive_a_round_trip(tmp_path):
         "null",
         '{"kind": "machine"}',
         '{"kind": "run", "sections": {"epochs": {}}}',
+        run_text(numpy=[]),
+        run_text(numpy=[1.0, 0.0]),
+        run_text(numpy=[1.0, -1.0]),
+        run_text(numpy=[2.5]).replace("2.5", "NaN"),
+        run_text(numpy=[2.5]).replace("2.5", "Infinity"),
         '{"kind": "run", "sec',
     ],
 )
@@ -362,6 +374,43 @@ def test_unusable_options_are_usage_errors(tmp_path, option):
     assert result.returncode == 4
     assert "INTERNALERROR" not in result.stdout + result.stderr
     assert len(result.stderr.strip().splitlines()) <= 6
+
+
+def test_benchmarks_need_images_of_mnists_size(tmp_path):
+    result = bench(tmp_path, "--dataset", "idx")
+    assert result.returncode == 4
+    assert "argument --dataset: invalid choice: 'idx'" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "no_study"], "no such study: no_study; choose from epochs, kernels, "),
+        (["run", "epochs", "--dataset", "idx"], "the studies do not run on 'idx': choose one of mnist, digits28, auto"),
+        (["results", "--runs", "0"], "Invalid value for '--runs'"),
+        (["draw"], "Missing argument"),
+        (["draw", "no/such/folder"], "no/such/folder is not a folder of results"),
+    ],
+)
+def test_errors_are_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["bench", *arguments])
+    with pytest.raises(SystemExit) as raised:
+        commands.main()
+    assert raised.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+
+
+@pytest.mark.slow
+def test_without_the_compiler_a_study_ends_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")
+    options = ["--quick", "--dataset", "digits28", "--output", str(tmp_path)]
+    command = [sys.executable, "-m", "bench", "run", "kernels", *options]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 2
+    assert re.fullmatch(r"error: NUMBA_DISABLE_JIT is set, .*: unset it\n", result.stderr), result.stderr
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 import copy
 
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -366,6 +368,16 @@ def test_wrong_types_in_every_place(method, position, wrong):
 class Custom(NumpyBackend):
     """A custom backend."""
 
+    class Inner(NumpyBackend):
+        """Named by its qualified name."""
+
+
+class Sized(NumpyBackend):
+    """No backend can have parameters."""
+
+    def __init__(self, size):
+        self.size = size
+
 
 def test_backends_are_found_by_name():
     assert backend_names()[:2] == ["naive", "numpy"]
@@ -373,7 +385,8 @@ def test_backends_are_found_by_name():
         assert get_backend(name).name == name
         assert repr(get_backend(name)) == f"get_backend('{name}')"
         assert get_backend(name).too_slow_for_full_batches == (name == "naive")
-    assert get_backend("tests.kernels.test_kernels:Custom").name == "tests.kernels.test_kernels:Custom"
+    for custom in ("tests.kernels.test_kernels:Custom", "tests.kernels.test_kernels:Custom.Inner"):
+        assert get_backend(custom).name == custom
 
 
 @pytest.mark.parametrize(
@@ -383,6 +396,12 @@ def test_backends_are_found_by_name():
         ("no.such.module:Class", "No module named 'no'"),
         ("tests.kernels.test_kernels:Nothing", "no attribute 'Nothing'"),
         ("kernels:backend_names", "not a subclass of kernels.Backend"),
+        ("kernels.backend:Backend", "Backend lacks _matmul, _relu, _relu_grad, _softmax_grad"),
+        ("tests.kernels.test_kernels:Sized", r"cannot create backend .*missing 1 required .*'size'"),
+        (".relative:Class", "name it as package.module:Class, without folders"),
+        ("../folder/module:Class", "name it as package.module:Class, without folders"),
+        (":Class", "name it as package.module:Class, without folders"),
+        (None, "the name of a backend must be a string, not None"),
     ],
 )
 def test_unknown_backend(name, message):
@@ -396,3 +415,28 @@ def test_a_new_file_is_a_new_backend(tmp_path, monkeypatch):
     monkeypatch.setattr(kernels, "__path__", [*kernels.__path__, str(tmp_path)])
     assert "mine" in backend_names()
     assert isinstance(get_backend("mine"), Backend)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("class Mine(NumpyBackend): pass\nclass Faster(Mine): pass", "exactly one .*; it has Mine and Faster"),
+        ("", "broken_backend.py must define exactly one subclass of Backend; it has none"),
+        ("class Mine(Backend): pass", "'broken': Mine lacks _matmul, _relu, _relu_grad, _softmax_grad"),
+        ("class Mine(NumpyBackend:", r"cannot load backend 'broken': SyntaxError: .*broken_backend.py, line 3"),
+        ("1 / 0", "cannot load backend 'broken': ZeroDivisionError: division by zero"),
+        ("int('x')", "cannot load backend 'broken': ValueError: invalid literal"),
+    ],
+)
+def test_a_broken_file_is_named(tmp_path, monkeypatch, body, message):
+    """Whether it is asked for by its own name or by that of a module."""
+    imports = "from kernels import Backend\nfrom kernels.numpy_backend import NumpyBackend\n"
+    (tmp_path / "broken_backend.py").write_text(imports + body)
+    monkeypatch.setattr(kernels, "__path__", [*kernels.__path__, str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "kernels.broken_backend", raising=False)
+    with pytest.raises(ValueError, match=message) as raised:
+        get_backend("broken")
+    assert "\n" not in str(raised.value)
+    if "cannot load" in message:
+        with pytest.raises(ValueError, match=message.replace("'broken'", "'kernels.broken_backend:Mine'")):
+            get_backend("kernels.broken_backend:Mine")

@@ -1,14 +1,16 @@
 """Every step of the ladder computes the same product, and its command line shows it."""
 
+import os
 import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import typer
 
 from kernels.ladder.assembly import hottest_block, machine_code
-from kernels.ladder.mca import TRIPLES, loops_of, newest_analyzer
+from kernels.ladder.mca import TRIPLES, loops_of, newest_analyzer, triple_of
 from kernels.ladder.steps import STEPS, in_threads
 from tests.support.reference import assert_product
 
@@ -69,6 +71,8 @@ def test_command_line():
     [
         (["fast"], "there is no step 'fast': choose one of loops, compiled, "),
         (["--size", "0"], "Invalid value for '--size'"),
+        (["--size", str(10**20)], "Invalid value for '--size'"),
+        (["--size", str(10**6)], "too large for this machine (Unable to allocate 3.64 TiB"),
         (["--frobnicate"], "No such option: --frobnicate"),
     ],
 )
@@ -77,6 +81,38 @@ def test_errors_are_one_line_and_exit_code_2(arguments, message):
     assert (result.returncode, result.stdout) == (2, "")
     assert re.fullmatch(r"error: .*\n", result.stderr), result.stderr
     assert message in result.stderr
+
+
+@pytest.mark.parametrize("module", ["kernels.ladder", "kernels.ladder.mca"])
+def test_without_the_compiler_there_is_one_line(module, monkeypatch):
+    monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")
+    result = run_ladder("haswell", module=module)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert re.fullmatch(r"error: NUMBA_DISABLE_JIT is set, .*: unset it\n", result.stderr), result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
+def test_a_full_disk_is_one_line():
+    command = [sys.executable, "-m", "kernels.ladder", "packed", "--size", "64"]
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert result.returncode == 2
+    assert re.fullmatch(r"error: .*No space left on device\n", result.stderr), result.stderr
+
+
+@pytest.mark.slow
+def test_a_cpu_that_llvm_aborts_for_is_named():
+    """LLVM ends the process, which must not leave its parent waiting. The other CPU compiles."""
+    with pytest.raises(ValueError, match="LLVM cannot compile for i386"):
+        loops_of([CPUS[0], (TRIPLES[0], "i386")])
+
+
+@pytest.mark.skipif(newest_analyzer() is None, reason="llvm-mca, a part of LLVM, is not installed")
+@pytest.mark.parametrize("cpu", ["", "help", "no-such-cpu"])
+def test_no_cpu(cpu):
+    with pytest.raises(typer.BadParameter, match=f"LLVM knows no CPU called '{cpu}'"):
+        triple_of(newest_analyzer(), cpu)
 
 
 # AVX2; AVX-512 on old and new Intel, and on AMD; NEON.
