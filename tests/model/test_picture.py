@@ -14,7 +14,6 @@ import pytest
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from bench.studies import pictures
 from kernels import get_backend
 from model.cli import app
 from model.cli.predict import predict_command
@@ -201,26 +200,6 @@ def test_pictures_of_odd_shapes_are_prepared(shape):
     rows, columns = shape
     pixels[rows // 3 : rows - rows // 3, columns // 3 : columns - columns // 3] = 0
     assert_prepared(prepare(pixels, "picture"))
-
-
-@pytest.fixture(scope="module")
-def kinds(mnist):
-    """What the study finds on a few pictures."""
-    return pictures.measure(mnist, quick=True)
-
-
-@pytest.mark.slow
-def test_digits_are_recognised_in_every_kind_of_picture(kinds):
-    """Within 3 points of clean pictures, and 5 for pencil and lines: on 20 pictures, none more may be wrong."""
-    right = kinds.right
-    for name, accuracy in right.items():
-        assert accuracy >= right[pictures.CLEAN] - 5, name
-    assert kinds.pairs_refused == 100
-
-
-@pytest.mark.slow
-def test_no_blank_page_is_a_digit(kinds):
-    assert kinds.blank_refused == dict.fromkeys(pictures.BLANK, 100)
 
 
 def test_large_texts_in_a_png_are_skipped():
