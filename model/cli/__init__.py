@@ -9,10 +9,10 @@ import typer
 from model.cli.console import fail, print_any_name, say
 from model.cli.predict import predict_command
 from model.cli.reproduce import reproduce_command
-from model.cli.signals import Stopped, stoppable
 from model.cli.train import train_command
 from model.data import DataError
 from model.extras.checkpoint import CheckpointError
+from model.extras.signals import Stopped, stoppable
 from model.training import TrainingError
 
 app = typer.Typer(

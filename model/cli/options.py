@@ -1,6 +1,5 @@
 """The options of the commands: their types and help texts."""
 
-import os
 import re
 from pathlib import Path
 from typing import Annotated
@@ -8,6 +7,7 @@ from typing import Annotated
 import typer
 
 from kernels import backend_names
+from model.extras.files import parse_path
 
 UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
@@ -18,11 +18,6 @@ def parse_bytes(text: str) -> int:
     if not match:
         raise typer.BadParameter(f"{text!r} is not a number of bytes: write it as in '500 MB' or '2 GiB'")
     return int(float(match[1]) * UNITS[match[2] or "B"])
-
-
-def parse_path(text: str) -> Path:
-    """A path; `~` is the user's home folder even if the shell does not expand it, as in ``--data=~/mnist``."""
-    return Path(os.path.expanduser(text))
 
 
 BackendName = Annotated[

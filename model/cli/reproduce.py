@@ -10,10 +10,10 @@ from kernels import backend_names, get_backend
 from model.cli import options as opt
 from model.cli.console import show, tell
 from model.cli.progress import training
-from model.cli.signals import stop
 from model.data import load_dataset
 from model.extras.environment import environment
 from model.extras.files import check_replaceable, check_writable, locked, make_folder, write_json
+from model.extras.signals import stop
 from model.published import FITTED, comparison_table, full_batch_histories, mini_batch_line, reproduce
 from model.training import State
 

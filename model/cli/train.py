@@ -15,12 +15,12 @@ from kernels.backend import Backend
 from model.cli import options as opt
 from model.cli.console import say, show, tell
 from model.cli.progress import training
-from model.cli.signals import stop
 from model.cli.tables import history_table
 from model.data import Dataset, limited, load_dataset, sha256
 from model.extras.checkpoint import Checkpoint, Config, check_same, load, save
 from model.extras.environment import environment
 from model.extras.files import check_replaceable, check_writable, locked, same_file, write_json
+from model.extras.signals import stop
 from model.mlp import MLP
 from model.threads import available_cores
 from model.training import History, State, TrainingError, train

@@ -36,9 +36,9 @@ from threadpoolctl import threadpool_info
 
 from kernels import get_backend
 from kernels.backend import Backend
-from model.cli.signals import SIGNALS
 from model.data import DIGEST, digests, shard_digest
 from model.extras.mapping import map_bytes
+from model.extras.signals import SIGNALS
 from model.mlp import MLP
 from model.shards import Memory, Shard, Sums, add, add_in_tree, mean, shard_ranges
 from model.threads import thread_pool

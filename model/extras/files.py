@@ -1,4 +1,4 @@
-"""Atomic writes and file locks: a file is written completely or not at all, by one process at a time."""
+"""Paths, atomic writes and locks: a file is written completely or not at all, by one process at a time."""
 
 import contextlib
 import glob
@@ -20,6 +20,11 @@ PATIENCE = 5.0  # seconds to wait for another writer, which takes a few millisec
 MAX_REPORT_BYTES = 2**28
 
 _held = threading.local()  # the locks that each thread holds, which makes them reentrant
+
+
+def parse_path(text: str) -> Path:
+    """A path; `~` is the user's home folder even if the shell does not expand it, e.g. in ``--data=~/mnist``."""
+    return Path(os.path.expanduser(text))
 
 
 def make_folder(folder: Path) -> None:

@@ -755,7 +755,7 @@ def test_signals_are_ignored_during_exit_and_if_they_were_before():
     """An impatient second Ctrl-C must not interrupt the cleanup, and Ctrl-C must not stop a background job."""
     program = """if True:
         import os, signal
-        from model.cli.signals import Stopped, stoppable
+        from model.extras.signals import Stopped, stoppable
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         with stoppable():
             os.kill(os.getpid(), signal.SIGINT)
