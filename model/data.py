@@ -77,7 +77,7 @@ FILES = (
 )
 
 # Remembered, so that only the first of several calls waits for the network to time out.
-_download_failure = ""
+download_failure = ""
 
 
 class DataError(Exception):
@@ -294,9 +294,9 @@ def _download(cache: Path) -> None:
     import pooch  # these take a fifteenth of a second to import, and are needed only once
     import requests
 
-    global _download_failure
-    if _download_failure:
-        raise DataError(_download_failure)
+    global download_failure
+    if download_failure:
+        raise DataError(download_failure)
     downloader = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), timeout=TIMEOUT)
     failures = []
     for mirror in MIRRORS:
@@ -321,11 +321,11 @@ def _download(cache: Path) -> None:
                 " or name a directory with MNIST's files by --data or MNIST_DIR"
             ) from error
         failures.append(f"{mirror} ({reason})")
-    _download_failure = (
+    download_failure = (
         f"MNIST could not be downloaded from {' or '.join(failures)}. Check the network,"
         " name a directory with MNIST's files by --data or MNIST_DIR, or use --dataset digits28"
     )
-    raise DataError(_download_failure)
+    raise DataError(download_failure)
 
 
 def _read_pair(directory: Path, images_file: File, labels_file: File) -> tuple[Bytes, Bytes]:
@@ -494,13 +494,13 @@ def load_digits28() -> Dataset:
     Dataset
     """
     # The file's name has a hash of the source that makes the data, so that data made by other code is never used.
-    recipe = inspect.getsource(_build_digits28) + inspect.getsource(_vary)
+    recipe = inspect.getsource(build_digits28) + inspect.getsource(vary)
     path = cache_directory() / f"digits28-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.npz"
     try:
         with path.open("rb") as stream, np.load(stream) as stored:
             dataset = Dataset("digits28", *(stored[field] for field in Dataset._fields[1:]))
     except Exception:  # missing, or damaged in any way: build it again
-        dataset = _build_digits28()
+        dataset = build_digits28()
         with contextlib.suppress(OSError):  # without a cache, it is built again next time
             _store(dataset, path)
     for array in dataset[1:]:
@@ -516,7 +516,7 @@ def _store(dataset: Dataset, path: Path) -> None:
     write_whole(path, stream.getvalue())
 
 
-def _build_digits28() -> Dataset:
+def build_digits28() -> Dataset:
     """Prepare scikit-learn's digits as MNIST's were, split them, and augment each part."""
     from scipy import ndimage  # both here, as MNIST does not need them
     from sklearn.datasets import load_digits
@@ -534,12 +534,12 @@ def _build_digits28() -> Dataset:
     train = len(originals) * 6 // 7  # MNIST's ratio
     return Dataset(
         "digits28",
-        *_vary(originals[:train], labels[:train], 60_000, rng),
-        *_vary(originals[train:], labels[train:], 10_000, rng),
+        *vary(originals[:train], labels[:train], 60_000, rng),
+        *vary(originals[train:], labels[train:], 10_000, rng),
     )
 
 
-def _vary(images: NDArray[np.float32], labels: Bytes, count: int, rng: np.random.Generator) -> tuple[Bytes, Bytes]:
+def vary(images: NDArray[np.float32], labels: Bytes, count: int, rng: np.random.Generator) -> tuple[Bytes, Bytes]:
     """Return `count` copies in random order, each shifted, rotated and scaled at random, as rows of pixels."""
     from scipy import ndimage
 

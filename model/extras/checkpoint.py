@@ -148,7 +148,7 @@ def _read(file: Path) -> Checkpoint:
         _require(declared == _expected(values), "its tensors are not those of the run in its metadata")
         tensors = {name: stored.get_tensor(name) for name in declared}
     _check_tensors(tensors)
-    _require(texts.pop("sha256") == _sha256(tensors, texts), "its checksum is wrong, it has been damaged")
+    _require(texts.pop("sha256") == checksum(tensors, texts), "its checksum is wrong, it has been damaged")
     mlp = MLP(values["layer_sizes"])
     for name, parameter in _named(mlp).items():
         parameter[...] = tensors[name]
@@ -168,7 +168,7 @@ def _content(mlp: MLP, state: State, config: Config) -> bytes:
         _require(tensors[name].shape == shape, f"{name} has shape {tensors[name].shape}, not {shape}")
     _check_tensors(tensors)
     texts = {"format": FORMAT, "run": run}
-    content = safetensors.numpy.save(tensors, {**texts, "sha256": _sha256(tensors, texts)})
+    content = safetensors.numpy.save(tensors, {**texts, "sha256": checksum(tensors, texts)})
     _require(len(content) <= MAX_BYTES, f"it takes more than the limit of {MAX_BYTES:,} bytes")
     header_bytes = int.from_bytes(content[:8], "little")
     _require(header_bytes <= MAX_HEADER_BYTES, f"its settings take more than the limit of {MAX_HEADER_BYTES:,} bytes")
@@ -233,7 +233,8 @@ def _epochs(table: NDArray[np.float64]) -> list[Epoch]:
     ]
 
 
-def _sha256(tensors: dict[str, NDArray], texts: dict[str, str]) -> str:
+def checksum(tensors: dict[str, NDArray], texts: dict[str, str]) -> str:
+    """The SHA-256, in hexadecimal, over the tensors and the other metadata of a checkpoint."""
     digest = hashlib.sha256(json.dumps(texts, sort_keys=True).encode())
     for _, tensor in sorted(tensors.items()):
         digest.update(tensor.tobytes())

@@ -356,7 +356,7 @@ def forged(file, **changes):
     if "run" not in changes:
         texts["run"] = json.dumps(values)
     del texts["sha256"]
-    file.write_bytes(safetensors.numpy.save(tensors, {**texts, "sha256": checkpoint._sha256(tensors, texts)}))
+    file.write_bytes(safetensors.numpy.save(tensors, {**texts, "sha256": checkpoint.checksum(tensors, texts)}))
 
 
 MISSING = object()

@@ -44,7 +44,7 @@ def sandbox(monkeypatch, tmp_path):
     monkeypatch.setattr(data, "FILES", TINY_FILES)
     monkeypatch.setattr(data, "MIRRORS", ["http://127.0.0.1:1/"])
     monkeypatch.setattr(data, "TIMEOUT", (1, 0.2))
-    monkeypatch.setattr(data, "_download_failure", "")
+    monkeypatch.setattr(data, "download_failure", "")
     monkeypatch.setattr(data, "cache_directory", lambda: tmp_path / "cache")
     monkeypatch.delenv("MNIST_DIR", raising=False)
     for variable in ("NO_PROXY", "no_proxy"):
@@ -364,14 +364,14 @@ def test_digits28_resembles_mnist(digits28):
 
 
 def test_digits28_is_deterministic_and_shares_no_original_between_training_and_test(monkeypatch):
-    vary, parts = data._vary, []
+    vary, parts = data.vary, []
 
     def vary_a_few(images, labels, count, rng):
         parts.append({image.tobytes() for image in images})
         return vary(images, labels, count // 100, rng)
 
-    monkeypatch.setattr(data, "_vary", vary_a_few)
-    for first, second in zip(data._build_digits28()[1:], data._build_digits28()[1:], strict=True):
+    monkeypatch.setattr(data, "vary", vary_a_few)
+    for first, second in zip(data.build_digits28()[1:], data.build_digits28()[1:], strict=True):
         np.testing.assert_array_equal(first, second)
     train, test = parts[:2]
     assert train.isdisjoint(test)
@@ -387,7 +387,7 @@ def builds(monkeypatch):
         count.append(1)
         return TINY._replace(name="digits28", train_images=TINY.train_images.copy())
 
-    monkeypatch.setattr(data, "_build_digits28", build)
+    monkeypatch.setattr(data, "build_digits28", build)
     return count
 
 
@@ -428,7 +428,7 @@ def test_flipped_bit_in_cached_digits28_is_detected(builds, cache):
 
 def test_changed_recipe_does_not_serve_stale_digits28(monkeypatch, builds, cache):
     load_digits28()
-    monkeypatch.setattr(data, "_build_digits28", lambda: TINY._replace(train_labels=TINY.train_labels[::-1]))
+    monkeypatch.setattr(data, "build_digits28", lambda: TINY._replace(train_labels=TINY.train_labels[::-1]))
     np.testing.assert_array_equal(load_digits28().train_labels, TINY.train_labels[::-1])
     assert len(files_below(cache)) == 2
 

@@ -188,7 +188,7 @@ def checkpoint_mutant(random):
         values = np.frombuffer(values[: len(values) // 8 * 8], dtype)
         same_shape = values.size >= tensors[name].size
         tensors[name] = values[: tensors[name].size].reshape(tensors[name].shape) if same_shape else values
-    texts["sha256"] = checkpoint._sha256(tensors, {key: text for key, text in texts.items() if key != "sha256"})
+    texts["sha256"] = checkpoint.checksum(tensors, {key: text for key, text in texts.items() if key != "sha256"})
     return in_order(safetensors.numpy.save(tensors, texts))
 
 
