@@ -26,7 +26,7 @@ from bench.studies.epochs import BIG_PRODUCTS
 from bench.studies.ladder import BLAS
 from bench.studies.mini_batches import PARTS, WHOLE
 from bench.studies.workers import MEMORY_LIMIT, calculation
-from model.published import comparison_table, full_batch_histories, history
+from model.published import comparison_table, full_batch_histories
 
 ROOT = Path(__file__).parents[2]
 PUBLISHED_RESULTS = ROOT / "bench" / "results"
@@ -133,10 +133,10 @@ def speed_table(results: Path) -> str:
 def accuracy_table(results: Path) -> str:
     """The published accuracies beside ours, and pure Python's after its mini-batches."""
     reproduced = result_of(results, "reproduction").reproduced
-    table = _markdown(comparison_table(full_batch_histories(reproduced), reproduced["dataset"], MARKDOWN))
-    if "naive" not in reproduced["runs"]:
+    table = _markdown(comparison_table(full_batch_histories(reproduced), reproduced.dataset, MARKDOWN))
+    if "naive" not in reproduced.runs:
         return table
-    (naive,) = history(reproduced["runs"]["naive"]).epochs
+    (naive,) = reproduced.runs["naive"].result().epochs
     words = f"{naive.test_accuracy:.2%} test accuracy after {naive.seconds:.0f} s of pure Python."
     return f"{table}\n\n`naive`, in mini-batches: {words}"
 

@@ -16,10 +16,10 @@ from bench.peers.ours import compile_seconds
 from bench.peers.pytorch import mkl_code_path
 from bench.peers.task import Competitor, Task, UnavailableError
 from bench.publish.claims import FRAMEWORKS
-from bench.publish.style import in_seconds, label, right_labels
+from bench.publish.style import colour, in_seconds, label, right_labels
 from kernels import backend_names, get_backend
 from model.data import Dataset
-from model.extras.figure import BOUND_COLOUR, colour, figure_file, print_small, title
+from model.extras.figure import BOUND_COLOUR, figure_file, print_small, title
 from model.mlp import MLP
 from model.threads import available_cores, thread_pool
 

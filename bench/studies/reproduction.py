@@ -4,14 +4,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from rich.progress import Progress
 
 from kernels import backend_names, get_backend
 from model.data import Dataset
 from model.extras.figure import draw_curves
-from model.published import reproduce
+from model.published import Reproduction, reproduce
 from model.training import State
 
 
@@ -19,8 +19,7 @@ from model.training import State
 class Result:
     """The study's record."""
 
-    reproduced: dict[str, Any]
-    """From `model.published.reproduce`."""
+    reproduced: Reproduction
     kind: Literal["reproduction"] = "reproduction"
 
 

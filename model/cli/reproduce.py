@@ -1,5 +1,6 @@
 """``python -m model reproduce``."""
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,12 +42,12 @@ def reproduce_command(
     if histories := full_batch_histories(report):
         show(comparison_table(histories, images.name))
         draw_curves(figure, report)
-    for name in report["runs"].keys() - histories.keys():
-        tell(mini_batch_line(name, report))
+    for name in report.runs.keys() - histories.keys():
+        tell(mini_batch_line(name, report.runs[name]))
     if images.name != "MNIST":
         tell(f"This run used {images.name}; the published accuracies are for MNIST.")
     tell(FITTED)
-    write_json(json_file, {"environment": environment(), **report})
+    write_json(json_file, {"environment": environment(), **dataclasses.asdict(report)})
     tell(f"wrote {json_file}" + (f" and {figure}" if histories else ""))
 
 
