@@ -24,7 +24,7 @@ def mnist():
     """MNIST; without MNIST_DIR, skips the test, or fails if REQUIRE_MNIST is set."""
     if not os.environ.get("MNIST_DIR"):
         if os.environ.get("REQUIRE_MNIST"):
-            pytest.fail("REQUIRE_MNIST is set, but MNIST_DIR does not name the folder with the four MNIST files")
+            pytest.fail("REQUIRE_MNIST is set, but MNIST_DIR is not set to the folder with the four MNIST files")
         pytest.skip("MNIST_DIR is not set")
     return load_mnist()
 

@@ -9,7 +9,7 @@ import typer
 
 from kernels import backend_names, get_backend
 from model.cli import options as opt
-from model.cli.console import show, tell
+from model.cli.console import print_result, show
 from model.cli.progress import training
 from model.data import load_dataset
 from model.extras.environment import environment
@@ -43,12 +43,12 @@ def reproduce_command(
         show(comparison_table(histories, images.name))
         draw_curves(figure, report)
     for name in report.runs.keys() - histories.keys():
-        tell(mini_batch_line(name, report.runs[name]))
+        print_result(mini_batch_line(name, report.runs[name]))
     if images.name != "MNIST":
-        tell(f"This run used {images.name}; the published accuracies are for MNIST.")
-    tell(FITTED)
+        print_result(f"This run used {images.name}; the published accuracies are for MNIST.")
+    print_result(FITTED)
     write_json(json_file, {"environment": environment(), **dataclasses.asdict(report)})
-    tell(f"wrote {json_file}" + (f" and {figure}" if histories else ""))
+    print_result(f"wrote {json_file}" + (f" and {figure}" if histories else ""))
 
 
 @contextmanager

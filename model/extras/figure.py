@@ -19,7 +19,7 @@ with mock.patch.dict(os.environ):
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from model.extras.files import write_whole
+from model.extras.files import write_atomically
 from model.published import PUBLISHED, Reproduction, full_batch_histories
 
 # Okabe and Ito's palette, which is safe for colour-blind readers. A backend has the same colour in every figure.
@@ -66,7 +66,7 @@ def figure_file(file: Path, **size: Any) -> Iterator[Figure]:
         yield figure
         png = io.BytesIO()
         canvas.print_png(png, metadata={"Software": None})
-        write_whole(file, png.getvalue())
+        write_atomically(file, png.getvalue())
 
 
 def title(figure: Figure, text: str) -> None:

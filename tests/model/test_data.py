@@ -1,4 +1,4 @@
-"""MNIST is found, fetched and verified; whatever is wrong with it is said in one line; digits28 is sound.
+"""MNIST is found, fetched and verified; every problem is a one-line error; digits28 is sound.
 
 Nothing here touches the internet or the user's cache: tiny files play MNIST, and a local server its mirrors.
 """
@@ -592,7 +592,7 @@ def test_compressed_idx_files_are_not_mapped(folder):
 
 
 def test_idx_needs_a_folder():
-    with pytest.raises(DataError, match="name it by --data or MNIST_DIR"):
+    with pytest.raises(DataError, match="pass --data or set MNIST_DIR"):
         load_dataset("idx")
 
 
@@ -656,9 +656,7 @@ def test_labels_beyond_9_are_explained(folder):
 @pytest.mark.parametrize("load", [load_mnist, load_idx])
 def test_a_file_or_nothing_instead_of_the_folder(folder, load):
     file = folder / f"{TRAIN_IMAGES}.gz"
-    with pytest.raises(
-        DataError, match=re.escape(f"{file} is a file. Name the folder that holds it: --data {folder}") + "$"
-    ):
+    with pytest.raises(DataError, match=re.escape(f"{file} is a file. Pass its folder: --data {folder}") + "$"):
         load(file)
     with pytest.raises(DataError, match=r"/none: no such folder"):
         load(folder / "none")

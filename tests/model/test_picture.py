@@ -77,7 +77,7 @@ def trained():
 
 
 def prepared_again(dataset, part):
-    """Images and labels of digits28, without the few in a hundred that look like something else."""
+    """Images and labels of digits28, without the few in a hundred that are refused."""
     images, labels = getattr(dataset, f"{part}_images"), getattr(dataset, f"{part}_labels")
     results = prepared_or_none(encoded(Image.fromarray(image.reshape(28, 28))) for image in images)
     read = [result is not None for result in results]
@@ -87,8 +87,8 @@ def prepared_again(dataset, part):
 
 
 def prepared_or_none(contents):
-    """Of each file the image, or None if it is refused; on all cores, as the filters release the GIL."""
-    decoding = threading.Lock()  # for it changes the filters of warnings, which threads share
+    """The image in each file, or None if refused; on all cores, as the filters release the GIL."""
+    decoding = threading.Lock()  # catch_warnings changes global state
 
     def attempt(content):
         try:
@@ -105,7 +105,7 @@ def prepared_or_none(contents):
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_accuracy_is_kept_within_two_points(trained, variant, record_property):
-    """A large one takes a tenth of a second."""
+    """Slow: a large picture takes 0.1 s."""
     mlp, images, labels = trained
     rng = np.random.default_rng(0)
     drawn = [VARIANTS[variant](Image.fromarray(image.reshape(28, 28)), rng) for image in images]
@@ -256,7 +256,7 @@ def test_what_shows_no_digit_is_refused_in_one_line(tmp_path, name):
     file = tmp_path / "picture.png"
     file.write_bytes(content)
     before, start = peak_memory(), time.perf_counter()
-    with pytest.raises(PictureError, match=rf"^{re.escape(str(file))}: .*({problem}).*\. [A-Z]") as error:
+    with pytest.raises(PictureError, match=rf"^{re.escape(str(file))} .*({problem}).*\. [A-Z]") as error:
         read_picture(file)
     assert "\n" not in str(error.value)
     assert peak_memory() - before < 20e6
@@ -276,7 +276,7 @@ def test_a_file_cut_short_anywhere_is_refused(content):
 
 
 @needs_posix
-def test_a_name_that_is_no_file_is_refused(tmp_path):
+def test_paths_that_are_not_files_are_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for name, problem in {
         tmp_path: "is a folder",
@@ -291,7 +291,7 @@ def test_a_name_that_is_no_file_is_refused(tmp_path):
         assert "\n" not in str(error.value)
 
 
-def test_a_file_of_too_many_bytes_is_not_read(tmp_path):
+def test_oversized_files_are_not_read(tmp_path):
     file = tmp_path / "huge.png"
     with file.open("wb") as stream:
         stream.write(PICTURES["grey"])
@@ -380,7 +380,7 @@ def test_an_unsure_network_says_so(tmp_path, capsys):
     assert noted == ""
 
 
-def test_what_digits28_does_not_teach_is_said(tmp_path, capsys):
+def test_predict_warns_about_networks_trained_on_digits28(tmp_path, capsys):
     file, network = tmp_path / "good.png", tmp_path / "network"
     file.write_bytes(PICTURES["grey"])
     config = Config("numpy", "digits28", "0" * 64, None, 3, 0.1, 32, 0, 1, 1)
@@ -410,7 +410,7 @@ def test_several_digits_are_refused(tmp_path):
         for left in (0, SIZE[0]):
             pair.paste(digit("L"), (left, 10))
         (pair.rotate(90, expand=True) if turned else pair).save(file)
-        with pytest.raises(PictureError, match=rf"^{re.escape(str(file))}: shows several digits\. Crop it to one of"):
+        with pytest.raises(PictureError, match=rf"^{re.escape(str(file))} shows several digits\. Crop it to one of"):
             predict_command(file, network)
 
 
@@ -426,9 +426,9 @@ def test_predict_says_in_one_line_what_is_wrong(tmp_path):
     huge = saved(tmp_path / "huge", huge)
     result = run_model("predict", text, "--checkpoint", network)
     assert (result.returncode, result.stdout) == (2, "")
-    assert re.fullmatch(rf"error: {re.escape(str(text))}: is not a PNG or JPEG picture.*\n", result.stderr)
+    assert re.fullmatch(rf"error: {re.escape(str(text))} is not a PNG or JPEG picture.*\n", result.stderr)
     for checkpoint, message in (
-        (small, f"^{re.escape(str(small))}: its network is not for images of 28 x 28 pixels"),
+        (small, f"^{re.escape(str(small))}: its network does not take images of 28 x 28 pixels: use one that does$"),
         (huge, f"^{re.escape(str(huge))}: its parameters are too large"),
         (text, f"{re.escape(str(text))}.* not a checkpoint"),
     ):

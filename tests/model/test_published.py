@@ -48,8 +48,8 @@ def test_mini_batches_reach_92_percent(backend, slow_runs, record_property):
     assert np.mean(predictions == expected) >= 0.99
 
 
-def test_the_stand_in_for_mnist_is_learned_as_well():
-    """By the fastest backend; where MNIST is not, the tests above show it for all."""
+def test_backends_also_learn_digits28():
+    """On the fastest backend; without MNIST, the tests above cover all."""
     assert full_batch_history(get_backend("sparse"), "digits28").epochs[-1].test_accuracy >= 0.92
     assert mini_batch_run("sparse", "digits28")[0] >= 0.92
 
