@@ -84,7 +84,7 @@ def test_a_terminal_shows_a_progress_bar():
         (["--seed", "-1"], "Invalid value for '--seed'"),
         (["--threads", "0"], "threads must be at least 1"),
         (["--dataset", "cifar"], "Unknown dataset 'cifar'"),
-        (["--dataset", "mnist", "--data", "/nowhere"], "/nowhere: no such folder"),
+        (["--dataset", "mnist", "--data", "/nowhere"], "there is no folder /nowhere: pass the one with"),
         (["--json", "/no/such/folder/x.json"], "there is no folder /no/such/folder"),
         (["--json", "/"], "it is a folder"),
         (["--frobnicate"], "No such option: --frobnicate"),

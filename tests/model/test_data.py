@@ -562,7 +562,7 @@ def test_idx_files_may_have_any_classes_and_size(tmp_path, largest, shape):
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
     [
-        (TRAIN_IMAGES, None, "train-images-idx3-ubyte is missing or inaccessible. Put it there"),
+        (TRAIN_IMAGES, None, "train-images-idx3-ubyte is missing or inaccessible. Copy it there"),
         (TRAIN_IMAGES, PLAIN[TRAIN_IMAGES][:-1], "truncated, 3935 bytes instead of 3936"),
         (TRAIN_IMAGES, PLAIN[TRAIN_IMAGES] + b"x", "too long"),
         (TRAIN_IMAGES, PLAIN[TRAIN_LABELS], "magic number 00000801 instead of 00000803"),
@@ -658,7 +658,7 @@ def test_a_file_or_nothing_instead_of_the_folder(folder, load):
     file = folder / f"{TRAIN_IMAGES}.gz"
     with pytest.raises(DataError, match=re.escape(f"{file} is a file. Pass its folder: --data {folder}") + "$"):
         load(file)
-    with pytest.raises(DataError, match=r"/none: no such folder"):
+    with pytest.raises(DataError, match=r"there is no folder .*/none: pass the one with"):
         load(folder / "none")
 
 
@@ -667,7 +667,7 @@ def test_the_home_folder(folder, monkeypatch):
     assert_tiny(load_mnist(f"~/{folder.name}"))
     monkeypatch.setenv("MNIST_DIR", f"~/{folder.name}")
     assert_tiny(load_mnist())
-    with pytest.raises(DataError, match="no such folder"):
+    with pytest.raises(DataError, match="there is no folder .*: pass the one with"):
         load_mnist("~nobody-of-this-name/x")
 
 
