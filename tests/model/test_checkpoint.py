@@ -24,7 +24,7 @@ from model.extras import checkpoint, files
 from model.extras.checkpoint import Checkpoint, CheckpointError, Config, load, save
 from model.extras.files import locked
 from model.mlp import MLP
-from model.training import State, train
+from model.training import Epoch, State, train
 from tests.support import kills
 from tests.support.runs import assert_same
 from tests.support.systems import needs_posix, needs_proc
@@ -37,7 +37,7 @@ CONFIG = Config("numpy", "tiny", "0" * 64, None, 6, 0.3, 1200, 0, 2, 2)
 def file(tmp_path):
     """A checkpoint in the middle of the second epoch, alone in its folder."""
     mlp, state = MLP(SIZES), State.start(0)
-    state.history.epochs = [checkpoint.Epoch(1, 2.3, 0.1, None, 0.5), checkpoint.Epoch(2, 2.2, 0.2, 0.25, 0.5)]
+    state.history.epochs = [Epoch(1, 2.3, 0.1, None, 0.5), Epoch(2, 2.2, 0.2, 0.25, 0.5)]
     state.steps, state.loss, state.correct, state.seconds = 3, 1.1, 7, 0.1
     save(tmp_path / "run.safetensors", mlp, state, CONFIG)
     return tmp_path / "run.safetensors"
@@ -105,7 +105,7 @@ def test_a_state_from_another_run_is_an_error(tiny):
         match="the state has done 6 steps, but an epoch here has only 5: resume with the same data and batch size",
     ):
         train(MLP(SIZES), NumpyBackend(), tiny, epochs=2, batch_size=600, state=state)
-    state.steps, state.history.epochs = 0, [checkpoint.Epoch(1, 0, 0, 0, 0)] * 3
+    state.steps, state.history.epochs = 0, [Epoch(1, 0, 0, 0, 0)] * 3
     with pytest.raises(ValueError, match="3 epochs have been started: epochs must be at least 3, not 2"):
         train(MLP(SIZES), NumpyBackend(), tiny, epochs=2, state=state)
     state.steps = 1
@@ -572,7 +572,7 @@ def test_the_history_does_not_replace_the_checkpoint(main, trained, tmp_path, mo
     code, shown, error = main("train", option, "run", "--json", name)
     assert (code, shown) == (2, "")
     assert re.fullmatch(r"error: .*\n", error)
-    if option == "--resume" or name != "hard link":  # else --checkpoint has an error of its own
+    if option == "--resume" or name != "hard link":  # --checkpoint reports a different error
         assert " is the checkpoint run: choose another file for the history" in error
     assert (file.exists() and file.read_bytes()) == before
 
@@ -645,7 +645,7 @@ def test_a_read_only_folder_is_an_error_before_training(main, tmp_path, monkeypa
     assert not list(tmp_path.iterdir())
 
 
-def test_changed_images_are_another_run(main, trained, monkeypatch):
+def test_changed_images_count_as_another_run(main, trained, monkeypatch):
     dataset = command_line.load_dataset("digits28")
     images = dataset.test_images.copy()
     images[-1, -1] ^= 1

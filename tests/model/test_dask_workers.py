@@ -504,7 +504,7 @@ def test_a_truncated_file_is_a_one_line_error(processes, tmp_path, digits28):
             time.sleep(0.02)
             assert process.poll() is None, process.stderr.read()
         os.truncate(file, 100_000)
-        if place:  # all that read it may have died: one more says which file it was
+        if place:  # all workers that read it may have died: one more reports the file
             processes.start_worker()
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 2
@@ -517,7 +517,7 @@ def test_a_truncated_file_is_a_one_line_error(processes, tmp_path, digits28):
     processes.have(2)
 
 
-def test_checkpoints_of_workers_and_of_one_process_name_the_same_data(processes, tmp_path, digits28):
+def test_checkpoints_of_workers_and_of_one_process_identify_the_same_data(processes, tmp_path, digits28):
     processes.have(2)
     write_idx(tmp_path, limited(digits28, 9_000))
     mapped = load_idx(tmp_path)

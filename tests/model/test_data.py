@@ -1,6 +1,6 @@
 """MNIST is found, fetched and verified; every problem is a one-line error; digits28 is sound.
 
-Nothing here touches the internet or the user's cache: tiny files play MNIST, and a local server its mirrors.
+Nothing here touches the internet or the user's cache: tiny files stand in for MNIST, a local server for its mirrors.
 """
 
 import errno
@@ -198,7 +198,7 @@ def test_parser_accepts_exactly_what_it_can_represent(ndim, header, body, right_
 
 
 class Mirrors(http.server.BaseHTTPRequestHandler):
-    """One server with several mirrors: the first part of the path says how each fails."""
+    """One server with several mirrors: the first part of the path determines how each fails."""
 
     def do_GET(self):
         self.server.requests.append(self.path)
@@ -237,7 +237,7 @@ def server():
 
 @pytest.fixture
 def use_mirrors(monkeypatch, server):
-    """Return a function that names the mirrors to use."""
+    """Return a function that sets the mirrors to use."""
 
     def use(*names):
         mirrors = [f"http://127.0.0.1:{server.server_port}/{name}/" for name in names]
@@ -667,7 +667,7 @@ def test_the_home_folder(folder, monkeypatch):
     assert_tiny(load_mnist(f"~/{folder.name}"))
     monkeypatch.setenv("MNIST_DIR", f"~/{folder.name}")
     assert_tiny(load_mnist())
-    with pytest.raises(DataError, match="there is no folder .*: pass the one with"):
+    with pytest.raises(DataError, match=r"there is no folder .*: pass the one with"):
         load_mnist("~nobody-of-this-name/x")
 
 

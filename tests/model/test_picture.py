@@ -1,4 +1,4 @@
-"""Pictures of digits: prepared as MNIST was, whatever they look like, and refused in one line if they cannot be."""
+"""Pictures of digits are prepared like MNIST's images, whatever they look like, or refused in one line."""
 
 import io
 import os
@@ -63,7 +63,7 @@ VARIANTS = {
 
 @pytest.fixture(scope="module")
 def trained():
-    """A network that has learned for a moment, and images that it has not seen: a thousand of MNIST, 500 of digits28.
+    """A network trained for a moment, and images that it has not seen: 1,000 of MNIST's, or 500 of digits28's.
 
     The digits of digits28 do not fill the box of 20 x 20: they are prepared again first.
     """
@@ -121,10 +121,10 @@ def test_accuracy_is_kept_within_two_points(trained, variant, record_property):
 
 
 def test_images_of_mnist_hardly_change(mnist):
-    """They fit the box and are centred already: only the faintest pixels go, and with them a row or column at times.
+    """They already fit the box and are centred: only the faintest pixels are lost, sometimes with a row or column.
 
-    With none left out, nine in ten come out as they went in, but for three levels, as full ink is a percentile: so
-    scale and centre are those of MNIST.
+    If no pixel is dropped, nine in ten images come back within three levels, since full ink is a percentile. So scale
+    and centre are MNIST's.
     """
     images = mnist.test_images[:300].reshape(-1, 28, 28)
     with pytest.MonkeyPatch.context() as patch:
@@ -133,7 +133,7 @@ def test_images_of_mnist_hardly_change(mnist):
     assert np.mean(same) > 0.85
 
 
-# Whatever they look like -------------------------------------------------------------------------------------------
+# Every format -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", PICTURES)
@@ -156,7 +156,7 @@ def test_size_hardly_matters(factor):
 
 @pytest.mark.parametrize("name", JPEGS)
 def test_jpeg_gives_nearly_the_same_image(name):
-    """JPEG blurs the rims, by which the box may be a pixel of 120 larger: no grey level is far off on average."""
+    """JPEG blurs edges, so the box may be one pixel of 120 larger: grey levels differ little on average."""
     result = prepared(JPEGS[name])
     assert_prepared(result)
     assert np.abs(result.astype(int) - EXPECTED).mean() < 4
@@ -164,7 +164,7 @@ def test_jpeg_gives_nearly_the_same_image(name):
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
 def test_damaged_exif_data_are_ignored(kind):
-    """Any byte of them; the orientation is obeyed as long as it can be found, whatever is wrong with the rest."""
+    """Any damaged byte; the orientation is applied whenever it can be found, however damaged the rest is."""
 
     def with_exif(content):
         return decode(io.BytesIO(encoded(digit(), kind, exif=content)), "picture").tobytes()
@@ -208,7 +208,7 @@ def test_large_texts_in_a_png_are_skipped():
     np.testing.assert_array_equal(prepared(encoded(digit(), pnginfo=texts)), EXPECTED)
 
 
-def test_a_jpeg_without_its_end_mark_is_read():
+def test_a_jpeg_without_its_end_marker_is_read():
     np.testing.assert_array_equal(prepared(JPEGS["JPEG"][:-2]), prepared(JPEGS["JPEG"]))
 
 
@@ -251,7 +251,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_shows_no_digit_is_refused_in_one_line(tmp_path, name):
+def test_unusable_pictures_are_refused_in_one_line(tmp_path, name):
     content, problem = REFUSED[name]
     file = tmp_path / "picture.png"
     file.write_bytes(content)
@@ -265,7 +265,7 @@ def test_what_shows_no_digit_is_refused_in_one_line(tmp_path, name):
 
 @pytest.mark.parametrize("content", [PICTURES["grey"], JPEGS["JPEG"], PICTURES["16 bits"]])
 def test_a_file_cut_short_anywhere_is_refused(content):
-    """Refused, unless nothing but checksums and end marks is missing."""
+    """Refused, unless only checksums and end markers are missing."""
     for end in range(len(content)):
         try:
             result = prepared(content[:end])
@@ -329,7 +329,7 @@ def test_predict_shows_the_digit_and_a_bar_for_each(tmp_path, trained):
 
 
 def test_letters_are_trained_resumed_and_predicted(tmp_path, digits28):
-    """Labels 1 to 26, as EMNIST's letters have: a run, its continuation, and what it says of a picture."""
+    """Labels 1 to 26, like EMNIST's letters: train, resume and predict."""
     few = limited(digits28, 300)
     labels = [(1 + np.arange(len(array)) % 26).astype(np.uint8) for array in (few.train_labels, few.test_labels)]
     write_idx(tmp_path, few._replace(train_labels=labels[0], test_labels=labels[1]))
@@ -392,7 +392,7 @@ def test_predict_warns_about_networks_trained_on_digits28(tmp_path, capsys):
 
 
 def test_a_picture_in_the_home_folder(tmp_path, capsys, monkeypatch):
-    """Quoted, so that the shell leaves the tilde as it is."""
+    """With a quoted tilde, which the shell does not expand."""
     for variable in ("HOME", "USERPROFILE"):
         monkeypatch.setenv(variable, str(tmp_path))
     (tmp_path / "good.png").write_bytes(PICTURES["grey"])
@@ -414,7 +414,7 @@ def test_several_digits_are_refused(tmp_path):
             predict_command(file, network)
 
 
-def test_predict_says_in_one_line_what_is_wrong(tmp_path):
+def test_errors_of_predict_are_one_line(tmp_path):
     good, text = tmp_path / "good.png", tmp_path / "text.png"
     good.write_bytes(PICTURES["grey"])
     text.write_text("seven")

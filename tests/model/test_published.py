@@ -54,7 +54,7 @@ def test_backends_also_learn_digits28():
     assert mini_batch_run("sparse", "digits28")[0] >= 0.92
 
 
-def test_nine_of_ten_starts_pass_the_mini_batch_protocol(mnist, record_property):
+def test_nine_of_ten_starts_pass_the_mini_batch_schedule(mnist, record_property):
     accuracies = []
     for seed in range(10):
         _, history = run(MINI_BATCH, NumpyBackend(), mnist, seed)

@@ -75,7 +75,7 @@ def compare(epochs: int, images: int, hidden: int) -> None:
                 flush=True,
             )
             assert end - start <= MAX_GROWTH, f"{name}: memory grew"
-            assert distance <= MAX_APART, f"{name}: its parameters are elsewhere"
+            assert distance <= MAX_APART, f"{name}: its parameters have drifted away"
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ def run_model(*arguments, **options):
 
 @functools.cache
 def mini_batch_run(backend_name, dataset_name):
-    """Test accuracy and predictions after the mini-batch protocol, without a test pass in pure Python."""
+    """Test accuracy and predictions after the mini-batch schedule, without a test pass in pure Python."""
     dataset = load_dataset(dataset_name)
     unseen = dataset._replace(test_images=dataset.test_images[:1], test_labels=dataset.test_labels[:1])
     mlp, _ = run(MINI_BATCH, get_backend(backend_name), unseen)
