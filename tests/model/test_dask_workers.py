@@ -452,6 +452,7 @@ def test_a_worker_that_would_compute_different_bits(mortal, tiny, name, value, m
 
 
 def test_a_scheduler_of_another_version(processes, monkeypatch):
+    processes.have(1)
     versions = {"scheduler": {"packages": {"distributed": "1.0"}}}
     monkeypatch.setattr(Client, "get_versions", lambda client: versions)
     with pytest.raises(ClusterError, match=r"the scheduler has distributed 1\.0, not 20"):
