@@ -16,11 +16,9 @@ from bench.measure.records import Machine, RecordError, Section, read, write
 from bench.publish.folder import MACHINE, RUN, existing_run, read_folder, save
 from bench.publish.report import write_report
 from bench.studies import STUDIES, study
-from model.cli.options import parse_path
-from model.cli.signals import Stopped
 from model.data import DataError, limited, load_dataset
 from model.extras.environment import environment
-from model.extras.files import make_folder
+from model.extras.files import make_folder, parse_path
 
 app = typer.Typer(help="Run studies, and draw their results.", add_completion=False, pretty_exceptions_enable=False)
 out = Console(markup=False, highlight=False, soft_wrap=True)
@@ -195,8 +193,6 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except Stopped as stopped:
-        sys.exit(128 + stopped.signal)
     except usage_error as error:
         message = error.format_message()
     except (DataError, RecordError, ValueError, OSError) as error:

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from kernels import backend_names
-from model.cli.options import parse_path
 from model.data import DataError, limited, load_dataset
 from model.extras.environment import environment
+from model.extras.files import parse_path
 from model.threads import available_cores, thread_pool
 
 RECORDED = ("kernels", "epochs", "ladder")

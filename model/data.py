@@ -21,7 +21,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from model.extras.files import write_whole
+from model.extras.files import write_atomically
 from model.extras.mapping import map_bytes
 from model.shards import shard_ranges
 
@@ -77,7 +77,7 @@ FILES = (
 )
 
 # Remembered, so that only the first of several calls waits for the network to time out.
-_download_failure = ""
+download_failure = ""
 
 
 class DataError(Exception):
@@ -144,7 +144,7 @@ def load_dataset(
     ------
     DataError
         If the name is unknown or the data cannot be loaded. With ``"auto"``, the latter is an error only if `directory`
-        or the environment variable ``MNIST_DIR`` is given: whoever names a folder wants MNIST.
+        or the environment variable ``MNIST_DIR`` is given: whoever gives a folder wants MNIST.
     """
     if name not in DATASETS:
         raise DataError(f"Unknown dataset {name!r}: choose one of {', '.join(DATASETS)}")
@@ -167,7 +167,7 @@ def load_mnist(directory: str | os.PathLike[str] | None = None) -> Dataset:
     Parameters
     ----------
     directory : path, optional
-        Where the four files are, plain or as ``.gz``, named as in ``train-images-idx3-ubyte`` or
+        Where the four files are, plain or as ``.gz``, named like ``train-images-idx3-ubyte`` or
         ``train-images.idx3-ubyte``. Defaults to the environment variable ``MNIST_DIR``.
 
     Returns
@@ -193,7 +193,7 @@ def load_idx(directory: str | os.PathLike[str] | None = None) -> Dataset:
     Parameters
     ----------
     directory : path, optional
-        Where the four files are, not compressed, named as MNIST's are, see `load_mnist`. Defaults to the environment
+        Where the four files are, not compressed, named like MNIST's, see `load_mnist`. Defaults to the environment
         variable ``MNIST_DIR``.
 
     Returns
@@ -207,7 +207,7 @@ def load_idx(directory: str | os.PathLike[str] | None = None) -> Dataset:
     """
     source = _given_directory(directory)
     if source is None:
-        raise DataError("No folder with IDX files is given: name it by --data or MNIST_DIR")
+        raise DataError("No folder with IDX files is given: pass --data or set MNIST_DIR")
     arrays: list[Bytes] = []
     for images_file, labels_file in (FILES[:2], FILES[2:]):
         images_path, images = _map(source, images_file)
@@ -294,9 +294,9 @@ def _download(cache: Path) -> None:
     import pooch  # these take a fifteenth of a second to import, and are needed only once
     import requests
 
-    global _download_failure
-    if _download_failure:
-        raise DataError(_download_failure)
+    global download_failure
+    if download_failure:
+        raise DataError(download_failure)
     downloader = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), timeout=TIMEOUT)
     failures = []
     for mirror in MIRRORS:
@@ -318,14 +318,14 @@ def _download(cache: Path) -> None:
         except OSError as error:
             raise DataError(
                 f"Cannot write to the cache directory {cache} ({error}). Make it writable,"
-                " or name a directory with MNIST's files by --data or MNIST_DIR"
+                " or set --data or MNIST_DIR to a folder with MNIST's files"
             ) from error
         failures.append(f"{mirror} ({reason})")
-    _download_failure = (
+    download_failure = (
         f"MNIST could not be downloaded from {' or '.join(failures)}. Check the network,"
-        " name a directory with MNIST's files by --data or MNIST_DIR, or use --dataset digits28"
+        " set --data or MNIST_DIR to a folder with MNIST's files, or use --dataset digits28"
     )
-    raise DataError(_download_failure)
+    raise DataError(download_failure)
 
 
 def _read_pair(directory: Path, images_file: File, labels_file: File) -> tuple[Bytes, Bytes]:
@@ -371,12 +371,12 @@ def _find(directory: Path, file: File, suffixes: tuple[str, ...]) -> Path | None
 def _check_folder(directory: Path) -> None:
     """Raise a DataError if there is no such folder, or it is a file."""
     if os.path.isfile(directory):
-        raise DataError(f"{directory} is a file. Name the folder that holds it: --data {directory.absolute().parent}")
+        raise DataError(f"{directory} is a file. Pass its folder: --data {directory.absolute().parent}")
     if not os.path.isdir(directory):
-        raise DataError(f"{directory}: no such folder. Name the one with the four files")
+        raise DataError(f"there is no folder {directory}: pass the one with the four files")
 
 
-def _check_head(path: Path, head: bytes, advice: str, packed: bool = False) -> None:
+def _check_head(path: Path, head: bytes, advice: str, compressed: bool = False) -> None:
     """Raise a DataError if the file starts like one that is often saved in its place by mistake."""
     if not head:
         raise DataError(f"{path}: the file is empty. {advice}")
@@ -386,7 +386,7 @@ def _check_head(path: Path, head: bytes, advice: str, packed: bool = False) -> N
         raise DataError(f"{path}: a web page (HTML or XML), as servers send in place of a missing file. {advice}")
     if head.startswith(b"PK\3\4"):
         raise DataError(f"{path}: a zip archive; unpack it. {advice}")
-    if head.startswith(b"\x1f\x8b") and not packed:
+    if head.startswith(b"\x1f\x8b") and not compressed:
         raise DataError(f"{path}: compressed with gzip, but not named so; rename it to {path.name}.gz. {advice}")
 
 
@@ -394,13 +394,13 @@ def _map(directory: Path, file: File) -> tuple[Path, Bytes]:
     """Find a file; return its path and a memory map of its content after the header."""
     path = _find(directory, file, ("", ".gz"))
     if path is None:
-        raise DataError(f"{directory}: {file.name} is missing or inaccessible. Put it there")
-    ndim, packed = len(file.shape), path.suffix == ".gz"
+        raise DataError(f"{directory}: {file.name} is missing or inaccessible. Copy it there")
+    ndim, compressed = len(file.shape), path.suffix == ".gz"
     try:
         with path.open("rb") as stream:
             header = stream.read(HEAD_BYTES)
-        _check_head(path, header, IDX_ADVICE, packed)
-        if packed:
+        _check_head(path, header, IDX_ADVICE, compressed)
+        if compressed:
             raise DataError(f"{path}: a compressed file cannot be mapped into memory. Decompress it: gunzip {path}")
         header = header[: 4 + 4 * ndim]
         shape = _idx_shape(header, path.stat().st_size, ndim, str(path), IDX_ADVICE)
@@ -420,10 +420,10 @@ def _read(directory: Path, file: File) -> tuple[Path, bytes]:
     size = 4 + 4 * len(file.shape) + math.prod(file.shape)
     try:
         with path.open("rb") as raw:
-            packed = path.suffix == ".gz"
-            _check_head(path, raw.read(HEAD_BYTES), ADVICE, packed)
+            compressed = path.suffix == ".gz"
+            _check_head(path, raw.read(HEAD_BYTES), ADVICE, compressed)
             raw.seek(0)
-            with gzip.open(raw) if packed else contextlib.nullcontext(raw) as stream:
+            with gzip.open(raw) if compressed else contextlib.nullcontext(raw) as stream:
                 payload = stream.read(size)  # a few kilobytes of gzip can expand to gigabytes
                 with contextlib.suppress(gzip.BadGzipFile):  # trailing bytes: the checksum decides
                     payload += stream.read(1)
@@ -494,13 +494,13 @@ def load_digits28() -> Dataset:
     Dataset
     """
     # The file's name has a hash of the source that makes the data, so that data made by other code is never used.
-    recipe = inspect.getsource(_build_digits28) + inspect.getsource(_vary)
+    recipe = inspect.getsource(build_digits28) + inspect.getsource(vary)
     path = cache_directory() / f"digits28-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.npz"
     try:
         with path.open("rb") as stream, np.load(stream) as stored:
             dataset = Dataset("digits28", *(stored[field] for field in Dataset._fields[1:]))
     except Exception:  # missing, or damaged in any way: build it again
-        dataset = _build_digits28()
+        dataset = build_digits28()
         with contextlib.suppress(OSError):  # without a cache, it is built again next time
             _store(dataset, path)
     for array in dataset[1:]:
@@ -513,10 +513,10 @@ def _store(dataset: Dataset, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     stream = io.BytesIO()
     np.savez(stream, **dataset._asdict())
-    write_whole(path, stream.getvalue())
+    write_atomically(path, stream.getvalue())
 
 
-def _build_digits28() -> Dataset:
+def build_digits28() -> Dataset:
     """Prepare scikit-learn's digits as MNIST's were, split them, and augment each part."""
     from scipy import ndimage  # both here, as MNIST does not need them
     from sklearn.datasets import load_digits
@@ -534,12 +534,12 @@ def _build_digits28() -> Dataset:
     train = len(originals) * 6 // 7  # MNIST's ratio
     return Dataset(
         "digits28",
-        *_vary(originals[:train], labels[:train], 60_000, rng),
-        *_vary(originals[train:], labels[train:], 10_000, rng),
+        *vary(originals[:train], labels[:train], 60_000, rng),
+        *vary(originals[train:], labels[train:], 10_000, rng),
     )
 
 
-def _vary(images: NDArray[np.float32], labels: Bytes, count: int, rng: np.random.Generator) -> tuple[Bytes, Bytes]:
+def vary(images: NDArray[np.float32], labels: Bytes, count: int, rng: np.random.Generator) -> tuple[Bytes, Bytes]:
     """Return `count` copies in random order, each shifted, rotated and scaled at random, as rows of pixels."""
     from scipy import ndimage
 

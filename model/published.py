@@ -2,8 +2,9 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from rich.box import SIMPLE, Box
@@ -30,7 +31,8 @@ FITTED = (
 )
 
 
-class Protocol(NamedTuple):
+@dataclass(frozen=True)
+class Schedule:
     """How to train: number of images, epochs, learning rate and batch size."""
 
     images: int | None
@@ -45,15 +47,58 @@ class Protocol(NamedTuple):
         return self.epochs * (self.images or len(dataset.train_images))
 
 
-FULL_BATCH = Protocol(images=None, epochs=250, learning_rate=0.3, batch_size=None)
+FULL_BATCH = Schedule(images=None, epochs=250, learning_rate=0.3, batch_size=None)
 """The published experiment: 250 epochs of gradient descent, each one step over all training images."""
 
-MINI_BATCH = Protocol(images=15_000, epochs=1, learning_rate=0.1, batch_size=8)
+MINI_BATCH = Schedule(images=15_000, epochs=1, learning_rate=0.1, batch_size=8)
 """One epoch that even pure Python finishes in minutes, and that reaches the same accuracy."""
 
 
+@dataclass(frozen=True)
+class ReproducedRun:
+    """A run of :func:`reproduce`."""
+
+    protocol: Schedule
+    prepare_seconds: float
+    compile_seconds: float
+    history: list[dict[str, Any]]
+    """The fields of each `Epoch`, by name."""
+
+    def result(self) -> History:
+        """The history as `train` returned it."""
+        return History(self.prepare_seconds, [Epoch(**epoch) for epoch in self.history])
+
+
+@dataclass(frozen=True)
+class Band:
+    """The lowest and the highest accuracy over all seeds, 0 to 1, by epoch."""
+
+    low: list[float]
+    high: list[float]
+
+
+@dataclass(frozen=True)
+class Starts:
+    """The full-batch runs of one backend from several seeds."""
+
+    count: int
+    train: Band
+    test: Band
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """The result of :func:`reproduce`; `dataclasses.asdict` makes it ready for JSON."""
+
+    dataset: str
+    runs: dict[str, ReproducedRun]
+    """By backend."""
+    starts: Starts | None = None
+    """None without full-batch runs."""
+
+
 def run(
-    protocol: Protocol,
+    schedule: Schedule,
     backend: Backend,
     dataset: Dataset,
     seed: int = 0,
@@ -61,15 +106,15 @@ def run(
     on_images: Callable[[int], None] = lambda images: None,
     on_step: Callable[[State], None] = lambda state: None,
 ) -> tuple[MLP, History]:
-    """Train a new network by `protocol`; `seed` determines the initial weights and the shuffling."""
+    """Train a new network by `schedule`; `seed` determines the initial weights and the shuffling."""
     mlp = MLP(seed=seed)
     history = train(
         mlp,
         backend,
-        limited(dataset, protocol.images),
-        epochs=protocol.epochs,
-        learning_rate=protocol.learning_rate,
-        batch_size=protocol.batch_size,
+        limited(dataset, schedule.images),
+        epochs=schedule.epochs,
+        learning_rate=schedule.learning_rate,
+        batch_size=schedule.batch_size,
         seed=seed,
         threads=threads,
         on_images=on_images,
@@ -78,13 +123,13 @@ def run(
     return mlp, history
 
 
-Run = Callable[[str, int], AbstractContextManager[tuple[Callable[[int], None], Callable[[State], None]]]]
+ProgressContext = Callable[[str, int], AbstractContextManager[tuple[Callable[[int], None], Callable[[State], None]]]]
 """Makes the context of a run from its name and its number of images; the context yields `on_images` and `on_step`."""
 
 
 def reproduce(
-    backends: dict[str, Backend], dataset: Dataset, starts: int, threads: int | None, accompany: Run
-) -> dict[str, Any]:
+    backends: dict[str, Backend], dataset: Dataset, starts: int, threads: int | None, progress: ProgressContext
+) -> Reproduction:
     """Run the published experiment on every backend; pure Python trains in mini-batches.
 
     Parameters
@@ -98,67 +143,64 @@ def reproduce(
         Number of seeds, including the common one.
     threads
         Number of threads; None takes one per available core.
-    accompany
+    progress
         Shows the progress of each run, and may stop it.
 
     Returns
     -------
-    dict[str, Any]
-        Ready for JSON: the name of the data set; the protocol, seconds and history of each run; and, if there are
-        full-batch runs, the lowest and highest accuracy by epoch over all seeds.
+    Reproduction
 
     Raises
     ------
     DataError
-        If the data set has too few images for a protocol.
+        If the data set has too few images for a schedule.
     TrainingError
         If a loss is not finite.
     """
 
-    def run_with_progress(protocol: Protocol, name: str, seed: int = 0) -> History:
-        kind = "full batch" if protocol is FULL_BATCH else "mini-batches"
-        with accompany(f"{name}, {kind}, start {seed}", protocol.images_seen(dataset)) as (on_images, on_step):
-            return run(protocol, backends[name], dataset, seed, threads, on_images, on_step)[1]
+    def run_with_progress(schedule: Schedule, name: str, seed: int = 0) -> History:
+        kind = "full batch" if schedule is FULL_BATCH else "mini-batches"
+        with progress(f"{name}, {kind}, start {seed}", schedule.images_seen(dataset)) as (on_images, on_step):
+            return run(schedule, backends[name], dataset, seed, threads, on_images, on_step)[1]
 
     slow_last = sorted(backends, key=lambda name: backends[name].too_slow_for_full_batches)
-    protocols = {name: MINI_BATCH if backends[name].too_slow_for_full_batches else FULL_BATCH for name in slow_last}
-    runs = {name: run_with_progress(protocol, name) for name, protocol in protocols.items()}
-    report: dict[str, Any] = {"dataset": dataset.name, "runs": {}}
-    for name, history in runs.items():
-        report["runs"][name] = {
-            "protocol": protocols[name]._asdict(),
-            "prepare_seconds": history.prepare_seconds,
-            "compile_seconds": backends[name].compile_seconds,
-            "history": [epoch._asdict() for epoch in history.epochs],
-        }
-    full_batch = {name: history for name, history in runs.items() if protocols[name] is FULL_BATCH}
-    if full_batch:
-        fastest = min(full_batch, key=lambda name: median(epoch.seconds for epoch in full_batch[name].epochs))
-        others = [run_with_progress(FULL_BATCH, fastest, seed) for seed in range(1, starts)]
-        report["starts"] = {"count": starts}
-        for kind in ("train", "test"):
-            curves = np.array([history.accuracies(kind) for history in (full_batch[fastest], *others)])
-            report["starts"][kind] = {"low": curves.min(axis=0).tolist(), "high": curves.max(axis=0).tolist()}
-    return report
+    schedules = {name: MINI_BATCH if backends[name].too_slow_for_full_batches else FULL_BATCH for name in slow_last}
+    histories = {name: run_with_progress(schedule, name) for name, schedule in schedules.items()}
+    runs = {
+        name: ReproducedRun(
+            protocol=schedules[name],
+            prepare_seconds=history.prepare_seconds,
+            compile_seconds=backends[name].compile_seconds,
+            history=[epoch._asdict() for epoch in history.epochs],
+        )
+        for name, history in histories.items()
+    }
+    full_batch = {name: history for name, history in histories.items() if schedules[name] is FULL_BATCH}
+    if not full_batch:
+        return Reproduction(dataset.name, runs)
+    fastest = min(full_batch, key=lambda name: median(epoch.seconds for epoch in full_batch[name].epochs))
+    seeds = [full_batch[fastest], *(run_with_progress(FULL_BATCH, fastest, seed) for seed in range(1, starts))]
+    return Reproduction(dataset.name, runs, Starts(starts, band(seeds, "train"), band(seeds, "test")))
 
 
-def full_batch_histories(report: dict[str, Any]) -> dict[str, History]:
-    """The histories of the published experiment by backend, from a report of :func:`reproduce`."""
-    return {name: history(run) for name, run in report["runs"].items() if not run["protocol"]["batch_size"]}
+def band(histories: list[History], kind: str) -> Band:
+    """The band of accuracies of `kind` "train" or "test"."""
+    curves = np.array([history.accuracies(kind) for history in histories])
+    return Band(curves.min(axis=0).tolist(), curves.max(axis=0).tolist())
 
 
-def mini_batch_line(name: str, report: dict[str, Any]) -> str:
-    """One line on a backend that is too slow for full batches, from a report of `reproduce`."""
-    protocol, last = Protocol(**report["runs"][name]["protocol"]), history(report["runs"][name]).epochs[-1]
+def full_batch_histories(reproduction: Reproduction) -> dict[str, History]:
+    """The histories of the published experiment by backend."""
+    return {name: run.result() for name, run in reproduction.runs.items() if not run.protocol.batch_size}
+
+
+def mini_batch_line(name: str, run: ReproducedRun) -> str:
+    """One line on a backend that is too slow for full batches."""
+    schedule, last = run.protocol, run.result().epochs[-1]
     return (
-        f"{name}, one epoch over {protocol.images:,} images, batch size {protocol.batch_size}, learning "
-        f"rate {protocol.learning_rate}: {last.test_accuracy:.2%} test accuracy in {last.seconds:.0f} s"
+        f"{name}, one epoch over {schedule.images:,} images, batch size {schedule.batch_size}, learning "
+        f"rate {schedule.learning_rate}: {last.test_accuracy:.2%} test accuracy in {last.seconds:.0f} s"
     )
-
-
-def history(run: dict[str, Any]) -> History:
-    """The history of one run in a report of `reproduce`."""
-    return History(run["prepare_seconds"], [Epoch(**epoch) for epoch in run["history"]])
 
 
 def comparison_table(histories: dict[str, History], dataset_name: str, box: Box = SIMPLE) -> Table:

@@ -72,7 +72,7 @@ class Memory:
 class Shard:
     """Images and labels, prepared for a backend.
 
-    Prepared images that fit in `memory` are kept; the others are prepared again whenever they are needed. Nothing is
+    Prepared images that fit in `memory` are kept; the rest are prepared again whenever they are needed. Nothing is
     evicted: every epoch takes all shards in the same order, so LRU would always evict the one that is needed next.
 
     Parameters

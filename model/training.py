@@ -114,7 +114,7 @@ def train(
     threads
         Number of threads; None takes one per available core. Changes the time, but no bit of the result.
     memory_limit
-        Maximum bytes of prepared images to keep; the others are prepared again whenever they are needed. None keeps
+        Maximum bytes of prepared images to keep; the rest are prepared again whenever they are needed. None keeps
         all. Changes the time, but no bit of the result.
     batches
         Makes a `Batch` outside this process, as `model.extras.dask_workers.Cluster.batch` does. None makes `Shards`.
@@ -154,12 +154,12 @@ def train(
     memory = Memory(memory_limit)
     with thread_pool(threads or available_cores()) as run:
 
-        def place(images: NDArray, labels: NDArray) -> Batch:
+        def make_batch(images: NDArray, labels: NDArray) -> Batch:
             return (batches or partial(Shards, run))(backend, images, labels, mlp.dtype, memory)
 
         start = time.perf_counter()
-        test = place(dataset.test_images, dataset.test_labels)
-        full_batch = [] if batch_size else [place(images, labels)]
+        test = make_batch(dataset.test_images, dataset.test_labels)
+        full_batch = [] if batch_size else [make_batch(images, labels)]
         history.prepare_seconds += time.perf_counter() - start
 
         def evaluated(epoch: Epoch) -> Epoch:
@@ -172,14 +172,14 @@ def train(
                 epoch = epoch._replace(test_accuracy=test_accuracy)
             return epoch
 
-        if history.epochs and not state.steps:  # it may have been the last epoch of the run before
+        if history.epochs and not state.steps:  # whether it is evaluated depends on `epochs`, which may have changed
             history.epochs[-1] = evaluated(history.epochs[-1])
         on_step(state)
         for epoch in range(len(history.epochs) + 1, epochs + 1):
             start = time.perf_counter()
             steps: Iterable[Batch] = full_batch[state.steps :]
             if batch_size:
-                steps = _mini_batches(place, images, labels, batch_size, rng, state.steps)
+                steps = _mini_batches(make_batch, images, labels, batch_size, rng, state.steps)
             for batch in steps:
                 sums = descend(mlp, backend, batch, learning_rate, on_images)
                 state.steps += 1
@@ -211,7 +211,7 @@ def descend(
 
 
 def _mini_batches(
-    place: Callable[[NDArray, NDArray], Batch],
+    make_batch: Callable[[NDArray, NDArray], Batch],
     images: NDArray,
     labels: NDArray,
     batch_size: int,
@@ -222,7 +222,7 @@ def _mini_batches(
     order = rng.permutation(len(images))
     for start in range(skipped * batch_size, len(images), batch_size):
         batch = order[start : start + batch_size]
-        yield place(images.take(batch, axis=0), labels.take(batch))  # faster than images[batch] on short rows
+        yield make_batch(images.take(batch, axis=0), labels.take(batch))  # faster than images[batch] on short rows
 
 
 def _check_dataset(dataset: Dataset) -> None:
@@ -268,11 +268,12 @@ def _check_options(
 def _check_state(state: State, images: int, epochs: int, batch_size: int | None) -> None:
     begun = len(state.history.epochs) + (state.steps > 0)
     if begun > epochs:
-        raise ValueError(f"{begun} epochs are done or begun already: epochs must be at least that, not {epochs}")
+        raise ValueError(f"{begun} epochs have been started: epochs must be at least {begun}, not {epochs}")
     steps = math.ceil(images / batch_size) if batch_size else 1
     if state.steps > steps:
         raise ValueError(
-            f"the state is after step {state.steps} of an epoch that has only {steps}: use a state of the same run"
+            f"the state has done {state.steps} steps, but an epoch here has only {steps}: "
+            "resume with the same data and batch size"
         )
 
 

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 import model.cli
+from kernels import get_backend
 from model.data import Dataset, load_digits28, load_mnist
 from tests.support.datasets import DATASET
+from tests.support.runs import mini_batch_run
 
 
 def pytest_configure(config):
@@ -22,7 +24,7 @@ def mnist():
     """MNIST; without MNIST_DIR, skips the test, or fails if REQUIRE_MNIST is set."""
     if not os.environ.get("MNIST_DIR"):
         if os.environ.get("REQUIRE_MNIST"):
-            pytest.fail("REQUIRE_MNIST is set, but MNIST_DIR does not name the folder with the four MNIST files")
+            pytest.fail("REQUIRE_MNIST is set, but MNIST_DIR is not set to the folder with the four MNIST files")
         pytest.skip("MNIST_DIR is not set")
     return load_mnist()
 
@@ -56,24 +58,27 @@ def tiny():
     return Dataset("tiny", images[:2600], labels[:2600], images[2600:], labels[2600:])
 
 
-NAIVE_RUN = "test_mini_batches_reach_92_percent[naive]"
+def waits_for_slow_run(item):
+    """Whether a test waits for one of `slow_runs`."""
+    if getattr(item, "originalname", None) != "test_mini_batches_reach_92_percent":
+        return False
+    return get_backend(item.callspec.params["backend"]).too_slow_for_full_batches
 
 
 def pytest_collection_modifyitems(items):
-    """The test that waits for `naive_run` comes last."""
-    items.sort(key=lambda item: item.name == NAIVE_RUN)
+    """Tests that wait for `slow_runs` come last."""
+    items.sort(key=waits_for_slow_run)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def naive_run(request):
-    """Pure Python trains for minutes, so it starts before the first test, in another process: a future."""
-    if all(item.name != NAIVE_RUN for item in request.session.items):
-        yield None
+def slow_runs(request):
+    """Futures by backend. Pure Python trains for minutes, so it starts before the first test, in another process."""
+    names = [item.callspec.params["backend"] for item in request.session.items if waits_for_slow_run(item)]
+    if not names:
+        yield {}
         return
-    from tests.model.test_published import mini_batch_run
-
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        yield process.submit(mini_batch_run, "naive", DATASET)
+        yield {name: process.submit(mini_batch_run, name, DATASET) for name in names}
 
 
 def pytest_terminal_summary(terminalreporter):

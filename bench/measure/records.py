@@ -20,7 +20,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pydantic_core import from_json
 from scipy.stats import bootstrap
 
-from model.extras.files import write_whole
+from model.extras.files import write_atomically
 
 FEWEST_ROUNDS = 6
 """Fewer rounds get no 95 % interval: even the full range of five misses the median with probability 2 · 0.5⁵, 6 %."""
@@ -271,4 +271,4 @@ def write(file: Path, record: Any) -> None:
     """Write a record atomically."""
     text = TypeAdapter[Any](type(record)).dump_json(record, indent=1, by_alias=True).decode()
     lists = re.compile(r"\[[^][{}\"]*\]")  # a list of numbers goes on one line
-    write_whole(file, lists.sub(lambda match: re.sub(r"\s+", " ", match[0]), text).encode() + b"\n")
+    write_atomically(file, lists.sub(lambda match: re.sub(r"\s+", " ", match[0]), text).encode() + b"\n")

@@ -13,7 +13,7 @@ from bench.publish.claims import CLAIMS, cell, two_digits
 from bench.publish.figures import draw_all
 from bench.publish.folder import Folder
 from bench.publish.style import short
-from model.extras.files import write_whole
+from model.extras.files import write_atomically
 
 REPORT = "report.html"
 
@@ -131,7 +131,7 @@ def write_report(folder: Folder, output: Path, say: Callable[[str], None], missi
             for name, file in figures.items()
         ],
     )
-    write_whole(output / REPORT, html.encode())
+    write_atomically(output / REPORT, html.encode())
     return output / REPORT
 
 

@@ -12,6 +12,23 @@ from bench.measure.machine import platform_word
 from bench.measure.records import FEWEST_ROUNDS, Machine, Section
 from kernels import backend_names
 from model.extras.figure import BOUND_COLOUR
+from model.extras.figure import colour as backend_colour
+
+PEER_COLOURS = {
+    "PyTorch": "#D55E00",
+    "torch.compile": "#56B4E9",
+    "PyTorch by hand": "#882255",
+    "JAX": "#7A7A1F",
+    "scikit-learn": "#999999",
+    "SciPy CSR": "#999999",
+    "PyTorch CSR": "#D55E00",
+}
+
+
+def colour(name: str) -> str:
+    """The colour of a peer or a backend, the same in every figure."""
+    return PEER_COLOURS.get(name) or backend_colour(name)
+
 
 INTERVALS = f"medians with 95 % intervals, from {FEWEST_ROUNDS} rounds up"
 

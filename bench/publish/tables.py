@@ -39,7 +39,7 @@ from bench.studies.epochs import FEW_IMAGES
 from bench.studies.ladder import BLAS
 from bench.studies.mini_batches import PARTS, WHOLE
 from bench.studies.workers import MEMORY_LIMIT, calculation
-from model.published import comparison_table, full_batch_histories, history
+from model.published import comparison_table, full_batch_histories
 
 ROOT = Path(__file__).parents[2]
 PUBLISHED_RESULTS = ROOT / "bench" / "results"
@@ -143,10 +143,10 @@ def claim_table(results: Path, table_name: str = MAIN) -> str:
 def accuracy_table(results: Path) -> str:
     """The published accuracies beside ours, and pure Python's after its mini-batches."""
     reproduced = result_of(results, "reproduction").reproduced
-    table = _markdown(comparison_table(full_batch_histories(reproduced), reproduced["dataset"], MARKDOWN))
-    for name, run in reproduced["runs"].items():
-        if run["protocol"]["batch_size"]:
-            last = history(run).epochs[-1]
+    table = _markdown(comparison_table(full_batch_histories(reproduced), reproduced.dataset, MARKDOWN))
+    for name, run in reproduced.runs.items():
+        if run.protocol.batch_size:
+            last = run.result().epochs[-1]
             words = f"{last.test_accuracy:.2%} test accuracy after {last.seconds:.0f} s of pure Python."
             table += f"\n\n`{name}`, in mini-batches: {words}"
     return table

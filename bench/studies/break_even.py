@@ -15,9 +15,9 @@ import numpy as np
 
 from bench.measure.interleave import interleave
 from bench.measure.records import Comparison, Ratio, Rounds
-from bench.publish.style import end_labels
+from bench.publish.style import colour, end_labels
 from model.data import Dataset
-from model.extras.figure import colour, figure_file, print_small, title
+from model.extras.figure import figure_file, print_small, title
 
 EPOCHS = 5
 MOST = 250

@@ -10,11 +10,11 @@ import numpy as np
 
 from bench.measure.interleave import interleave
 from bench.measure.records import Rounds
-from bench.publish.style import end_labels
+from bench.publish.style import colour, end_labels
 from bench.studies.ablation import prepared, products_of
 from kernels import get_backend
 from model.data import Dataset
-from model.extras.figure import BOUND_COLOUR, colour, figure_file, print_small, title
+from model.extras.figure import BOUND_COLOUR, figure_file, print_small, title
 from model.shards import SHARD
 from model.threads import thread_pool
 

@@ -14,11 +14,11 @@ from threadpoolctl import ThreadpoolController
 
 from bench.measure.interleave import interleave
 from bench.measure.records import Comparison
-from bench.publish.style import bound, in_seconds, ordered, plain_ticks, right_labels, short
+from bench.publish.style import bound, colour, in_seconds, ordered, plain_ticks, right_labels, short
 from kernels import backend_names, get_backend
 from kernels.backend import Backend
 from model.data import Dataset, limited
-from model.extras.figure import colour, figure_file, print_small, title
+from model.extras.figure import figure_file, print_small, title
 from model.mlp import MLP
 from model.shards import Shards
 from model.threads import available_cores, thread_pool

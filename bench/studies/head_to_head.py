@@ -12,11 +12,11 @@ from bench.peers.c_csr import COMMAND
 from bench.peers.ours import compile_seconds
 from bench.peers.pytorch import mkl_code_path
 from bench.peers.task import Competitor, Task, UnavailableError
-from bench.publish.style import in_seconds, label, right_labels
+from bench.publish.style import colour, in_seconds, label, right_labels
 from bench.studies.epochs import BIG_PRODUCTS, big_products
 from kernels import backend_names
 from model.data import Dataset
-from model.extras.figure import BOUND_COLOUR, colour, figure_file, print_small, title
+from model.extras.figure import BOUND_COLOUR, figure_file, print_small, title
 from model.mlp import MLP
 from model.threads import available_cores, thread_pool
 

@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 
 from bench.measure.interleave import interleave
 from bench.measure.records import Comparison
-from bench.publish.style import ordered, plain_ticks, right_labels, short
+from bench.publish.style import colour, ordered, plain_ticks, right_labels, short
 from bench.studies.epochs import short_name
 from kernels import backend_names, get_backend
 from kernels.backend import Backend
 from model.data import Dataset
-from model.extras.figure import colour, figure_file, print_small, title
+from model.extras.figure import figure_file, print_small, title
 from model.mlp import MLP
 from model.shards import SHARD
 from model.threads import thread_pool

@@ -31,12 +31,12 @@ from bench.measure.records import Comparison
 from bench.peers import REST, VERIFIED_STEPS, expected_parameters, verified
 from bench.peers.ours import Ours
 from bench.peers.task import Learner, Task, UnavailableError, shuffled_batches, take_steps
-from bench.publish.style import end_labels, plain_ticks
+from bench.publish.style import colour, end_labels, plain_ticks
 from kernels import backend as contract
 from kernels import get_backend
 from kernels.backend import Backend
 from model.data import Dataset
-from model.extras.figure import colour, figure_file, print_small, title
+from model.extras.figure import figure_file, print_small, title
 from model.mlp import MLP
 from model.threads import available_cores, thread_pool
 from model.training import descend

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from rich.progress import Progress
 
@@ -12,7 +12,7 @@ from bench.studies import full_batch_backends
 from kernels import backend_names, get_backend
 from model.data import Dataset
 from model.extras.figure import draw_curves
-from model.published import reproduce
+from model.published import Reproduction, reproduce
 from model.training import State
 
 TIMED = False
@@ -23,8 +23,7 @@ TIMED = False
 class Result:
     """The study's record."""
 
-    reproduced: dict[str, Any]
-    """From `model.published.reproduce`."""
+    reproduced: Reproduction
     kind: Literal["reproduction"] = "reproduction"
 
 

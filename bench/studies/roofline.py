@@ -22,7 +22,7 @@ from rich.progress import track
 
 from bench.measure.interleave import interleave
 from bench.measure.records import Rounds
-from bench.publish.style import end_labels, note, plain_ticks, short
+from bench.publish.style import colour, end_labels, note, plain_ticks, short
 from bench.studies import full_batch_backends
 from kernels import get_backend, simd
 from kernels.backend import Backend
@@ -30,7 +30,7 @@ from kernels.ladder.steps import in_threads
 from kernels.simd import Vectors, View
 from kernels.sparse_backend import aligned_empty
 from model.data import Dataset
-from model.extras.figure import BOUND_COLOUR, colour, figure_file, print_small, title
+from model.extras.figure import BOUND_COLOUR, figure_file, print_small, title
 from model.mlp import MLP
 from model.shards import SHARD, shard_ranges
 from model.threads import thread_pool

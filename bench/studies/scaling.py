@@ -17,12 +17,12 @@ from bench.measure.interleave import interleave
 from bench.measure.records import Rounds, rounded
 from bench.peers import REST, best_form, competitor, expected_parameters
 from bench.peers.task import Learner, Task, UnavailableError, shuffled_batches, take_steps
-from bench.publish.style import end_labels, label, plain_ticks, points_up
+from bench.publish.style import colour, end_labels, label, plain_ticks, points_up
 from bench.studies import full_batch_backends
 from bench.studies.roofline import peak
 from kernels import backend_names, get_backend
 from model.data import Dataset, limited
-from model.extras.figure import BOUND_COLOUR, colour, figure_file, print_small, title
+from model.extras.figure import BOUND_COLOUR, figure_file, print_small, title
 from model.mlp import MLP
 from model.shards import Shards
 from model.threads import available_cores, thread_pool

@@ -21,9 +21,9 @@ from bench.measure.interleave import interleave
 from bench.measure.records import Comparison, Rounds
 from bench.peers import REST, competitor
 from bench.peers.task import Learner, Task, UnavailableError, shuffled_batches
-from bench.publish.style import in_seconds, label
+from bench.publish.style import colour, in_seconds, label
 from model.data import Dataset
-from model.extras.figure import BOUND_COLOUR, colour, figure_file, print_small, title
+from model.extras.figure import BOUND_COLOUR, figure_file, print_small, title
 from model.mlp import MLP
 from model.published import PUBLISHED
 from model.threads import available_cores, thread_pool

@@ -6,13 +6,13 @@ from typing import Any
 
 import typer
 
-from model.cli.console import fail, print_any_name, say
+from model.cli.console import fail, print_any_name, print_status
 from model.cli.predict import predict_command
 from model.cli.reproduce import reproduce_command
-from model.cli.signals import Stopped, stoppable
 from model.cli.train import train_command
 from model.data import DataError
 from model.extras.checkpoint import CheckpointError
+from model.extras.signals import Stopped, stoppable
 from model.training import TrainingError
 
 app = typer.Typer(
@@ -41,5 +41,5 @@ def main() -> None:
         except (MemoryError, OverflowError) as error:
             fail(f"too large for this machine ({str(error) or 'out of memory'}): use smaller values")
         except Stopped as stopped:
-            say(f"interrupted{stopped.note}")
+            print_status(f"interrupted{stopped.note}")
             os._exit(128 + stopped.signal)  # do not wait for threads to finish their shards, minutes in pure Python

@@ -20,7 +20,7 @@ def print_any_name() -> None:
             stream.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
 
 
-def tell(line: str) -> None:
+def print_result(line: str) -> None:
     """Print a line of results on stdout, without wrapping."""
     print(line, flush=True)
 
@@ -32,7 +32,7 @@ def show(table: Table) -> None:
     out.print(table)
 
 
-def say(line: str) -> None:
+def print_status(line: str) -> None:
     """Print a line about the run on stderr, without wrapping. It is lost if the terminal has been closed."""
     with contextlib.suppress(OSError):
         print(line, file=sys.stderr, flush=True)
@@ -40,5 +40,5 @@ def say(line: str) -> None:
 
 def fail(message: str) -> NoReturn:
     """Print an error and exit with code 2."""
-    say(f"error: {message}")
+    print_status(f"error: {message}")
     sys.exit(2)

@@ -1,6 +1,5 @@
 """The options of the commands: their types and help texts."""
 
-import os
 import re
 from pathlib import Path
 from typing import Annotated
@@ -8,21 +7,17 @@ from typing import Annotated
 import typer
 
 from kernels import backend_names
+from model.extras.files import parse_path
 
 UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
 def parse_bytes(text: str) -> int:
-    """A number of bytes, as in "500 MB"."""
+    """A number of bytes, e.g. "500 MB"."""
     match = re.fullmatch(rf"(\d+(?:\.\d+)?) *({'|'.join(UNITS)})?", text)
     if not match:
-        raise typer.BadParameter(f"{text!r} is not a number of bytes: write it as in '500 MB' or '2 GiB'")
+        raise typer.BadParameter(f"{text!r} is not a number of bytes: write it like '500 MB' or '2 GiB'")
     return int(float(match[1]) * UNITS[match[2] or "B"])
-
-
-def parse_path(text: str) -> Path:
-    """A path; `~` is the user's home folder even if the shell does not expand it, as in ``--data=~/mnist``."""
-    return Path(os.path.expanduser(text))
 
 
 BackendName = Annotated[
@@ -32,10 +27,10 @@ BackendNames = Annotated[list[str] | None, typer.Option(help="Run this backend; 
 Epochs = Annotated[int, typer.Option(help="Passes over the training images.")]
 LearningRate = Annotated[float, typer.Option(help="Each step subtracts this times the mean gradient.")]
 BatchSize = Annotated[int | None, typer.Option(help="Images per step. [default: all, one step per epoch]")]
-Limit = Annotated[int | None, typer.Option(help="Train on the first N images only.", metavar="N")]
+Limit = Annotated[int | None, typer.Option(help="Train on only the first N images.", metavar="N")]
 Hidden = Annotated[int, typer.Option(help="Units in the hidden layer.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed for the initial weights and the shuffling.")]
-Starts = Annotated[int, typer.Option(min=1, help="Random seeds for the band in the plot.")]
+Starts = Annotated[int, typer.Option(min=1, help="Number of random seeds for the band in the plot.")]
 Threads = Annotated[
     int | None, typer.Option(help="Number of threads; the result does not depend on it. [default: one per core]")
 ]
@@ -44,13 +39,13 @@ MemoryLimit = Annotated[
     typer.Option(
         parser=parse_bytes,
         metavar="BYTES",
-        help="Maximum size of the prepared images to keep, as in '500 MB'; the others are prepared in each epoch.",
+        help="Maximum size of the prepared images to keep, e.g. '500 MB'; the rest are prepared again in each epoch.",
     ),
 ]
-Scheduler = Annotated[
-    str | None, typer.Option(help="Train on the Dask cluster at this address, as in tcp://HOST:8786.")
+Scheduler = Annotated[str | None, typer.Option(help="Train on the Dask cluster at this address, e.g. tcp://HOST:8786.")]
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Start this many Dask workers on this machine, and train on them.")
 ]
-Workers = Annotated[int | None, typer.Option(min=1, help="Train on this many Dask workers, started on this machine.")]
 EvalEvery = Annotated[int, typer.Option(help="Measure the test accuracy every N epochs.", metavar="N")]
 DatasetName = Annotated[
     str,
@@ -78,7 +73,7 @@ CheckpointEvery = Annotated[int | None, typer.Option(min=1, help="Also save ever
 Resume = Annotated[
     Path | None,
     typer.Option(
-        parser=parse_path, metavar="FILE", help="Resume the run in this file, with its settings, and save it there."
+        parser=parse_path, metavar="FILE", help="Resume the run in this file, with its settings, and keep saving to it."
     ),
 ]
 Trained = Annotated[

@@ -1,5 +1,6 @@
 """``python -m model reproduce``."""
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,12 +9,12 @@ import typer
 
 from kernels import backend_names, get_backend
 from model.cli import options as opt
-from model.cli.console import show, tell
+from model.cli.console import print_result, show
 from model.cli.progress import training
-from model.cli.signals import stop
 from model.data import load_dataset
 from model.extras.environment import environment
 from model.extras.files import check_replaceable, check_writable, locked, make_folder, write_json
+from model.extras.signals import stop
 from model.published import FITTED, comparison_table, full_batch_histories, mini_batch_line, reproduce
 from model.training import State
 
@@ -41,13 +42,13 @@ def reproduce_command(
     if histories := full_batch_histories(report):
         show(comparison_table(histories, images.name))
         draw_curves(figure, report)
-    for name in report["runs"].keys() - histories.keys():
-        tell(mini_batch_line(name, report))
+    for name in report.runs.keys() - histories.keys():
+        print_result(mini_batch_line(name, report.runs[name]))
     if images.name != "MNIST":
-        tell(f"This run used {images.name}; the published accuracies are for MNIST.")
-    tell(FITTED)
-    write_json(json_file, {"environment": environment(), **report})
-    tell(f"wrote {json_file}" + (f" and {figure}" if histories else ""))
+        print_result(f"This run used {images.name}; the published accuracies are for MNIST.")
+    print_result(FITTED)
+    write_json(json_file, {"environment": environment(), **dataclasses.asdict(report)})
+    print_result(f"wrote {json_file}" + (f" and {figure}" if histories else ""))
 
 
 @contextmanager

@@ -13,14 +13,14 @@ import typer
 from kernels import get_backend
 from kernels.backend import Backend
 from model.cli import options as opt
-from model.cli.console import say, show, tell
+from model.cli.console import print_result, print_status, show
 from model.cli.progress import training
-from model.cli.signals import stop
 from model.cli.tables import history_table
 from model.data import Dataset, limited, load_dataset, sha256
 from model.extras.checkpoint import Checkpoint, Config, check_same, load, save
 from model.extras.environment import environment
 from model.extras.files import check_replaceable, check_writable, locked, same_file, write_json
+from model.extras.signals import stop
 from model.mlp import MLP
 from model.threads import available_cores
 from model.training import History, State, TrainingError, train
@@ -86,10 +86,10 @@ def train_command(
         )
     show(history_table(history, f"{title}, {scheduler or f'{threads} threads'}"))
     if file:
-        tell(f"checkpoint written to {file}")
+        print_result(f"checkpoint written to {file}")
     if json_file:
         write_json(json_file, run_report(history, kernels, {**settings, "dataset": images.name, "threads": threads}))
-        tell(f"history written to {json_file}")
+        print_result(f"history written to {json_file}")
 
 
 def given_settings(context: typer.Context, saved: Checkpoint | None) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def check_files(checkpoint: Path | None, resume: Path | None, json_file: Path | 
         raise ValueError(f"{checkpoint} exists: resume it with --resume {checkpoint}, or choose a new file")
     for run in filter(None, (checkpoint, resume)):
         if json_file and same_file(json_file, run):
-            raise ValueError(f"--json {json_file} is the checkpoint {run}: name another file for the history")
+            raise ValueError(f"--json {json_file} is the checkpoint {run}: choose another file for the history")
     if json_file:
         check_replaceable(json_file, "history")
     if every and not (checkpoint or resume):
@@ -131,7 +131,7 @@ def resumed(saved: Checkpoint, config: Config, file: Path | None) -> Checkpoint:
     """The saved run with these settings, which may ask for more epochs."""
     check_same(saved.config, config)
     if len(saved.state.history.epochs) == config.epochs and not saved.state.steps:
-        say(f"{file} is finished: all {config.epochs} epochs are done; raise --epochs to train further")
+        print_status(f"{file} is finished: all {config.epochs} epochs are done; raise --epochs to train further")
     return saved._replace(config=config)
 
 
@@ -158,7 +158,7 @@ def cluster_of(scheduler: str | None, workers: int | None, threads: int) -> Iter
         ) from error
     with connect(scheduler, workers, threads) as cluster:
         if workers:
-            say(f"dashboard: {cluster.client.dashboard_link}")
+            print_status(f"dashboard: {cluster.client.dashboard_link}")
         yield cluster
 
 

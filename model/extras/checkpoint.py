@@ -18,7 +18,7 @@ import safetensors.numpy
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from model.extras.files import write_whole
+from model.extras.files import write_atomically
 from model.mlp import MLP
 from model.training import Epoch, History, State
 
@@ -87,7 +87,7 @@ def save(file: Path, mlp: MLP, state: State, config: Config) -> None:
         content = _content(mlp, state, config)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"cannot save {file}: {error}") from error
-    write_whole(file, content)
+    write_atomically(file, content)
 
 
 def load(file: Path) -> Checkpoint:
@@ -114,10 +114,12 @@ def load(file: Path) -> Checkpoint:
         return _read(file)
     except SafetensorError as error:
         raise CheckpointError(
-            f"{file} is not a checkpoint, or damaged ({error}); name one that --checkpoint wrote"
+            f"{file} is damaged or not a checkpoint ({error}); pass a file written by --checkpoint"
         ) from error
     except (ValueError, OSError) as error:
-        raise CheckpointError(f"cannot use the checkpoint {file}: {error}; name one that --checkpoint wrote") from error
+        raise CheckpointError(
+            f"cannot use the checkpoint {file}: {error}; pass a file written by --checkpoint"
+        ) from error
 
 
 def check_same(saved: Config, config: Config) -> None:
@@ -129,17 +131,17 @@ def check_same(saved: Config, config: Config) -> None:
     ]
     if differences:
         raise CheckpointError(
-            f"the checkpoint is of another run, resume it with its own settings: {'; '.join(differences)}"
+            f"the checkpoint belongs to another run; resume it with its own settings: {'; '.join(differences)}"
         )
 
 
 def _read(file: Path) -> Checkpoint:
     with file.open("rb") as stream:
         header_bytes = int.from_bytes(stream.read(8), "little")
-    _require(header_bytes <= MAX_HEADER_BYTES, "it is not a checkpoint, or damaged")
+    _require(header_bytes <= MAX_HEADER_BYTES, "it is damaged or not a checkpoint")
     with safe_open(file, framework="np") as stored:
         texts = stored.metadata() or {}
-        _require(set(texts) == {"format", "run", "sha256"}, "it is not a checkpoint, or damaged")
+        _require(set(texts) == {"format", "run", "sha256"}, "it is damaged or not a checkpoint")
         _require(texts["format"] == FORMAT, f"its format is not {FORMAT!r}")
         values = _parse(texts["run"])
         _check_values(values)
@@ -148,7 +150,7 @@ def _read(file: Path) -> Checkpoint:
         _require(declared == _expected(values), "its tensors are not those of the run in its metadata")
         tensors = {name: stored.get_tensor(name) for name in declared}
     _check_tensors(tensors)
-    _require(texts.pop("sha256") == _sha256(tensors, texts), "its checksum is wrong, it has been damaged")
+    _require(texts.pop("sha256") == checksum(tensors, texts), "its checksum does not match: the file is damaged")
     mlp = MLP(values["layer_sizes"])
     for name, parameter in _named(mlp).items():
         parameter[...] = tensors[name]
@@ -168,7 +170,7 @@ def _content(mlp: MLP, state: State, config: Config) -> bytes:
         _require(tensors[name].shape == shape, f"{name} has shape {tensors[name].shape}, not {shape}")
     _check_tensors(tensors)
     texts = {"format": FORMAT, "run": run}
-    content = safetensors.numpy.save(tensors, {**texts, "sha256": _sha256(tensors, texts)})
+    content = safetensors.numpy.save(tensors, {**texts, "sha256": checksum(tensors, texts)})
     _require(len(content) <= MAX_BYTES, f"it takes more than the limit of {MAX_BYTES:,} bytes")
     header_bytes = int.from_bytes(content[:8], "little")
     _require(header_bytes <= MAX_HEADER_BYTES, f"its settings take more than the limit of {MAX_HEADER_BYTES:,} bytes")
@@ -233,7 +235,8 @@ def _epochs(table: NDArray[np.float64]) -> list[Epoch]:
     ]
 
 
-def _sha256(tensors: dict[str, NDArray], texts: dict[str, str]) -> str:
+def checksum(tensors: dict[str, NDArray], texts: dict[str, str]) -> str:
+    """The SHA-256, in hexadecimal, over the tensors and the other metadata of a checkpoint."""
     digest = hashlib.sha256(json.dumps(texts, sort_keys=True).encode())
     for _, tensor in sorted(tensors.items()):
         digest.update(tensor.tobytes())
@@ -244,16 +247,16 @@ def _parse(text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError("its metadata are damaged") from error
+        raise ValueError("its metadata is damaged") from error
 
 
 def _check_values(values: Any) -> None:
     """Raise a ValueError unless all that `_values` returns is there, with values that a run could have."""
     names = TEXTS | COUNTS | AMOUNTS | {"layer_sizes", "rng"}
-    _require(isinstance(values, dict) and set(values) == names, "its metadata are incomplete")
+    _require(isinstance(values, dict) and set(values) == names, "its metadata is incomplete")
     for name, value in values.items():
         if name in TEXTS:
-            _require(isinstance(value, str), f"its {name} is not a text")
+            _require(isinstance(value, str), f"its {name} is not a string")
         elif name in COUNTS and not (value is None and name in OPTIONAL):
             _require(_is_count(value), f"its {name} is not a whole number from 0 to 2⁶³")
         elif name in AMOUNTS:

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from distributed import CancelledError, Client, Future, KilledWorker, LocalCluster, WorkerPlugin, get_worker, wait
-from distributed import TimeoutError as NotYet
+from distributed import TimeoutError as DaskTimeout
 from distributed.comm import CommClosedError, get_address_host_port
 from llvmlite import binding
 from numpy.typing import NDArray
@@ -36,23 +36,23 @@ from threadpoolctl import threadpool_info
 
 from kernels import get_backend
 from kernels.backend import Backend
-from model.cli.signals import SIGNALS
 from model.data import DIGEST, digests, shard_digest
 from model.extras.mapping import map_bytes
+from model.extras.signals import SIGNALS
 from model.mlp import MLP
 from model.shards import Memory, Shard, Sums, add, add_in_tree, mean, shard_ranges
 from model.threads import thread_pool
 from model.training import TrainingError
 
-PATIENCE = 60.0
+WORKER_TIMEOUT = 60.0
 """Seconds to wait for the first worker, and for a new one when all are gone."""
-LOOK = 1.0
+POLL_SECONDS = 1.0
 """Seconds between checks for workers."""
 ALLOWED_FAILURES = 3
 """How often all workers may die within a step, like Dask's setting for a single task."""
 FAN_IN = 8
 """Sums added in one task. A higher fan-in means fewer tasks; the scheduler handles a few thousand per second."""
-CHECKED = 16
+SPOT_CHECKS = 16
 """Shards of a file that the client hashes itself, to check that the workers have the same file."""
 
 PACKAGES = ("distributed", "numpy", "numba", "llvmlite")
@@ -159,7 +159,7 @@ class Part:
     memory_limit
         Maximum bytes of prepared images in the worker's process; None means no limit.
     expected
-        The `surroundings` that the worker must have for bitwise equal results.
+        The `fingerprint` that the worker must have for bitwise equal results.
     """
 
     def __init__(
@@ -192,7 +192,7 @@ class Part:
     @functools.cached_property
     def shards(self) -> list[Shard]:
         """The shards, prepared."""
-        check_same(get_worker().address, surroundings(), self.expected)
+        check_same(get_worker().address, fingerprint(), self.expected)
         backend, memory = get_backend(self.backend), _memory(self.memory_limit)
         sources = self.images, self.labels
         if isinstance(self.images, Hashed):
@@ -246,7 +246,7 @@ def relative(ranges: list[slice]) -> list[slice]:
     return [slice(rows.start - start, rows.stop - start) for rows in ranges]
 
 
-def surroundings() -> dict[str, str]:
+def fingerprint() -> dict[str, str]:
     """Everything about this process, besides data and settings, that determines the bits of a result."""
     root = Path(__file__).parents[2]
     files = sorted(file for folder in ("kernels", "model") for file in (root / folder).rglob("*.py"))
@@ -298,7 +298,7 @@ class Cluster:
     ----------
     client
         Connected to their scheduler.
-    patience
+    timeout
         Seconds to wait for the first worker, and for a new one when all are gone.
 
     Raises
@@ -307,18 +307,18 @@ class Cluster:
         If no worker appears in time, or one would compute different bits.
     """
 
-    def __init__(self, client: Client, patience: float = PATIENCE) -> None:
+    def __init__(self, client: Client, timeout: float = WORKER_TIMEOUT) -> None:
         self.client = client
-        self.patience = patience
+        self.timeout = timeout
         self.address = client.scheduler.address
         with self.explained():
             versions: Any = client.get_versions()
             self.threads()
             try:
-                processor = client.submit(surroundings, pure=False).result(timeout=patience)["processor"]
+                processor = client.submit(fingerprint, pure=False).result(timeout=timeout)["processor"]
             except RuntimeError as error:  # the scheduler could not deserialize it
                 raise ClusterError(f"the scheduler cannot import this project: {ADVICE}") from error
-        ours, version = surroundings(), versions["scheduler"]["packages"]["distributed"]
+        ours, version = fingerprint(), versions["scheduler"]["packages"]["distributed"]
         if version != ours["distributed"]:
             raise ClusterError(f"the scheduler has distributed {version}, not {ours['distributed']}: {ADVICE}")
         self.expected = ours | {"processor": processor}
@@ -347,20 +347,20 @@ class Cluster:
                     place = {"workers": [worker], "allow_other_workers": True, "pure": False}
                     futures.append(self.client.submit(hash_shards, mapped, relative(part), **place))
             hashes = b"".join(self.client.gather(futures))
-        for shard in range(0, len(ranges), math.ceil(len(ranges) / CHECKED)):
+        for shard in range(0, len(ranges), math.ceil(len(ranges) / SPOT_CHECKS)):
             if shard_digest(array[ranges[shard]]) != hashes[DIGEST * shard : DIGEST * (shard + 1)]:
                 raise ClusterError(f"{array.filename} of a worker differs from the client's: copy it again")
         return hashes
 
     def threads(self) -> dict[str, int]:
         """The number of threads of each worker, by address; waits until there is a worker."""
-        end = time.monotonic() + self.patience
+        end = time.monotonic() + self.timeout
         while not (threads := self.client.nthreads()):
             if time.monotonic() > end:
                 raise ClusterError(
-                    f"no worker for {self.patience:g} seconds: start one, as in: dask worker {self.address}"
+                    f"no worker for {self.timeout:g} seconds: start one with: dask worker {self.address}"
                 )
-            time.sleep(LOOK / 10)
+            time.sleep(POLL_SECONDS / 10)
         return dict(sorted(threads.items()))
 
     def computes(self, futures: Iterable[Future]) -> bool:
@@ -375,8 +375,8 @@ class Cluster:
             yield
         except KilledWorker as error:
             raise ClusterError(f"{DEADLY}: {error}") from error
-        except NotYet as error:
-            raise ClusterError(f"no worker answers for {self.patience:g} seconds: {ADVICE}") from error
+        except DaskTimeout as error:
+            raise ClusterError(f"no worker answers for {self.timeout:g} seconds: {ADVICE}") from error
         except ModuleNotFoundError as error:
             raise ClusterError(f"the cluster lacks a package ({error}): {ADVICE}") from error
         except (CancelledError, CommClosedError, OSError) as error:
@@ -444,8 +444,8 @@ class Parts:
                         on_images(passed - finished)
                         finished = passed
                     if root.done():
-                        with suppress(NotYet):  # its worker has died in the meantime
-                            return root.result(timeout=self.cluster.patience)
+                        with suppress(DaskTimeout):  # its worker has died in the meantime
+                            return root.result(timeout=self.cluster.timeout)
                 failures += 1
                 if failures > ALLOWED_FAILURES:
                     raise ClusterError(f"{DEADLY}: all workers died {failures} times in one step")
@@ -460,8 +460,8 @@ class Parts:
         if not unfinished:
             return True
         try:
-            wait(unfinished, timeout=LOOK, return_when="FIRST_COMPLETED")
-        except NotYet:
+            wait(unfinished, timeout=POLL_SECONDS, return_when="FIRST_COMPLETED")
+        except DaskTimeout:
             self.cluster.threads()
             return self.cluster.computes([*unfinished, *self._held()])
         return True
@@ -523,7 +523,7 @@ def connect(scheduler: str | None, workers: int | None = None, threads: int = 1)
     Parameters
     ----------
     scheduler
-        Address of a running scheduler, as in ``tcp://HOST:8786``; None starts a cluster on this machine.
+        Address of a running scheduler, e.g. ``tcp://HOST:8786``; None starts a cluster on this machine.
     workers, threads
         Number of worker processes in the new cluster, and of threads that they share.
 
@@ -547,7 +547,7 @@ def connect(scheduler: str | None, workers: int | None = None, threads: int = 1)
             client = stack.enter_context(Client(address, set_as_default=False))
         except (OSError, ValueError) as error:
             raise ClusterError(
-                f"no scheduler answers at {scheduler} ({error}): start one, as in: dask scheduler"
+                f"no scheduler answers at {scheduler} ({error}): start one with: dask scheduler"
             ) from error
         if scheduler is None:
             client.register_plugin(LeaveSignalsToClient())

@@ -67,7 +67,7 @@ def _commit() -> str | None:
 
 
 def _git(*arguments: str) -> str:
-    """The output of git in the project's folder, ignoring a repository set in the environment, as in a git hook."""
+    """The output of git in the project's folder, ignoring a repository set in the environment, e.g. in a git hook."""
     command = ["git", "-C", str(ROOT), *arguments]
     variables = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     return subprocess.run(command, capture_output=True, text=True, check=True, env=variables).stdout.strip()

@@ -19,8 +19,8 @@ with mock.patch.dict(os.environ):
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from model.extras.files import write_whole
-from model.published import PUBLISHED, full_batch_histories
+from model.extras.files import write_atomically
+from model.published import PUBLISHED, Reproduction, full_batch_histories
 
 # Okabe and Ito's palette, which is safe for colour-blind readers. A backend has the same colour in every figure.
 COLOURS = {
@@ -28,13 +28,6 @@ COLOURS = {
     "numpy": "#0072B2",
     "numba": "#E69F00",
     "sparse": "#009E73",
-    "PyTorch": "#D55E00",
-    "torch.compile": "#56B4E9",
-    "PyTorch by hand": "#882255",
-    "JAX": "#7A7A1F",
-    "scikit-learn": "#999999",
-    "SciPy CSR": "#999999",
-    "PyTorch CSR": "#D55E00",
 }
 
 OTHER_COLOURS = ("#D55E00", "#56B4E9", "#F0E442")
@@ -73,7 +66,7 @@ def figure_file(file: Path, **size: Any) -> Iterator[Figure]:
         yield figure
         png = io.BytesIO()
         canvas.print_png(png, metadata={"Software": None})
-        write_whole(file, png.getvalue())
+        write_atomically(file, png.getvalue())
 
 
 def title(figure: Figure, text: str) -> None:
@@ -85,27 +78,29 @@ def print_small(figure: Figure, text: str) -> None:
     figure.supxlabel(text, fontsize=6.5, color=BOUND_COLOUR, x=0.01, ha="left")
 
 
-def draw_curves(file: Path, report: dict[str, Any], small_print: str = "") -> None:
+def draw_curves(file: Path, reproduction: Reproduction, small_print: str = "") -> None:
     """Draw train and test accuracy of each backend, a band over random seeds, and the published points.
 
     Parameters
     ----------
     file
         Where to write the PNG.
-    report
-        From `model.published.reproduce`, with full-batch runs.
+    reproduction
+        With full-batch runs.
     small_print
         Where the results come from.
     """
-    histories, starts = full_batch_histories(report), report["starts"]
+    histories, starts = full_batch_histories(reproduction), reproduction.starts
+    assert starts is not None  # as there are full-batch runs
     final = [100 * history.accuracies("test")[-1] for history in histories.values()]
     reached = " to ".join(dict.fromkeys(f"{accuracy:.2f}" for accuracy in (min(final), max(final))))
     panels = {"train": "Training images, before each update", "test": "Test images, after each update"}
     with figure_file(file, figsize=(8, 4)) as figure:
         for index, (axes, kind) in enumerate(zip(figure.subplots(1, 2, sharey=True), panels)):
-            band = {key: 100 * np.array(starts[kind][key]) for key in ("low", "high")}
-            epochs = np.arange(1, len(band["low"]) + 1)
-            axes.fill_between(epochs, *band.values(), color="#BBBBBB", label=f"{starts['count']} random seeds")
+            band = starts.train if kind == "train" else starts.test
+            low, high = 100 * np.array(band.low), 100 * np.array(band.high)
+            epochs = np.arange(1, len(low) + 1)
+            axes.fill_between(epochs, low, high, color="#BBBBBB", label=f"{starts.count} random seeds")
             for order, (name, history) in enumerate(histories.items()):
                 axes.plot(
                     epochs,
@@ -124,7 +119,7 @@ def draw_curves(file: Path, report: dict[str, Any], small_print: str = "") -> No
         figure.axes[0].set_ylabel("accuracy (%)")
         title(
             figure,
-            f"{', '.join(histories)}: {reached} % test accuracy on {report['dataset']}; published, on MNIST: "
+            f"{', '.join(histories)}: {reached} % test accuracy on {reproduction.dataset}; published, on MNIST: "
             f"{PUBLISHED[max(PUBLISHED)][1]} %",
         )
         print_small(figure, small_print)

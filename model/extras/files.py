@@ -1,4 +1,4 @@
-"""Atomic writes and file locks: a file is written completely or not at all, by one process at a time."""
+"""Paths, atomic writes and locks: a file is written completely or not at all, by one process at a time."""
 
 import contextlib
 import glob
@@ -16,24 +16,29 @@ try:  # not filelock, which takes a twentieth of a second to import and leaves l
 except ModuleNotFoundError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-PATIENCE = 5.0  # seconds to wait for another writer, which takes a few milliseconds
+LOCK_TIMEOUT = 5.0  # seconds to wait for another writer, which takes a few milliseconds
 MAX_REPORT_BYTES = 2**28
 
 _held = threading.local()  # the locks that each thread holds, which makes them reentrant
+
+
+def parse_path(text: str) -> Path:
+    """A path; `~` is the user's home folder even if the shell does not expand it, e.g. in ``--data=~/mnist``."""
+    return Path(os.path.expanduser(text))
 
 
 def make_folder(folder: Path) -> None:
     """Make a folder for results; raise an OSError, before any work is done, if they could not be written there."""
     for place in (folder, *folder.parents):
         if os.path.lexists(place) and not os.path.isdir(place):
-            raise OSError(f"{place} is not a folder: name a folder for the results")
+            raise OSError(f"{place} is not a folder: choose a folder for the results")
     probe = folder / f".{os.getpid()}.writable"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise OSError(f"cannot write in {folder}: {error.strerror}; name another folder for the results") from error
+        raise OSError(f"cannot write in {folder}: {error.strerror}; choose another folder for the results") from error
 
 
 def check_writable(file: Path) -> None:
@@ -45,10 +50,10 @@ def check_writable(file: Path) -> None:
         exists, is_file = bool(file.stat()), file.is_file()
     except FileNotFoundError:
         exists = False
-    except OSError as error:  # a loop of links, for example
-        raise OSError(f"cannot write {file}: {error.strerror}; name another file") from error
+    except OSError as error:  # a symbolic-link loop, for example
+        raise OSError(f"cannot write {file}: {error.strerror}; choose another file") from error
     if exists and not is_file:
-        raise OSError(f"cannot write {file}: it is a folder or a device; name a file")
+        raise OSError(f"cannot write {file}: it is a folder or a device; choose a file")
     if not os.access(folder, os.W_OK):
         raise OSError(f"cannot write {file}: no permission to write in {folder}")
 
@@ -63,7 +68,7 @@ def check_replaceable(file: Path, key: str) -> None:
         content = None
     if not (isinstance(content, dict) and key in content):
         raise OSError(
-            f"{file} exists and is not an earlier report (JSON with {key!r}): name another file, or move it away"
+            f"{file} exists and is not an earlier report (JSON with {key!r}): choose another file, or move it away"
         )
 
 
@@ -81,7 +86,7 @@ def resolved(file: Path) -> Path:
 
 
 @contextmanager
-def locked(file: Path, patience: float = 0.0) -> Iterator[None]:
+def locked(file: Path, timeout: float = 0.0) -> Iterator[None]:
     """Within the block, only this thread writes `file`.
 
     The lock is an flock on a file beside it. The system releases it when the process ends, for whatever reason, and the
@@ -91,7 +96,7 @@ def locked(file: Path, patience: float = 0.0) -> Iterator[None]:
     ----------
     file
         Need not exist, but its folder must.
-    patience
+    timeout
         Seconds to wait while another owner holds the lock.
 
     Raises
@@ -104,7 +109,7 @@ def locked(file: Path, patience: float = 0.0) -> Iterator[None]:
     if lock in held:
         yield
         return
-    stream, exclusive = _acquired(lock, file, patience)
+    stream, exclusive = _acquired(lock, file, timeout)
     held[lock] = exclusive
     try:
         yield
@@ -114,7 +119,7 @@ def locked(file: Path, patience: float = 0.0) -> Iterator[None]:
         stream.close()
 
 
-def write_whole(file: Path, content: bytes) -> None:
+def write_atomically(file: Path, content: bytes) -> None:
     """Write atomically, by renaming a temporary file: a killed process leaves either the old file or the new one.
 
     Temporary files of killed processes are removed. Symbolic links are followed.
@@ -126,7 +131,7 @@ def write_whole(file: Path, content: bytes) -> None:
     """
     file = resolved(file)
     part = _beside(file, f"{os.getpid()}.part")
-    with locked(file, PATIENCE):
+    with locked(file, LOCK_TIMEOUT):
         alone = _held.locks[_beside(file, "lock")]  # if so, all other temporary files are of dead writers
         for leftover in file.parent.glob(f".{glob.escape(file.name)}.*.part") if alone else [part]:
             leftover.unlink(missing_ok=True)
@@ -150,16 +155,16 @@ def write_whole(file: Path, content: bytes) -> None:
 
 def write_json(file: Path, content: Any) -> None:
     """Write `content` to `file` as JSON, atomically."""
-    write_whole(file, json.dumps(content, indent=1).encode() + b"\n")
+    write_atomically(file, json.dumps(content, indent=1).encode() + b"\n")
 
 
 def _beside(file: Path, ending: str) -> Path:
     return file.with_name(f".{file.name}.{ending}")
 
 
-def _acquired(lock: Path, file: Path, patience: float) -> tuple[IO[bytes], bool]:
+def _acquired(lock: Path, file: Path, timeout: float) -> tuple[IO[bytes], bool]:
     """The open lock file, and whether it is locked: False where the system has no locks."""
-    deadline = time.monotonic() + patience
+    deadline = time.monotonic() + timeout
     while True:
         try:
             stream = lock.open("a+b")
@@ -181,7 +186,7 @@ def _acquired(lock: Path, file: Path, patience: float) -> tuple[IO[bytes], bool]
                     stream.seek(0)
                     owner = stream.read(20).decode("ascii", "replace") or "another"
                 raise OSError(
-                    f"{file} is in use by process {owner}: wait until it has ended, or name another file"
+                    f"{file} is in use by process {owner}: wait until it has ended, or choose another file"
                 ) from error
             time.sleep(0.01)
         except (AttributeError, OSError):

@@ -24,16 +24,16 @@ MAX_BYTES = 100_000_000
 MAX_PIXELS = 50_000_000  # decoding and converting them takes at most 500 MB
 WORKING_SIZE = 320  # larger pictures are reduced to this: enough for a digit, and averaging removes noise
 
-CONTRAST = 16 / 255  # of the paper's brightness: with less contrast, a picture is blank
-NOISE = 5  # standard deviations of the paper: likewise
-DIMMEST = 48  # of 255: darker paper counts as this bright, as its noise would look like ink
-SPECK = 0.0015  # of the picture's area: smaller components are specks of dust
-SMALL = 0.05  # of the largest component's area: smaller ones belong to no digit
-EDGE = 0.015  # of a side: a component this close to the picture's edge touches it
-DARK = 0.5  # of the paper's brightness: no shadow is this deep
-RECTANGLE = 0.85  # of its minimum bounding rectangle: a component that fills more is a sheet, not a digit
-FAINT = 0.25  # of full ink: the edges of strokes end here
-ONE_COLOUR = 8  # of 255: colours that differ by less are the same up to rounding
+CONTRAST = 16 / 255  # fraction of the paper's brightness: with less contrast, a picture is blank
+NOISE = 5  # standard deviations of the paper's noise: likewise
+DIMMEST = 48  # grey level of 255: darker paper counts as this bright, as its noise would look like ink
+SPECK = 0.0015  # fraction of the picture's area: smaller components are specks of dust
+SMALL = 0.05  # fraction of the largest component's area: smaller ones belong to no digit
+EDGE = 0.015  # fraction of a side: a component this close to the picture's edge touches it
+DARK = 0.5  # fraction of the paper's brightness: no shadow is this deep
+RECTANGLE = 0.85  # fraction of its minimum bounding rectangle: a component that fills more is a sheet
+FAINT = 0.25  # fraction of full ink: the edges of strokes end here
+ONE_COLOUR = 8  # grey levels of 255: colours that differ by less are the same up to rounding
 FULL = 95  # percentile of a digit's pixels that counts as full ink
 
 PNG, METADATA, END_OF_JPEG = b"\x89PNG\r\n\x1a\n", (b"tEXt", b"zTXt", b"iTXt", b"iCCP"), b"\xff\xd9"
@@ -68,16 +68,16 @@ def read_picture(file: str | os.PathLike[str]) -> NDArray[np.uint8]:
     path = Path(file)
     try:
         if path.is_dir():
-            raise PictureError(f"{file}: is a folder. Name a PNG or JPEG file")
+            raise PictureError(f"{file} is a folder. Pass a PNG or JPEG file")
         if path.exists() and not path.is_file():
-            raise PictureError(f"{file}: is a device or a pipe. Name a PNG or JPEG file")
+            raise PictureError(f"{file} is a device or a pipe. Pass a PNG or JPEG file")
         with path.open("rb") as stream:
             if os.fstat(stream.fileno()).st_size > MAX_BYTES:
-                raise PictureError(f"{file}: has more than {MAX_BYTES:,} bytes. Make the picture smaller")
+                raise PictureError(f"{file} has more than {MAX_BYTES:,} bytes. Make the picture smaller")
             return prepare(decode(stream, str(file)), str(file)).reshape(-1)
     except (OSError, ValueError) as error:  # the latter if no file can have this name
         reason = getattr(error, "strerror", None) or error
-        raise PictureError(f"{file}: cannot be opened ({reason}). Name a PNG or JPEG file") from error
+        raise PictureError(f"{file} cannot be opened ({reason}). Pass a PNG or JPEG file") from error
 
 
 def decode(stream: BinaryIO, source: str) -> NDArray[np.uint8]:
@@ -99,7 +99,7 @@ def decode(stream: BinaryIO, source: str) -> NDArray[np.uint8]:
     PictureError
         If it is not a PNG or JPEG, is damaged or animated, or declares more than 50 million pixels.
     """
-    too_large = f"{source}: declares more than {MAX_PIXELS:,} pixels. Make the picture smaller"
+    too_large = f"{source} declares more than {MAX_PIXELS:,} pixels. Make the picture smaller"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about odd metadata, and sizes that are refused below
@@ -109,7 +109,7 @@ def decode(stream: BinaryIO, source: str) -> NDArray[np.uint8]:
                 raise PictureError(too_large)
             # A JPEG may have a preview as its second frame.
             if image.format == "PNG" and getattr(image, "is_animated", False):
-                raise PictureError(f"{source}: is animated. Save one of its frames")
+                raise PictureError(f"{source} is animated. Save one of its frames")
             try:
                 image.load()
             except OSError:
@@ -127,9 +127,9 @@ def decode(stream: BinaryIO, source: str) -> NDArray[np.uint8]:
     except Image.DecompressionBombError as error:
         raise PictureError(too_large) from error
     except UnidentifiedImageError as error:
-        raise PictureError(f"{source}: is not a PNG or JPEG picture. Save or export it as one") from error
+        raise PictureError(f"{source} is not a PNG or JPEG picture. Save or export it as one") from error
     except Exception as error:  # Pillow's parsers raise anything on damaged data
-        raise PictureError(f"{source}: is damaged or truncated. Save or export it again") from error
+        raise PictureError(f"{source} is damaged or truncated. Save or export it again") from error
 
 
 def without_end(content: bytes) -> Image.Image:
@@ -219,9 +219,9 @@ def prepare(pixels: NDArray[np.uint8], source: str) -> NDArray[np.uint8]:
     mask = strokes(ink, whole=grey[page].shape == grey.shape)
     full = np.percentile(ink[mask], FULL) if mask.any() else 0
     if full <= max(CONTRAST, NOISE * noise):
-        raise PictureError(f"{source}: is blank: no digit stands out from the paper. {ADVICE}")
+        raise PictureError(f"{source} is blank: no digit stands out from the paper. {ADVICE}")
     if shows_several(mask):
-        raise PictureError(f"{source}: shows several digits. Crop it to one of them")
+        raise PictureError(f"{source} shows several digits. Crop it to one of them")
     rims = ndimage.binary_dilation(mask, iterations=3) & (ink > FAINT * full)
     (box,) = ndimage.find_objects(rims.astype(int))
     return placed(np.where(rims, np.minimum(ink / full, 1), 0)[box])

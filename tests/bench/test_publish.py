@@ -480,7 +480,7 @@ def test_an_unusable_folder_is_one_line(tmp_path, monkeypatch):
     for name in ("file", "file/folder", *(["loop"] if os.name == "posix" else [])):
         if name == "loop":
             (tmp_path / name).symlink_to(name)
-        with pytest.raises(OSError, match=rf"{name.split('/')[0]} is not a folder: name a folder for the results$"):
+        with pytest.raises(OSError, match=rf"{name.split('/')[0]} is not a folder: choose a folder for the results$"):
             existing_run(tmp_path / name)
 
     def fail(*arguments, **options):
@@ -489,6 +489,6 @@ def test_an_unusable_folder_is_one_line(tmp_path, monkeypatch):
     for function in ("mkdir", "touch"):
         with monkeypatch.context() as patch:
             patch.setattr(f"pathlib.Path.{function}", fail)
-            message = f"^cannot write in {re.escape(str(tmp_path / 'new'))}: {os.strerror(errno.EROFS)}; name another"
+            message = f"^cannot write in {re.escape(str(tmp_path / 'new'))}: {os.strerror(errno.EROFS)}; choose another"
             with pytest.raises(OSError, match=message):
                 existing_run(tmp_path / "new")

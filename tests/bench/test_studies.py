@@ -230,22 +230,23 @@ def test_the_report_comes_last_after_a_failure_and_ctrl_c(tmp_path, monkeypatch)
 def test_reproduction(digits28, monkeypatch):
     """Every run, with three epochs instead of 250, and the band over all random starts."""
     short = {"images": 200, "epochs": 3, "learning_rate": 0.3}
-    monkeypatch.setattr(published, "FULL_BATCH", published.Protocol(**short, batch_size=None))
-    monkeypatch.setattr(published, "MINI_BATCH", published.Protocol(**short, batch_size=50))
+    monkeypatch.setattr(published, "FULL_BATCH", published.Schedule(**short, batch_size=None))
+    monkeypatch.setattr(published, "MINI_BATCH", published.Schedule(**short, batch_size=50))
     slow = get_backend("numpy")
     monkeypatch.setattr(slow, "too_slow_for_full_batches", True)
     backends = {"naive": slow, "numba": get_backend("numba")}
     silent = nullcontext((lambda images: None, lambda state: None))
     result = published.reproduce(backends, digits28, 3, 1, lambda name, images: silent)
-    assert result["dataset"] == "digits28"
-    assert {name: run["protocol"]["batch_size"] for name, run in result["runs"].items()} == {"numba": None, "naive": 50}
+    assert result.dataset == "digits28"
+    assert {name: run.protocol.batch_size for name, run in result.runs.items()} == {"numba": None, "naive": 50}
     assert list(published.full_batch_histories(result)) == ["numba"]
     others = [published.run(published.FULL_BATCH, backends["numba"], digits28, seed, 1)[1] for seed in range(3)]
     for kind in ("train", "test"):
         curves = np.array([history.accuracies(kind) for history in others])
-        np.testing.assert_array_equal(result["starts"][kind]["low"], curves.min(axis=0))
-        np.testing.assert_array_equal(result["starts"][kind]["high"], curves.max(axis=0))
-        np.testing.assert_array_equal(published.history(result["runs"]["numba"]).accuracies(kind), curves[0])
+        band = getattr(result.starts, kind)
+        np.testing.assert_array_equal(band.low, curves.min(axis=0))
+        np.testing.assert_array_equal(band.high, curves.max(axis=0))
+        np.testing.assert_array_equal(result.runs["numba"].result().accuracies(kind), curves[0])
 
 
 @pytest.mark.parametrize(

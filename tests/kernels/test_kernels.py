@@ -1,7 +1,6 @@
 """Every backend on every kernel and the update: nasty inputs against an independent float64 reference."""
 
 import copy
-
 import sys
 
 import numpy as np

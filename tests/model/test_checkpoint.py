@@ -24,7 +24,7 @@ from model.extras import checkpoint, files
 from model.extras.checkpoint import Checkpoint, CheckpointError, Config, load, save
 from model.extras.files import locked
 from model.mlp import MLP
-from model.training import State, train
+from model.training import Epoch, State, train
 from tests.support import kills
 from tests.support.runs import assert_same
 from tests.support.systems import needs_posix, needs_proc
@@ -37,7 +37,7 @@ CONFIG = Config("numpy", "tiny", "0" * 64, None, 6, 0.3, 1200, 0, 2, 2)
 def file(tmp_path):
     """A checkpoint in the middle of the second epoch, alone in its folder."""
     mlp, state = MLP(SIZES), State.start(0)
-    state.history.epochs = [checkpoint.Epoch(1, 2.3, 0.1, None, 0.5), checkpoint.Epoch(2, 2.2, 0.2, 0.25, 0.5)]
+    state.history.epochs = [Epoch(1, 2.3, 0.1, None, 0.5), Epoch(2, 2.2, 0.2, 0.25, 0.5)]
     state.steps, state.loss, state.correct, state.seconds = 3, 1.1, 7, 0.1
     save(tmp_path / "run.safetensors", mlp, state, CONFIG)
     return tmp_path / "run.safetensors"
@@ -100,13 +100,16 @@ def test_save_and_load_round_trip(file):
 def test_a_state_from_another_run_is_an_error(tiny):
     state = State.start(0)
     state.steps = 6
-    with pytest.raises(ValueError, match="after step 6 of an epoch that has only 5"):
+    with pytest.raises(
+        ValueError,
+        match="the state has done 6 steps, but an epoch here has only 5: resume with the same data and batch size",
+    ):
         train(MLP(SIZES), NumpyBackend(), tiny, epochs=2, batch_size=600, state=state)
-    state.steps, state.history.epochs = 0, [checkpoint.Epoch(1, 0, 0, 0, 0)] * 3
-    with pytest.raises(ValueError, match="3 epochs are done or begun already: epochs must be at least that, not 2"):
+    state.steps, state.history.epochs = 0, [Epoch(1, 0, 0, 0, 0)] * 3
+    with pytest.raises(ValueError, match="3 epochs have been started: epochs must be at least 3, not 2"):
         train(MLP(SIZES), NumpyBackend(), tiny, epochs=2, state=state)
     state.steps = 1
-    with pytest.raises(ValueError, match="4 epochs are done or begun already: epochs must be at least that, not 3"):
+    with pytest.raises(ValueError, match="4 epochs have been started: epochs must be at least 4, not 3"):
         train(MLP(SIZES), NumpyBackend(), tiny, epochs=3, batch_size=600, state=state)
 
 
@@ -276,7 +279,7 @@ def test_a_file_locked_by_another_process_is_not_written(file, holder, monkeypat
     before, run = file.read_bytes(), load(file)
     part = file.with_name(f".{file.name}.{holder.pid}.part")
     part.touch()
-    monkeypatch.setattr(files, "PATIENCE", 0.1)
+    monkeypatch.setattr(files, "LOCK_TIMEOUT", 0.1)
     with pytest.raises(OSError, match=rf"run\.safetensors is in use by process {holder.pid}: wait until"):
         save(file, *run)
     assert part.exists()
@@ -356,7 +359,7 @@ def forged(file, **changes):
     if "run" not in changes:
         texts["run"] = json.dumps(values)
     del texts["sha256"]
-    file.write_bytes(safetensors.numpy.save(tensors, {**texts, "sha256": checkpoint._sha256(tensors, texts)}))
+    file.write_bytes(safetensors.numpy.save(tensors, {**texts, "sha256": checkpoint.checksum(tensors, texts)}))
 
 
 MISSING = object()
@@ -403,17 +406,17 @@ def altered(array, value):
         ({"seconds": float("inf")}, "its seconds is not a finite number"),
         ({"learning_rate": 10**400}, "its learning_rate is not a finite number"),
         ({"learning_rate": [0.1]}, "its learning_rate is not a finite number"),
-        ({"backend": 4}, "its backend is not a text"),
+        ({"backend": 4}, "its backend is not a string"),
         ({"rng": {**State.start(0).rng, "bit_generator": "MT19937"}}, "its RNG state is damaged"),
         ({"rng": {**State.start(0).rng, "state": {"state": -1, "inc": 1}}}, "its RNG state is damaged"),
         ({"rng": {**State.start(0).rng, "state": 3}}, "its RNG state is damaged"),
         ({"rng": {}}, "its RNG state is damaged"),
         ({"rng": [1]}, "its RNG state is damaged"),
         ({"rng": {**State.start(0).rng, "more": 1}}, "its RNG state is damaged"),
-        ({"loss": MISSING}, "its metadata are incomplete"),
-        ({"run": "[" * 50_000}, "its metadata are damaged"),
-        ({"run": "[]"}, "its metadata are incomplete"),
-        ({"run": "no JSON"}, "its metadata are damaged"),
+        ({"loss": MISSING}, "its metadata is incomplete"),
+        ({"run": "[" * 50_000}, "its metadata is damaged"),
+        ({"run": "[]"}, "its metadata is incomplete"),
+        ({"run": "no JSON"}, "its metadata is damaged"),
         ({"format": "vectorization-study checkpoint 3"}, "its format is not"),
     ],
 )
@@ -450,13 +453,13 @@ def header(shape, end):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "not a checkpoint, or damaged"),
-        (b"Accuracy 92 %\n" * 10, "not a checkpoint, or damaged"),
-        (pickle.dumps({"layers": [1, 2, 3]}), "not a checkpoint, or damaged"),
-        (b"\xff" * 1000, "not a checkpoint, or damaged"),
-        (header([2**40, 4], 2**45), "not a checkpoint, or damaged"),
-        (header([2**62, 4], 2**64 - 1), "not a checkpoint, or damaged"),
-        (header([1, 1], 8) + bytes(8), "not a checkpoint, or damaged"),
+        (b"", "damaged or not a checkpoint"),
+        (b"Accuracy 92 %\n" * 10, "damaged or not a checkpoint"),
+        (pickle.dumps({"layers": [1, 2, 3]}), "damaged or not a checkpoint"),
+        (b"\xff" * 1000, "damaged or not a checkpoint"),
+        (header([2**40, 4], 2**45), "damaged or not a checkpoint"),
+        (header([2**62, 4], 2**64 - 1), "damaged or not a checkpoint"),
+        (header([1, 1], 8) + bytes(8), "damaged or not a checkpoint"),
     ],
 )
 def test_a_foreign_file_is_refused(tmp_path, content, message):
@@ -468,9 +471,9 @@ def test_a_truncated_or_extended_file_is_refused(file):
     content = file.read_bytes()
     for length in [*range(0, len(content), 97), len(content) - 1]:
         file.write_bytes(content[:length])
-        assert_refused(file, "not a checkpoint, or damaged")
+        assert_refused(file, "damaged or not a checkpoint")
     file.write_bytes(content + b"\0")
-    assert_refused(file, "not a checkpoint, or damaged")
+    assert_refused(file, "damaged or not a checkpoint")
 
 
 def test_every_flipped_bit_is_detected(file):
@@ -519,7 +522,7 @@ def test_resume(main, tmp_path):
     assert_same(load(short), load(long))
     code, shown, error = main("train", "--resume", short, "--epochs", 5)
     assert (code, shown) == (2, "")
-    assert "6 epochs are done or begun already" in error
+    assert "6 epochs have been started" in error
     assert {path.name for path in tmp_path.iterdir()} == {"short", "long"}
 
 
@@ -549,7 +552,7 @@ def test_two_runs_do_not_share_a_file(main, trained, tmp_path):
     process.kill()
     process.communicate()
     assert main("train", "--resume", file, "--epochs", 10**6 + 1, "--json", history, "--learning-rate", 0)[0] == 2
-    assert main("train", "--resume", file, "--epochs", max(1, stand(load(file).state)[0]))[0] == 0
+    assert main("train", "--resume", file, "--epochs", max(1, progress(load(file).state)[0]))[0] == 0
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".lock"] == []
 
 
@@ -569,8 +572,8 @@ def test_the_history_does_not_replace_the_checkpoint(main, trained, tmp_path, mo
     code, shown, error = main("train", option, "run", "--json", name)
     assert (code, shown) == (2, "")
     assert re.fullmatch(r"error: .*\n", error)
-    if option == "--resume" or name != "hard link":  # else --checkpoint has an error of its own
-        assert " is the checkpoint run: name another file for the history" in error
+    if option == "--resume" or name != "hard link":  # --checkpoint reports a different error
+        assert " is the checkpoint run: choose another file for the history" in error
     assert (file.exists() and file.read_bytes()) == before
 
 
@@ -584,7 +587,7 @@ def test_only_an_earlier_history_is_replaced(main, tmp_path, monkeypatch):
         file.write_bytes(content)
         code, shown, error = main(*TRAIN, "--json", file)
         assert (code, shown) == (2, "")
-        message = f"error: {file} exists and is not an earlier report (JSON with 'history'): name another file"
+        message = f"error: {file} exists and is not an earlier report (JSON with 'history'): choose another file"
         assert error.startswith(message), content[:20]
         assert file.read_bytes() == content
 
@@ -614,7 +617,7 @@ def trained(tmp_path_factory):
         (["--resume", "{file}", "--learning-rate", 0.1], "learning_rate 0.3, not 0.1"),
         (["--resume", "{file}", "--eval-every", 2], "eval_every 3, not 2"),
         (["--resume", "/no/such/file"], "there is no such file"),
-        (["--resume", "README.md"], "README.md: it is not a checkpoint, or damaged"),
+        (["--resume", "README.md"], "README.md: it is damaged or not a checkpoint"),
         (["--checkpoint", "{file}"], "exists: resume it with --resume "),
         (["--checkpoint", "/no/such/folder/x"], "there is no folder /no/such/folder"),
         (["--checkpoint", "/"], "it is a folder"),
@@ -642,7 +645,7 @@ def test_a_read_only_folder_is_an_error_before_training(main, tmp_path, monkeypa
     assert not list(tmp_path.iterdir())
 
 
-def test_changed_images_are_another_run(main, trained, monkeypatch):
+def test_changed_images_count_as_another_run(main, trained, monkeypatch):
     dataset = command_line.load_dataset("digits28")
     images = dataset.test_images.copy()
     images[-1, -1] ^= 1
@@ -670,7 +673,7 @@ def test_a_custom_backend_can_be_resumed(main, tmp_path):
 
 def test_save_schedule(main, monkeypatch, tmp_path):
     saved = []
-    monkeypatch.setattr(command_line, "save", lambda _, __, state, ___: saved.append(stand(state)))
+    monkeypatch.setattr(command_line, "save", lambda _, __, state, ___: saved.append(progress(state)))
     main(*TRAIN, "--epochs", 5, "--checkpoint", tmp_path / "x")
     assert saved == [(0, 0), (5, 0)]
     saved.clear()
@@ -682,7 +685,7 @@ def test_save_schedule(main, monkeypatch, tmp_path):
     assert saved == [*((0, step) for step in range(7)), (1, 0)]
 
 
-def stand(state):
+def progress(state):
     return len(state.history.epochs), state.steps
 
 
@@ -723,7 +726,7 @@ def test_a_signal_is_deferred_to_the_end_of_the_step_and_saves(main, tmp_path, n
         "stopping after the current step; a second signal stops at once",
         f"interrupted, saved in {file}: continue with --resume {file}",
     ]
-    assert stand(load(file).state) > (0, 0)
+    assert progress(load(file).state) > (0, 0)
     epochs = len(load(file).state.history.epochs) + 3
     assert main("train", "--resume", file, "--epochs", epochs)[0] == 0
     assert main(*TRAIN, "--epochs", epochs, "--checkpoint", tmp_path / "whole")[0] == 0
@@ -746,7 +749,7 @@ def test_a_second_signal_stops_at_once(tmp_path, number, exit_code):
     process.send_signal(number)
     _, error = process.communicate(timeout=60)
     assert (process.returncode, error) == (exit_code, "interrupted\n")
-    assert stand(load(file).state) == (0, 0)
+    assert progress(load(file).state) == (0, 0)
     assert list(tmp_path.iterdir()) == [file]
 
 
@@ -755,7 +758,7 @@ def test_signals_are_ignored_during_exit_and_if_they_were_before():
     """An impatient second Ctrl-C must not interrupt the cleanup, and Ctrl-C must not stop a background job."""
     program = """if True:
         import os, signal
-        from model.cli.signals import Stopped, stoppable
+        from model.extras.signals import Stopped, stoppable
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         with stoppable():
             os.kill(os.getpid(), signal.SIGINT)
@@ -785,7 +788,7 @@ def test_a_closed_terminal_saves(tmp_path):
         os.read(terminal, 1000)
     os.close(terminal)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 129
-    assert stand(load(file).state) > (0, 0)
+    assert progress(load(file).state) > (0, 0)
     assert list(tmp_path.iterdir()) == [file]
 
 
@@ -795,7 +798,7 @@ def test_overflowed_parameters_are_not_reported_as_a_damaged_checkpoint(main, tm
     code, _, error = main(*TRAIN[:-4], "--eval-every", 3, *options)
     assert code == 2
     assert re.fullmatch(r"error: .*with learning rate 3e\+40: try a smaller learning rate\n", error)
-    assert stand(load(file).state) == (0, 0)
+    assert progress(load(file).state) == (0, 0)
 
 
 # Kills

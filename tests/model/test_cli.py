@@ -21,7 +21,7 @@ def test_train_writes_settings_and_history(tmp_path):
     file = tmp_path / "history.json"
     result = run_model(*TRAIN, "--json", file, "--threads", 2, "--eval-every", 2, "--hidden", 16)
     assert result.returncode == 0, result.stderr
-    assert result.stderr == ""  # no progress bar where nobody watches
+    assert result.stderr == ""  # no progress bar without a terminal
     assert "numpy on digits28, 2 threads" in result.stdout
     content = json.loads(file.read_text())
     assert content["config"] == {
@@ -84,7 +84,7 @@ def test_a_terminal_shows_a_progress_bar():
         (["--seed", "-1"], "Invalid value for '--seed'"),
         (["--threads", "0"], "threads must be at least 1"),
         (["--dataset", "cifar"], "Unknown dataset 'cifar'"),
-        (["--dataset", "mnist", "--data", "/nowhere"], "/nowhere: no such folder"),
+        (["--dataset", "mnist", "--data", "/nowhere"], "there is no folder /nowhere: pass the one with"),
         (["--json", "/no/such/folder/x.json"], "there is no folder /no/such/folder"),
         (["--json", "/"], "it is a folder"),
         (["--frobnicate"], "No such option: --frobnicate"),
@@ -162,7 +162,7 @@ def test_file_names_are_printed_verbatim(tmp_path, name):
 
 
 @needs_posix
-def test_a_loop_of_links_is_one_line(main, tmp_path):
+def test_a_symbolic_link_loop_is_a_one_line_error(main, tmp_path):
     loop = tmp_path / "loop"
     loop.symlink_to("loop")
     for option in ("--checkpoint", "--json", "--resume"):
@@ -190,7 +190,7 @@ def test_help_shows_defaults_in_brackets(main):
 def read_terminal(terminal):
     try:
         return os.read(terminal, 100_000)
-    except OSError:  # Linux says so when the other side has closed it
+    except OSError:  # raised by Linux when the other end has been closed
         return b""
 
 

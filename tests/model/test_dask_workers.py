@@ -176,7 +176,7 @@ def alone(tiny):
 
 @pytest.mark.slow
 def test_same_bits_on_many_workers(processes, tiny):
-    """More than meet in one task, and numbers that the 32 shards are not divisible by."""
+    """More workers than FAN_IN, and counts that do not divide 32."""
     many = tiny._replace(train_images=np.tile(tiny.train_images, (8, 1)), train_labels=np.tile(tiny.train_labels, 8))
     expected = trained(NumpyBackend(), many, (25, 6, 10))
     for workers in (7, 16, 9):
@@ -280,7 +280,7 @@ def test_killed_workers_change_no_bit(processes, digits28):
 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
-    batches = Cluster(processes.client, patience=5).batch
+    batches = Cluster(processes.client, timeout=5).batch
     with pytest.raises(InterruptedError):
         train(mlp, NumpyBackend(), dataset, epochs=10_000, batches=batches, on_step=on_step)
     killer.join()
@@ -292,7 +292,7 @@ def test_killed_workers_change_no_bit(processes, digits28):
 @pytest.mark.slow
 @needs_posix
 def test_workers_killed_in_the_middle_of_a_reduction(mortal, tiny, tmp_path, monkeypatch):
-    """Four workers, whose sums meet in pairs: each task that adds sums kills its worker when it is first tried."""
+    """Four workers, whose sums are added in pairs: each task that adds sums kills its worker when it is first tried."""
     monkeypatch.setattr(dask_workers, "FAN_IN", 2)
     monkeypatch.setattr(dask_workers, "merge", functools.partial(merge_or_die, tmp_path))
     mortal.have(4)
@@ -334,8 +334,8 @@ def test_all_workers_gone(mortal, tiny):
         if len(state.history.epochs) == 2 and mortal.workers:
             mortal.kill_worker(0)
 
-    cluster = Cluster(mortal.client, patience=1)
-    with pytest.raises(ClusterError, match=r"no worker for 1 seconds: start one, as in: dask worker tcp://127"):
+    cluster = Cluster(mortal.client, timeout=1)
+    with pytest.raises(ClusterError, match=r"no worker for 1 seconds: start one with: dask worker tcp://127"):
         trained(NumpyBackend(), tiny, (25, 6, 10), epochs=9, batches=cluster.batch, on_step=on_step)
 
 
@@ -343,7 +343,7 @@ def test_all_workers_gone(mortal, tiny):
 @needs_posix
 def test_all_workers_gone_during_a_step(mortal, tiny):
     """The kernel kills its worker, and every worker that retries it; Dask gives up before all are dead."""
-    batches = Cluster(mortal.client, patience=1).batch
+    batches = Cluster(mortal.client, timeout=1).batch
     with pytest.raises(ClusterError, match="no worker for 1 seconds"):
         trained(Deadly(), tiny, (25, 6, 10), batches=batches)
 
@@ -352,7 +352,7 @@ def test_all_workers_gone_during_a_step(mortal, tiny):
 @pytest.mark.slow
 @pytest.mark.parametrize("nannies", [1, 2])
 def test_a_task_that_kills_every_worker(mortal, tiny, nannies, monkeypatch):
-    """A nanny restarts its worker, which would repeat for ever: with one worker, or with two."""
+    """A nanny restarts its worker, which would repeat forever: with one worker, or with two."""
     if nannies == 1:
         monkeypatch.setattr(dask_workers, "ALLOWED_FAILURES", 1)  # of all workers, which takes seconds each time
     for _ in range(nannies):
@@ -387,7 +387,7 @@ def test_a_worker_without_the_project(mortal):
         time.sleep(0.02)
     mortal.kill_worker(0)
     with pytest.raises(ClusterError, match="no worker answers for 2 seconds: scheduler and workers need"):
-        Cluster(mortal.client, patience=2)
+        Cluster(mortal.client, timeout=2)
 
 
 class Deadly(NumpyBackend):
@@ -440,8 +440,8 @@ def test_the_checkpoint_survives_the_scheduler(mortal, tmp_path):
 def test_a_worker_that_would_compute_different_bits(mortal, tiny, name, value, message):
     program = (
         "from distributed.cli.dask_worker import main; from model.extras import dask_workers;"
-        f"found = dask_workers.surroundings() | {{'{name}': '{value}'}};"
-        "dask_workers.surroundings = lambda: found; main()"
+        f"found = dask_workers.fingerprint() | {{'{name}': '{value}'}};"
+        "dask_workers.fingerprint = lambda: found; main()"
     )
     mortal.start_worker(program=["-c", program])
     while len(mortal.client.nthreads()) < 2:
@@ -452,6 +452,7 @@ def test_a_worker_that_would_compute_different_bits(mortal, tiny, name, value, m
 
 
 def test_a_scheduler_of_another_version(processes, monkeypatch):
+    processes.have(1)
     versions = {"scheduler": {"packages": {"distributed": "1.0"}}}
     monkeypatch.setattr(Client, "get_versions", lambda client: versions)
     with pytest.raises(ClusterError, match=r"the scheduler has distributed 1\.0, not 20"):
@@ -504,7 +505,7 @@ def test_a_truncated_file_is_a_one_line_error(processes, tmp_path, digits28):
             time.sleep(0.02)
             assert process.poll() is None, process.stderr.read()
         os.truncate(file, 100_000)
-        if place:  # all that read it may have died: one more says which file it was
+        if place:  # all workers that read it may have died: one more reports the file
             processes.start_worker()
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 2
@@ -517,7 +518,7 @@ def test_a_truncated_file_is_a_one_line_error(processes, tmp_path, digits28):
     processes.have(2)
 
 
-def test_checkpoints_of_workers_and_of_one_process_name_the_same_data(processes, tmp_path, digits28):
+def test_checkpoints_of_workers_and_of_one_process_identify_the_same_data(processes, tmp_path, digits28):
     processes.have(2)
     write_idx(tmp_path, limited(digits28, 9_000))
     mapped = load_idx(tmp_path)
@@ -567,7 +568,7 @@ def test_interrupt_leaves_the_step_to_the_workers(tmp_path):
         (["--scheduler", "nonsense://x"], "no scheduler answers at nonsense://x"),
         (["--scheduler", "tcp://127.0.0.1:1", "--workers", "2"], "use either --workers or --scheduler"),
         (["--workers", "0"], "Invalid value for '--workers'"),
-        (["--memory-limit", "much"], "'much' is not a number of bytes: write it as in '500 MB'"),
+        (["--memory-limit", "much"], "'much' is not a number of bytes: write it like '500 MB'"),
         (["--memory-limit", "1.2.3 GB"], "'1.2.3 GB' is not a number of bytes"),
         (["--memory-limit", "-5"], "'-5' is not a number of bytes"),
     ],
@@ -599,9 +600,8 @@ def test_without_dask():
 @pytest.mark.slow
 def test_data_larger_than_the_memory_limit(tmp_path, digits28):
     """480,000 images in less than 1 GB of memory, including the pages of the mapped files."""
-    from bench.studies.scaling import shifted
-
-    large = shifted(digits28, 480_000)
+    images = np.concatenate([np.roll(digits28.train_images, shift, axis=1) for shift in range(8)])  # all different
+    large = digits28._replace(train_images=images, train_labels=np.tile(digits28.train_labels, 8))
     write_idx(tmp_path, large)
     options = ("--dataset", "idx", "--data", tmp_path, "--epochs", 2, "--hidden", 128, "--checkpoint", tmp_path / "run")
     program = (

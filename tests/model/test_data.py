@@ -1,6 +1,6 @@
-"""MNIST is found, fetched and verified; whatever is wrong with it is said in one line; digits28 is sound.
+"""MNIST is found, fetched and verified; every problem is a one-line error; digits28 is sound.
 
-Nothing here touches the internet or the user's cache: tiny files play MNIST, and a local server its mirrors.
+Nothing here touches the internet or the user's cache: tiny files stand in for MNIST, a local server for its mirrors.
 """
 
 import errno
@@ -44,7 +44,7 @@ def sandbox(monkeypatch, tmp_path):
     monkeypatch.setattr(data, "FILES", TINY_FILES)
     monkeypatch.setattr(data, "MIRRORS", ["http://127.0.0.1:1/"])
     monkeypatch.setattr(data, "TIMEOUT", (1, 0.2))
-    monkeypatch.setattr(data, "_download_failure", "")
+    monkeypatch.setattr(data, "download_failure", "")
     monkeypatch.setattr(data, "cache_directory", lambda: tmp_path / "cache")
     monkeypatch.delenv("MNIST_DIR", raising=False)
     for variable in ("NO_PROXY", "no_proxy"):
@@ -198,7 +198,7 @@ def test_parser_accepts_exactly_what_it_can_represent(ndim, header, body, right_
 
 
 class Mirrors(http.server.BaseHTTPRequestHandler):
-    """One server with several mirrors: the first part of the path says how each fails."""
+    """One server with several mirrors: the first part of the path determines how each fails."""
 
     def do_GET(self):
         self.server.requests.append(self.path)
@@ -237,7 +237,7 @@ def server():
 
 @pytest.fixture
 def use_mirrors(monkeypatch, server):
-    """Return a function that names the mirrors to use."""
+    """Return a function that sets the mirrors to use."""
 
     def use(*names):
         mirrors = [f"http://127.0.0.1:{server.server_port}/{name}/" for name in names]
@@ -364,14 +364,14 @@ def test_digits28_resembles_mnist(digits28):
 
 
 def test_digits28_is_deterministic_and_shares_no_original_between_training_and_test(monkeypatch):
-    vary, parts = data._vary, []
+    vary, parts = data.vary, []
 
     def vary_a_few(images, labels, count, rng):
         parts.append({image.tobytes() for image in images})
         return vary(images, labels, count // 100, rng)
 
-    monkeypatch.setattr(data, "_vary", vary_a_few)
-    for first, second in zip(data._build_digits28()[1:], data._build_digits28()[1:], strict=True):
+    monkeypatch.setattr(data, "vary", vary_a_few)
+    for first, second in zip(data.build_digits28()[1:], data.build_digits28()[1:], strict=True):
         np.testing.assert_array_equal(first, second)
     train, test = parts[:2]
     assert train.isdisjoint(test)
@@ -387,7 +387,7 @@ def builds(monkeypatch):
         count.append(1)
         return TINY._replace(name="digits28", train_images=TINY.train_images.copy())
 
-    monkeypatch.setattr(data, "_build_digits28", build)
+    monkeypatch.setattr(data, "build_digits28", build)
     return count
 
 
@@ -428,7 +428,7 @@ def test_flipped_bit_in_cached_digits28_is_detected(builds, cache):
 
 def test_changed_recipe_does_not_serve_stale_digits28(monkeypatch, builds, cache):
     load_digits28()
-    monkeypatch.setattr(data, "_build_digits28", lambda: TINY._replace(train_labels=TINY.train_labels[::-1]))
+    monkeypatch.setattr(data, "build_digits28", lambda: TINY._replace(train_labels=TINY.train_labels[::-1]))
     np.testing.assert_array_equal(load_digits28().train_labels, TINY.train_labels[::-1])
     assert len(files_below(cache)) == 2
 
@@ -562,7 +562,7 @@ def test_idx_files_may_have_any_classes_and_size(tmp_path, largest, shape):
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
     [
-        (TRAIN_IMAGES, None, "train-images-idx3-ubyte is missing or inaccessible. Put it there"),
+        (TRAIN_IMAGES, None, "train-images-idx3-ubyte is missing or inaccessible. Copy it there"),
         (TRAIN_IMAGES, PLAIN[TRAIN_IMAGES][:-1], "truncated, 3935 bytes instead of 3936"),
         (TRAIN_IMAGES, PLAIN[TRAIN_IMAGES] + b"x", "too long"),
         (TRAIN_IMAGES, PLAIN[TRAIN_LABELS], "magic number 00000801 instead of 00000803"),
@@ -592,7 +592,7 @@ def test_compressed_idx_files_are_not_mapped(folder):
 
 
 def test_idx_needs_a_folder():
-    with pytest.raises(DataError, match="name it by --data or MNIST_DIR"):
+    with pytest.raises(DataError, match="pass --data or set MNIST_DIR"):
         load_dataset("idx")
 
 
@@ -656,11 +656,9 @@ def test_labels_beyond_9_are_explained(folder):
 @pytest.mark.parametrize("load", [load_mnist, load_idx])
 def test_a_file_or_nothing_instead_of_the_folder(folder, load):
     file = folder / f"{TRAIN_IMAGES}.gz"
-    with pytest.raises(
-        DataError, match=re.escape(f"{file} is a file. Name the folder that holds it: --data {folder}") + "$"
-    ):
+    with pytest.raises(DataError, match=re.escape(f"{file} is a file. Pass its folder: --data {folder}") + "$"):
         load(file)
-    with pytest.raises(DataError, match=r"/none: no such folder"):
+    with pytest.raises(DataError, match=r"there is no folder .*/none: pass the one with"):
         load(folder / "none")
 
 
@@ -669,7 +667,7 @@ def test_the_home_folder(folder, monkeypatch):
     assert_tiny(load_mnist(f"~/{folder.name}"))
     monkeypatch.setenv("MNIST_DIR", f"~/{folder.name}")
     assert_tiny(load_mnist())
-    with pytest.raises(DataError, match="no such folder"):
+    with pytest.raises(DataError, match=r"there is no folder .*: pass the one with"):
         load_mnist("~nobody-of-this-name/x")
 
 

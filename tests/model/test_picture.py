@@ -1,4 +1,4 @@
-"""Pictures of digits: prepared as MNIST was, whatever they look like, and refused in one line if they cannot be."""
+"""Pictures of digits are prepared like MNIST's images, whatever they look like, or refused in one line."""
 
 import io
 import os
@@ -14,7 +14,6 @@ import pytest
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from bench.studies import pictures
 from kernels import get_backend
 from model.cli import app
 from model.cli.predict import predict_command
@@ -64,7 +63,7 @@ VARIANTS = {
 
 @pytest.fixture(scope="module")
 def trained():
-    """A network that has learned for a moment, and images that it has not seen: a thousand of MNIST, 500 of digits28.
+    """A network trained for a moment, and images that it has not seen: 1,000 of MNIST's, or 500 of digits28's.
 
     The digits of digits28 do not fill the box of 20 x 20: they are prepared again first.
     """
@@ -78,7 +77,7 @@ def trained():
 
 
 def prepared_again(dataset, part):
-    """Images and labels of digits28, without the few in a hundred that look like something else."""
+    """Images and labels of digits28, without the few in a hundred that are refused."""
     images, labels = getattr(dataset, f"{part}_images"), getattr(dataset, f"{part}_labels")
     results = prepared_or_none(encoded(Image.fromarray(image.reshape(28, 28))) for image in images)
     read = [result is not None for result in results]
@@ -88,8 +87,8 @@ def prepared_again(dataset, part):
 
 
 def prepared_or_none(contents):
-    """Of each file the image, or None if it is refused; on all cores, as the filters release the GIL."""
-    decoding = threading.Lock()  # for it changes the filters of warnings, which threads share
+    """The image in each file, or None if refused; on all cores, as the filters release the GIL."""
+    decoding = threading.Lock()  # catch_warnings changes global state
 
     def attempt(content):
         try:
@@ -106,7 +105,7 @@ def prepared_or_none(contents):
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_accuracy_is_kept_within_two_points(trained, variant, record_property):
-    """A large one takes a tenth of a second."""
+    """Slow: a large picture takes 0.1 s."""
     mlp, images, labels = trained
     rng = np.random.default_rng(0)
     drawn = [VARIANTS[variant](Image.fromarray(image.reshape(28, 28)), rng) for image in images]
@@ -122,10 +121,10 @@ def test_accuracy_is_kept_within_two_points(trained, variant, record_property):
 
 
 def test_images_of_mnist_hardly_change(mnist):
-    """They fit the box and are centred already: only the faintest pixels go, and with them a row or column at times.
+    """They already fit the box and are centred: only the faintest pixels are lost, sometimes with a row or column.
 
-    With none left out, nine in ten come out as they went in, but for three levels, as full ink is a percentile: so
-    scale and centre are those of MNIST.
+    If no pixel is dropped, nine in ten images come back within three levels, since full ink is a percentile. So scale
+    and centre are MNIST's.
     """
     images = mnist.test_images[:300].reshape(-1, 28, 28)
     with pytest.MonkeyPatch.context() as patch:
@@ -134,7 +133,7 @@ def test_images_of_mnist_hardly_change(mnist):
     assert np.mean(same) > 0.85
 
 
-# Whatever they look like -------------------------------------------------------------------------------------------
+# Every format -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", PICTURES)
@@ -157,7 +156,7 @@ def test_size_hardly_matters(factor):
 
 @pytest.mark.parametrize("name", JPEGS)
 def test_jpeg_gives_nearly_the_same_image(name):
-    """JPEG blurs the rims, by which the box may be a pixel of 120 larger: no grey level is far off on average."""
+    """JPEG blurs edges, so the box may be one pixel of 120 larger: grey levels differ little on average."""
     result = prepared(JPEGS[name])
     assert_prepared(result)
     assert np.abs(result.astype(int) - EXPECTED).mean() < 4
@@ -165,7 +164,7 @@ def test_jpeg_gives_nearly_the_same_image(name):
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
 def test_damaged_exif_data_are_ignored(kind):
-    """Any byte of them; the orientation is obeyed as long as it can be found, whatever is wrong with the rest."""
+    """Any damaged byte; the orientation is applied whenever it can be found, however damaged the rest is."""
 
     def with_exif(content):
         return decode(io.BytesIO(encoded(digit(), kind, exif=content)), "picture").tobytes()
@@ -203,33 +202,13 @@ def test_pictures_of_odd_shapes_are_prepared(shape):
     assert_prepared(prepare(pixels, "picture"))
 
 
-@pytest.fixture(scope="module")
-def kinds(mnist):
-    """What the study finds on a few pictures."""
-    return pictures.measure(mnist, quick=True)
-
-
-@pytest.mark.slow
-def test_digits_are_recognised_in_every_kind_of_picture(kinds):
-    """Within 3 points of clean pictures, and 5 for pencil and lines: on 20 pictures, none more may be wrong."""
-    right = kinds.right
-    for name, accuracy in right.items():
-        assert accuracy >= right[pictures.CLEAN] - 5, name
-    assert kinds.pairs_refused == 100
-
-
-@pytest.mark.slow
-def test_no_blank_page_is_a_digit(kinds):
-    assert kinds.blank_refused == dict.fromkeys(pictures.BLANK, 100)
-
-
 def test_large_texts_in_a_png_are_skipped():
     texts = PngInfo()
     texts.add_itxt("note", "x" * 20_000_000, zip=True)
     np.testing.assert_array_equal(prepared(encoded(digit(), pnginfo=texts)), EXPECTED)
 
 
-def test_a_jpeg_without_its_end_mark_is_read():
+def test_a_jpeg_without_its_end_marker_is_read():
     np.testing.assert_array_equal(prepared(JPEGS["JPEG"][:-2]), prepared(JPEGS["JPEG"]))
 
 
@@ -272,12 +251,12 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_shows_no_digit_is_refused_in_one_line(tmp_path, name):
+def test_unusable_pictures_are_refused_in_one_line(tmp_path, name):
     content, problem = REFUSED[name]
     file = tmp_path / "picture.png"
     file.write_bytes(content)
     before, start = peak_memory(), time.perf_counter()
-    with pytest.raises(PictureError, match=rf"^{re.escape(str(file))}: .*({problem}).*\. [A-Z]") as error:
+    with pytest.raises(PictureError, match=rf"^{re.escape(str(file))} .*({problem}).*\. [A-Z]") as error:
         read_picture(file)
     assert "\n" not in str(error.value)
     assert peak_memory() - before < 20e6
@@ -286,7 +265,7 @@ def test_what_shows_no_digit_is_refused_in_one_line(tmp_path, name):
 
 @pytest.mark.parametrize("content", [PICTURES["grey"], JPEGS["JPEG"], PICTURES["16 bits"]])
 def test_a_file_cut_short_anywhere_is_refused(content):
-    """Refused, unless nothing but checksums and end marks is missing."""
+    """Refused, unless only checksums and end markers are missing."""
     for end in range(len(content)):
         try:
             result = prepared(content[:end])
@@ -297,7 +276,7 @@ def test_a_file_cut_short_anywhere_is_refused(content):
 
 
 @needs_posix
-def test_a_name_that_is_no_file_is_refused(tmp_path):
+def test_paths_that_are_not_files_are_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for name, problem in {
         tmp_path: "is a folder",
@@ -312,7 +291,7 @@ def test_a_name_that_is_no_file_is_refused(tmp_path):
         assert "\n" not in str(error.value)
 
 
-def test_a_file_of_too_many_bytes_is_not_read(tmp_path):
+def test_oversized_files_are_not_read(tmp_path):
     file = tmp_path / "huge.png"
     with file.open("wb") as stream:
         stream.write(PICTURES["grey"])
@@ -350,7 +329,7 @@ def test_predict_shows_the_digit_and_a_bar_for_each(tmp_path, trained):
 
 
 def test_letters_are_trained_resumed_and_predicted(tmp_path, digits28):
-    """Labels 1 to 26, as EMNIST's letters have: a run, its continuation, and what it says of a picture."""
+    """Labels 1 to 26, like EMNIST's letters: train, resume and predict."""
     few = limited(digits28, 300)
     labels = [(1 + np.arange(len(array)) % 26).astype(np.uint8) for array in (few.train_labels, few.test_labels)]
     write_idx(tmp_path, few._replace(train_labels=labels[0], test_labels=labels[1]))
@@ -401,7 +380,7 @@ def test_an_unsure_network_says_so(tmp_path, capsys):
     assert noted == ""
 
 
-def test_what_digits28_does_not_teach_is_said(tmp_path, capsys):
+def test_predict_warns_about_networks_trained_on_digits28(tmp_path, capsys):
     file, network = tmp_path / "good.png", tmp_path / "network"
     file.write_bytes(PICTURES["grey"])
     config = Config("numpy", "digits28", "0" * 64, None, 3, 0.1, 32, 0, 1, 1)
@@ -413,7 +392,7 @@ def test_what_digits28_does_not_teach_is_said(tmp_path, capsys):
 
 
 def test_a_picture_in_the_home_folder(tmp_path, capsys, monkeypatch):
-    """Quoted, so that the shell leaves the tilde as it is."""
+    """With a quoted tilde, which the shell does not expand."""
     for variable in ("HOME", "USERPROFILE"):
         monkeypatch.setenv(variable, str(tmp_path))
     (tmp_path / "good.png").write_bytes(PICTURES["grey"])
@@ -431,11 +410,11 @@ def test_several_digits_are_refused(tmp_path):
         for left in (0, SIZE[0]):
             pair.paste(digit("L"), (left, 10))
         (pair.rotate(90, expand=True) if turned else pair).save(file)
-        with pytest.raises(PictureError, match=rf"^{re.escape(str(file))}: shows several digits\. Crop it to one of"):
+        with pytest.raises(PictureError, match=rf"^{re.escape(str(file))} shows several digits\. Crop it to one of"):
             predict_command(file, network)
 
 
-def test_predict_says_in_one_line_what_is_wrong(tmp_path):
+def test_errors_of_predict_are_one_line(tmp_path):
     good, text = tmp_path / "good.png", tmp_path / "text.png"
     good.write_bytes(PICTURES["grey"])
     text.write_text("seven")
@@ -447,9 +426,9 @@ def test_predict_says_in_one_line_what_is_wrong(tmp_path):
     huge = saved(tmp_path / "huge", huge)
     result = run_model("predict", text, "--checkpoint", network)
     assert (result.returncode, result.stdout) == (2, "")
-    assert re.fullmatch(rf"error: {re.escape(str(text))}: is not a PNG or JPEG picture.*\n", result.stderr)
+    assert re.fullmatch(rf"error: {re.escape(str(text))} is not a PNG or JPEG picture.*\n", result.stderr)
     for checkpoint, message in (
-        (small, f"^{re.escape(str(small))}: its network is not for images of 28 x 28 pixels"),
+        (small, f"^{re.escape(str(small))}: its network does not take images of 28 x 28 pixels: use one that does$"),
         (huge, f"^{re.escape(str(huge))}: its parameters are too large"),
         (text, f"{re.escape(str(text))}.* not a checkpoint"),
     ):

@@ -11,6 +11,7 @@ from model.data import load_dataset
 from model.mlp import MLP
 from model.published import FULL_BATCH, MINI_BATCH, PUBLISHED, run
 from tests.support.datasets import DATASET
+from tests.support.runs import mini_batch_run
 
 pytestmark = pytest.mark.slow
 
@@ -18,16 +19,6 @@ pytestmark = pytest.mark.slow
 @functools.cache
 def full_batch_history(backend, dataset_name):
     return run(FULL_BATCH, backend, load_dataset(dataset_name))[1]
-
-
-@functools.cache
-def mini_batch_run(backend_name, dataset_name):
-    """Test accuracy and predictions after the mini-batch protocol, without a test pass in pure Python."""
-    dataset = load_dataset(dataset_name)
-    unseen = dataset._replace(test_images=dataset.test_images[:1], test_labels=dataset.test_labels[:1])
-    mlp, _ = run(MINI_BATCH, get_backend(backend_name), unseen)
-    predictions = mlp.predict(NumpyBackend(), dataset.test_images)
-    return np.mean(predictions == dataset.test_labels), predictions
 
 
 def test_full_batches_reach_the_published_accuracy(full_batch_backend, record_property):
@@ -47,22 +38,23 @@ def test_full_batches_follow_the_published_curve(full_batch_backend, mnist):
             assert ours == pytest.approx(published, abs=1.5 if epoch == 50 else 0.7), f"epoch {epoch}"
 
 
-def test_mini_batches_reach_92_percent(backend, naive_run, record_property):
+def test_mini_batches_reach_92_percent(backend, slow_runs, record_property):
     """Including pure Python. Runs that differ only in rounding disagree on few images."""
-    accuracy, predictions = naive_run.result() if backend.name == "naive" else mini_batch_run(backend.name, DATASET)
+    started = slow_runs.get(backend.name)
+    accuracy, predictions = started.result() if started else mini_batch_run(backend.name, DATASET)
     record_property("test accuracy", accuracy)
     assert accuracy >= 0.92
     _, expected = mini_batch_run("numpy", DATASET)
     assert np.mean(predictions == expected) >= 0.99
 
 
-def test_the_stand_in_for_mnist_is_learned_as_well():
-    """By the fastest backend; where MNIST is not, the tests above show it for all."""
+def test_backends_also_learn_digits28():
+    """On the fastest backend; without MNIST, the tests above cover all."""
     assert full_batch_history(get_backend("sparse"), "digits28").epochs[-1].test_accuracy >= 0.92
     assert mini_batch_run("sparse", "digits28")[0] >= 0.92
 
 
-def test_nine_of_ten_starts_pass_the_mini_batch_protocol(mnist, record_property):
+def test_nine_of_ten_starts_pass_the_mini_batch_schedule(mnist, record_property):
     accuracies = []
     for seed in range(10):
         _, history = run(MINI_BATCH, NumpyBackend(), mnist, seed)

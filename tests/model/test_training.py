@@ -34,7 +34,7 @@ def results(history):
 
 @pytest.mark.parametrize("batch_size", [None, 1100, 7])
 def test_same_bits_on_any_number_of_threads(backend, tiny, batch_size):
-    """Over four shards, or batches of two, or of one; on pure Python once on each number."""
+    """Four shards, two, or one; pure Python runs once per thread count."""
     few = limited(tiny, 100 if batch_size == 7 else 2100)
     parameters, history = trained(backend, few, threads=1, batch_size=batch_size)
     for threads in (2, 3, 8) if backend.too_slow_for_full_batches else (1, 2, 3, 8, 2, 3, 8):
@@ -112,7 +112,7 @@ def test_full_batch_equals_one_mini_batch_of_all_images(tiny):
 
 
 def test_the_history_holds_every_epoch(tiny):
-    seen, stands = [], []
+    seen, progress = [], []
     _, history = trained(
         NumpyBackend(),
         tiny,
@@ -120,9 +120,9 @@ def test_the_history_holds_every_epoch(tiny):
         eval_every=2,
         batch_size=1000,
         on_images=seen.append,
-        on_step=lambda state: stands.append((len(state.history.epochs), state.steps)),
+        on_step=lambda state: progress.append((len(state.history.epochs), state.steps)),
     )
-    assert stands == [(epoch, step) for epoch in range(5) for step in range(4)] + [(5, 0)]
+    assert progress == [(epoch, step) for epoch in range(5) for step in range(4)] + [(5, 0)]
     assert [epoch.epoch for epoch in history.epochs] == [1, 2, 3, 4, 5]
     assert [epoch.test_accuracy is not None for epoch in history.epochs] == [False, True, False, True, True]
     assert sum(seen) == 5 * 2600

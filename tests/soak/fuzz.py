@@ -27,7 +27,7 @@ BATCH = 250
 def main(
     inputs: Annotated[int, typer.Option(help="Number of inputs.")] = 1_000_000,
     seed: Annotated[int, typer.Option(help="Seed for the inputs.")] = 0,
-    repeat: Annotated[str, typer.Option(help="Run only this input, as in picture:17.")] = "",
+    repeat: Annotated[str, typer.Option(help="Run only this input, e.g. picture:17.")] = "",
 ) -> None:
     """Feed mutants of valid files to all code that reads untrusted files."""
     print(f"seed {seed}")

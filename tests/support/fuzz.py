@@ -38,8 +38,8 @@ from tests.support.pictures import JPEGS, PICTURES, assert_prepared, png_chunk, 
 from tests.support.runs import assert_same
 
 ODD_VALUES = [None, True, "9", [], {}, [3, 2], [1] * 9999, [2**62, 4], -1, 0, 0.5, 2**63, 10**400, math.inf, math.nan]
-SECONDS = 20  # for one input, where a hundredth of one is usual
-SCRATCH = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # files that are not on a disk are faster
+SECONDS = 20  # for one input, which usually takes a hundredth of a second
+SCRATCH = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # files in memory are faster
 SMALL, LARGE = 8_000_000, 500_000_000  # bytes; Python itself asks for a megabyte at a time
 
 
@@ -188,7 +188,7 @@ def checkpoint_mutant(random):
         values = np.frombuffer(values[: len(values) // 8 * 8], dtype)
         same_shape = values.size >= tensors[name].size
         tensors[name] = values[: tensors[name].size].reshape(tensors[name].shape) if same_shape else values
-    texts["sha256"] = checkpoint._sha256(tensors, {key: text for key, text in texts.items() if key != "sha256"})
+    texts["sha256"] = checkpoint.checksum(tensors, {key: text for key, text in texts.items() if key != "sha256"})
     return in_order(safetensors.numpy.save(tensors, texts))
 
 

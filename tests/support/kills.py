@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from kernels import get_backend
 from model.extras.checkpoint import load
 from model.threads import available_cores
 from tests.support.runs import assert_same
@@ -29,7 +30,8 @@ class Case(NamedTuple):
 
     def command(self, *options: object) -> list[str]:
         """A run of a second, mostly spent on writing checkpoints."""
-        limit, hidden, epochs = (16, 4, 100) if self.backend == "naive" else (300, 16, 100)
+        slow = get_backend(self.backend).too_slow_for_full_batches
+        limit, hidden, epochs = (16, 4, 100) if slow else (300, 16, 100)
         settings = ["--backend", self.backend, "--limit", limit, "--hidden", hidden, "--epochs", epochs]
         settings += ["--dataset", "digits28", "--eval-every", epochs, "--learning-rate", 0.1, "--threads", 2]
         if self.batch_size:

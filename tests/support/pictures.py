@@ -28,7 +28,7 @@ def assert_prepared(image):
         inked = np.flatnonzero(image.any(axis=axis))
         assert inked[-1] - inked[0] < 20
         centre = np.average(np.arange(28), weights=image.sum(axis=axis))
-        # Half a pixel from rounding the place, and a little from rounding grey levels; or the image has no more room.
+        # Half a pixel from rounding the position, and a little from rounding grey levels; or there is no room left.
         assert abs(centre - 14) <= 0.6 or inked[0] <= 1 or inked[-1] >= 26
 
 
@@ -68,12 +68,12 @@ def on_transparent_palette():
 
 
 def with_transparent_margin(paper):
-    """A page that is one layer of a larger picture, which shows nothing else."""
+    """A page that is one layer of a larger, otherwise empty picture."""
     return encoded(ImageOps.expand(digit("RGBA", "black", paper), (30, 12, 25, 20), (0, 0, 0, 0)))
 
 
 def by_orientation(orientation, kind):
-    """Stored in one of the eight ways that cameras store pictures."""
+    """Stored in one of the eight EXIF orientations."""
     methods = Image.Transpose
     undo = {2: methods.FLIP_LEFT_RIGHT, 3: methods.ROTATE_180, 4: methods.FLIP_TOP_BOTTOM, 5: methods.TRANSPOSE}
     undo |= {6: methods.ROTATE_90, 7: methods.TRANSVERSE, 8: methods.ROTATE_270}

@@ -1,16 +1,33 @@
-"""Runs of the command line, and a comparison of their results."""
+"""Runs of the command line and of the mini-batch schedule, and a comparison of their results."""
 
+import functools
 import os
 import subprocess
 import sys
 
+import numpy as np
+
+from kernels import get_backend
+from kernels.numpy_backend import NumpyBackend
+from model.data import load_dataset
 from model.extras.checkpoint import Checkpoint
+from model.published import MINI_BATCH, run
 
 
 def run_model(*arguments, **options):
     command = [sys.executable, "-m", "model", *map(str, arguments)]
     environment = {**os.environ, "COLUMNS": "100"}
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, **options)
+
+
+@functools.cache
+def mini_batch_run(backend_name, dataset_name):
+    """Test accuracy and predictions after the mini-batch schedule, without a test pass in pure Python."""
+    dataset = load_dataset(dataset_name)
+    unseen = dataset._replace(test_images=dataset.test_images[:1], test_labels=dataset.test_labels[:1])
+    mlp, _ = run(MINI_BATCH, get_backend(backend_name), unseen)
+    predictions = mlp.predict(NumpyBackend(), dataset.test_images)
+    return np.mean(predictions == dataset.test_labels), predictions
 
 
 def assert_same(ours: Checkpoint, theirs: Checkpoint) -> None:
