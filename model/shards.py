@@ -140,7 +140,7 @@ class Shards:
 
     Parameters
     ----------
-    run
+    parallel_map
         Maps a function over a list on several threads, and yields the results in order.
     backend
         The kernels to use.
@@ -154,24 +154,24 @@ class Shards:
 
     def __init__(
         self,
-        run: Callable,
+        parallel_map: Callable,
         backend: Backend,
         images: NDArray,
         labels: NDArray,
         dtype: np.dtype,
         memory: Memory | None = None,
     ) -> None:
-        self.run = run
+        self.parallel_map = parallel_map
         self.count = len(images)
         memory = memory or Memory()
         self.shards = [Shard(backend, images[part], labels[part], dtype, memory) for part in shard_ranges(self.count)]
-        exhaust(run(Shard.prepare, self.shards))
+        exhaust(parallel_map(Shard.prepare, self.shards))
 
     def gradient(self, mlp: MLP, on_images: Callable[[int], None] = lambda images: None) -> Sums:
         """Sums over all images; calls `on_images` with the size of each finished shard."""
 
         def finished() -> Iterator[Sums]:
-            for shard, sums in zip(self.shards, self.run(lambda shard: shard.gradient(mlp), self.shards)):
+            for shard, sums in zip(self.shards, self.parallel_map(lambda shard: shard.gradient(mlp), self.shards)):
                 on_images(len(shard))
                 yield sums
 
@@ -179,7 +179,7 @@ class Shards:
 
     def evaluate(self, mlp: MLP) -> tuple[float, float]:
         """Mean loss and accuracy over all images."""
-        return mean(self.run(lambda shard: shard.loss(mlp), self.shards), self.count)
+        return mean(self.parallel_map(lambda shard: shard.loss(mlp), self.shards), self.count)
 
 
 def shard_ranges(count: int) -> list[slice]:

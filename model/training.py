@@ -152,10 +152,10 @@ def train(
     rng.bit_generator.state = state.rng
     history = state.history
     memory = Memory(memory_limit)
-    with thread_pool(threads or available_cores()) as run:
+    with thread_pool(threads or available_cores()) as parallel_map:
 
         def make_batch(images: NDArray, labels: NDArray) -> Batch:
-            return (batches or partial(Shards, run))(backend, images, labels, mlp.dtype, memory)
+            return (batches or partial(Shards, parallel_map))(backend, images, labels, mlp.dtype, memory)
 
         start = time.perf_counter()
         test = make_batch(dataset.test_images, dataset.test_labels)

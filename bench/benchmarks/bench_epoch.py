@@ -17,8 +17,8 @@ FLOP_OF_PRODUCTS = FLOP_OF_BIG_PRODUCTS + 3 * 2 * 128 * 10
 def test_epoch(benchmark, backend, dataset, threads, quick):
     """One step over all images, or over a few in pure Python."""
     measured, mlp = few(dataset, backend), MLP()
-    with thread_pool(threads) as run:
-        batch = Shards(run, backend, measured.train_images, measured.train_labels, mlp.dtype)
+    with thread_pool(threads) as parallel_map:
+        batch = Shards(parallel_map, backend, measured.train_images, measured.train_labels, mlp.dtype)
         benchmark.group = "one epoch, all threads"
         benchmark.name = f"{backend.name}, {batch.count} images"
         benchmark.extra_info.update(shape=f"{batch.count} images", flop=FLOP_OF_PRODUCTS * batch.count)

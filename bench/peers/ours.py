@@ -26,7 +26,7 @@ class Ours(Learner):
         self.learning_rate = task.learning_rate
         self.images, self.labels = task.images, task.labels
         self.backend = backend
-        self.prepare = partial(Shards, task.run, backend, dtype=self.mlp.dtype)
+        self.prepare = partial(Shards, task.parallel_map, backend, dtype=self.mlp.dtype)
 
     @cached_property
     def all(self) -> Shards:
@@ -58,8 +58,8 @@ def compile_seconds(name: str, images: NDArray[np.uint8], labels: NDArray[np.int
 
 
 def _first_step(name: str, images: NDArray, labels: NDArray) -> float:
-    with thread_pool(1) as run:
-        ours = Ours(get_backend(name), Task(MLP(), images, labels, 0.3, 1, run))
+    with thread_pool(1) as parallel_map:
+        ours = Ours(get_backend(name), Task(MLP(), images, labels, 0.3, 1, parallel_map))
         times = [time.perf_counter()]
         for _ in range(3):
             ours.step()

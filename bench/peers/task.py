@@ -36,7 +36,7 @@ class Task(NamedTuple):
     labels: NDArray[np.integer]
     learning_rate: float
     threads: int
-    run: Callable
+    parallel_map: Callable
     """From `model.threads.thread_pool`."""
 
 

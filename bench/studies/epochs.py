@@ -49,13 +49,13 @@ def measure(dataset: Dataset, quick: bool, names: Sequence[str] | None = None) -
     threads, whole = available_cores(), len(dataset.train_images)
     chosen = {name: get_backend(name) for name in names or backend_names()}
     parts = {name: few(dataset, backend) for name, backend in chosen.items()}
-    with thread_pool(threads) as run:
+    with thread_pool(threads) as parallel_map:
         for backend in chosen.values():
-            check(run, backend, dataset)
+            check(parallel_map, backend, dataset)
         steps: dict[str, Callable[[], Any]] = {}
         for name, backend in chosen.items():
             part, mlp = parts[name], MLP()
-            shards = Shards(run, backend, part.train_images, part.train_labels, mlp.dtype)
+            shards = Shards(parallel_map, backend, part.train_images, part.train_labels, mlp.dtype)
             steps[name] = partial(descend, mlp, backend, shards, LEARNING_RATE)
         steps[BIG_PRODUCTS] = big_products(dataset, threads)
         seconds = interleave(steps, 3 if quick else 12, rest=0.03)
@@ -73,11 +73,16 @@ def few(dataset: Dataset, backend: Backend) -> Dataset:
     return limited(dataset, FEW_IMAGES) if backend.too_slow_for_full_batches else dataset
 
 
-def check(run: Callable, backend: Backend, dataset: Dataset) -> None:
+def check(parallel_map: Callable, backend: Backend, dataset: Dataset) -> None:
     """Raise an AssertionError unless a step over a few images gives the parameters that the NumPy backend does."""
     start, networks = limited(dataset, FEW_IMAGES), [MLP(), MLP()]
     for mlp, kernels in zip(networks, (backend, get_backend("numpy"))):
-        descend(mlp, kernels, Shards(run, kernels, start.train_images, start.train_labels, mlp.dtype), LEARNING_RATE)
+        descend(
+            mlp,
+            kernels,
+            Shards(parallel_map, kernels, start.train_images, start.train_labels, mlp.dtype),
+            LEARNING_RATE,
+        )
     for ours, theirs in zip(*(mlp.parameters for mlp in networks)):
         # A step changes a parameter by at most 0.03, with the rounding errors of sums over 784 products.
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=0.03 * 784 * float(np.finfo(np.float32).eps))

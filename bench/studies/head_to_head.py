@@ -55,8 +55,8 @@ def measure(dataset: Dataset, quick: bool) -> Result:
     competitors: dict[str, Competitor] = {}
     tried: dict[str, dict[str, Form]] = {}
     chosen, skipped = {}, {}
-    with thread_pool(threads) as run:
-        task = Task(MLP(), dataset.train_images, dataset.train_labels, LEARNING_RATE, threads, run)
+    with thread_pool(threads) as parallel_map:
+        task = Task(MLP(), dataset.train_images, dataset.train_labels, LEARNING_RATE, threads, parallel_map)
         expected = expected_parameters(task)
         for name in [name for names in COMPETITORS.values() for name in names]:
             try:

@@ -55,8 +55,8 @@ def measure(dataset: Dataset, quick: bool) -> Result:
 
 def peak_of_competitor(name: str, images: NDArray, labels: NDArray) -> int:
     """Peak bytes of a competitor; raises an UnavailableError if it cannot run here."""
-    with thread_pool(available_cores()) as run:
-        return peak_bytes(partial(competitor, name, Task(MLP(), images, labels, 0.3, available_cores(), run)))
+    with thread_pool(available_cores()) as parallel_map:
+        return peak_bytes(partial(competitor, name, Task(MLP(), images, labels, 0.3, available_cores(), parallel_map)))
 
 
 def peak_bytes(make: Callable[[], Competitor]) -> int:

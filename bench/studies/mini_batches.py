@@ -87,9 +87,9 @@ def measure(dataset: Dataset, quick: bool) -> Result:
 
 def _on_threads(dataset: Dataset, threads: int, quick: bool) -> tuple[dict[int, Comparison], dict[str, str]]:
     steps, skipped = {}, {}
-    with thread_pool(threads) as run:
+    with thread_pool(threads) as parallel_map:
         images, labels = dataset.train_images[:IMAGES], dataset.train_labels[:IMAGES]
-        task = Task(MLP(), images, labels, LEARNING_RATE, threads, run)
+        task = Task(MLP(), images, labels, LEARNING_RATE, threads, parallel_map)
         for size in track([size for size in SIZES if size < len(task.images)], f"{threads} threads", transient=True):
             turns: dict[str, Callable[[], Any]] = {}
             rows = batches(len(task.images), size)
@@ -180,9 +180,9 @@ class InParts(Ours):
 
 
 def _in_parts(dataset: Dataset, quick: bool) -> dict[int, dict[str, Comparison]]:
-    with thread_pool(1) as run:
+    with thread_pool(1) as parallel_map:
         images, labels = dataset.train_images[:IMAGES], dataset.train_labels[:IMAGES]
-        task = Task(MLP(), images, labels, LEARNING_RATE, 1, run)
+        task = Task(MLP(), images, labels, LEARNING_RATE, 1, parallel_map)
         sizes = [size for size in SIZES_IN_PARTS if size < len(images)]
         return {size: steps_in_parts(task, size, 2 if quick else 12) for size in sizes}
 

@@ -102,14 +102,14 @@ def measure(dataset: Dataset, quick: bool) -> Result:
     rounds = 2 if quick else 6
     check(dataset)
     with ExitStack() as stack:
-        runs = {threads: stack.enter_context(thread_pool(threads)) for threads in thread_counts()}
-        run = runs[available_cores()]
-        forms, skipped = peers(run, dataset)
+        maps = {threads: stack.enter_context(thread_pool(threads)) for threads in thread_counts()}
+        parallel_map = maps[available_cores()]
+        forms, skipped = peers(parallel_map, dataset)
         axes = {
-            "images": lambda: image_points(run, dataset, forms, 2 if quick else 3),
-            "batch size": lambda: batch_points(run, dataset, forms, 20 if quick else STEPS),
-            "hidden units": lambda: hidden_points(run, dataset, forms),
-            "threads": lambda: thread_points(runs, dataset),
+            "images": lambda: image_points(parallel_map, dataset, forms, 2 if quick else 3),
+            "batch size": lambda: batch_points(parallel_map, dataset, forms, 20 if quick else STEPS),
+            "hidden units": lambda: hidden_points(parallel_map, dataset, forms),
+            "threads": lambda: thread_points(maps, dataset),
         }
         measured = {axis: timed(axes[axis](), rounds) for axis in track(axes, "scaling", transient=True)}
     peaks = {threads: peak(threads) for threads in thread_counts()}
@@ -127,10 +127,10 @@ def measure(dataset: Dataset, quick: bool) -> Result:
     )
 
 
-def peers(run: Callable, dataset: Dataset) -> tuple[dict[str, str], dict[str, str]]:
+def peers(parallel_map: Callable, dataset: Dataset) -> tuple[dict[str, str], dict[str, str]]:
     """Verify the peers; returns the fastest form of each, and why others are skipped."""
     forms, skipped = {}, {}
-    task = task_of(run, limited(dataset, min(15_000, len(dataset.train_images))))
+    task = task_of(parallel_map, limited(dataset, min(15_000, len(dataset.train_images))))
     expected = expected_parameters(task)
     for name in PEERS:
         try:
@@ -159,36 +159,36 @@ def timed(points: Points, rounds: int) -> Axis:
 # The axes ----------------------------------------------------------------------------------------------------------
 
 
-def image_points(run: Callable, dataset: Dataset, forms: dict[str, str], most: int) -> Points:
+def image_points(parallel_map: Callable, dataset: Dataset, forms: dict[str, str], most: int) -> Points:
     """Full-batch steps over 1,000 images up to `most` times the data set; those over few images are repeated."""
     counts = [count for count in IMAGES if count <= most * len(dataset.train_images)]
     large = shifted(dataset, counts[-1])
     points = {
-        (name, count): Point(full_batch(run, name, limited(large, count)), repeats=-(-15_000 // count))
+        (name, count): Point(full_batch(parallel_map, name, limited(large, count)), repeats=-(-15_000 // count))
         for name in full_batch_backends()
         for count in counts
     }
     for name, form in forms.items():
         for count in counts:
-            peer = competitor(name, task_of(run, limited(large, count)), form)
+            peer = competitor(name, task_of(parallel_map, limited(large, count)), form)
             points[name, count] = Point(peer.step, repeats=-(-15_000 // count))
     few = limited(dataset, SLOW_IMAGES)
     slow = {
-        (name, counts[0]): Point(full_batch(run, name, few), SLOW_IMAGES / counts[0])
+        (name, counts[0]): Point(full_batch(parallel_map, name, few), SLOW_IMAGES / counts[0])
         for name in backend_names()
         if name not in full_batch_backends()
     }
     return slow | points
 
 
-def batch_points(run: Callable, dataset: Dataset, forms: dict[str, str], steps: int) -> Points:
+def batch_points(parallel_map: Callable, dataset: Dataset, forms: dict[str, str], steps: int) -> Points:
     """Epochs in shuffled mini-batches of all images; if they have more than `steps` batches, the next `steps` of them.
 
     Ours prepare every batch, peers keep floats.
     """
     whole = len(dataset.train_images)
     sizes = [size for size in BATCH_SIZES if size < whole] + [whole]
-    learners = {name: competitor(name, task_of(run, dataset)) for name in forms}
+    learners = {name: competitor(name, task_of(parallel_map, dataset)) for name in forms}
     points: Points = {}
     for size in sizes:
         count = min(steps, -(-whole // size))
@@ -201,51 +201,53 @@ def batch_points(run: Callable, dataset: Dataset, forms: dict[str, str], steps: 
             if slow and size > SLOW_IMAGES:
                 continue
             few = -(-8 // size) if slow else count
-            train = mini_batches(run, name, network(dataset, HIDDEN), dataset, size, few)
+            train = mini_batches(parallel_map, name, network(dataset, HIDDEN), dataset, size, few)
             points[name, size] = Point(train, min(1, few * size / whole))
     return points
 
 
-def hidden_points(run: Callable, dataset: Dataset, forms: dict[str, str]) -> Points:
+def hidden_points(parallel_map: Callable, dataset: Dataset, forms: dict[str, str]) -> Points:
     """Full-batch steps over a tenth of the images; for pure Python, the more units there are, the fewer images."""
     whole = len(dataset.train_images)
     points: Points = {}
     few = limited(dataset, min(whole, HIDDEN_IMAGES))
     for name, form in forms.items():
         for hidden in HIDDEN_UNITS:
-            peer = competitor(name, task_of(run, few, hidden), form)
+            peer = competitor(name, task_of(parallel_map, few, hidden), form)
             points[name, hidden] = Point(peer.step, part_of(few, whole))
     for name in backend_names():
         slow = get_backend(name).too_slow_for_full_batches
         for hidden in HIDDEN_UNITS:
             count = max(1, SLOW_IMAGES * HIDDEN // hidden // 4) if slow else min(whole, HIDDEN_IMAGES)
-            points[name, hidden] = Point(full_batch(run, name, limited(dataset, count), hidden), count / whole)
+            points[name, hidden] = Point(full_batch(parallel_map, name, limited(dataset, count), hidden), count / whole)
     return points
 
 
-def thread_points(runs: dict[int, Callable], dataset: Dataset) -> Points:
+def thread_points(maps: dict[int, Callable], dataset: Dataset) -> Points:
     """Full-batch steps by number of threads, without pure Python, which the GIL serializes."""
     return {
-        (name, threads): Point(full_batch(run, name, dataset))
+        (name, threads): Point(full_batch(parallel_map, name, dataset))
         for name in full_batch_backends()
-        for threads, run in runs.items()
+        for threads, parallel_map in maps.items()
     }
 
 
-def full_batch(run: Callable, name: str, dataset: Dataset, hidden: int = HIDDEN) -> Callable[[], Any]:
+def full_batch(parallel_map: Callable, name: str, dataset: Dataset, hidden: int = HIDDEN) -> Callable[[], Any]:
     """A function that takes one step over all images."""
     mlp, backend = network(dataset, hidden), get_backend(name)
-    shards = Shards(run, backend, dataset.train_images, dataset.train_labels, mlp.dtype)
+    shards = Shards(parallel_map, backend, dataset.train_images, dataset.train_labels, mlp.dtype)
     return partial(descend, mlp, backend, shards, LEARNING_RATE)
 
 
-def mini_batches(run: Callable, name: str, mlp: MLP, dataset: Dataset, size: int, count: int) -> Callable[[], None]:
+def mini_batches(
+    parallel_map: Callable, name: str, mlp: MLP, dataset: Dataset, size: int, count: int
+) -> Callable[[], None]:
     """A function that takes steps over the next `count` batches of `size` images, as the trainer does."""
     backend = get_backend(name)
 
     def step(rows: NDArray) -> None:
         images, labels = np.take(dataset.train_images, rows, axis=0), np.take(dataset.train_labels, rows)
-        descend(mlp, backend, Shards(run, backend, images, labels, mlp.dtype), LEARNING_RATE)
+        descend(mlp, backend, Shards(parallel_map, backend, images, labels, mlp.dtype), LEARNING_RATE)
 
     return take_batches(step, len(dataset.train_images), size, count)
 
@@ -259,9 +261,9 @@ def part_of(dataset: Dataset, whole: int) -> float:
     return len(dataset.train_images) / whole
 
 
-def task_of(run: Callable, dataset: Dataset, hidden: int = HIDDEN) -> Task:
+def task_of(parallel_map: Callable, dataset: Dataset, hidden: int = HIDDEN) -> Task:
     images, labels = dataset.train_images, dataset.train_labels
-    return Task(network(dataset, hidden), images, labels, LEARNING_RATE, available_cores(), run)
+    return Task(network(dataset, hidden), images, labels, LEARNING_RATE, available_cores(), parallel_map)
 
 
 def network(dataset: Dataset, hidden: int) -> MLP:
@@ -309,8 +311,8 @@ def check(dataset: Dataset) -> None:
 def stepped(name: str, dataset: Dataset, hidden: int, threads: int, images: int | None = None) -> list[NDArray]:
     """The parameters after a step over the first `images`."""
     part, mlp, backend = limited(dataset, images), network(dataset, hidden), get_backend(name)
-    with thread_pool(threads) as run:
-        shards = Shards(run, backend, part.train_images, part.train_labels, mlp.dtype)
+    with thread_pool(threads) as parallel_map:
+        shards = Shards(parallel_map, backend, part.train_images, part.train_labels, mlp.dtype)
         descend(mlp, backend, shards, LEARNING_RATE)
     return mlp.parameters
 

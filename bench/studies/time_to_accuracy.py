@@ -98,21 +98,21 @@ def measure(dataset: Dataset, quick: bool) -> Result:
     trials: dict[str, list[Trial]] = {}
     recipes: dict[str, Recipe] = {}
     skipped: dict[str, str] = {}
-    with thread_pool(available_cores()) as run:
+    with thread_pool(available_cores()) as parallel_map:
         for name in track(NAMES, "choosing recipes", transient=True):
             candidates = recipes_of(name, quick)
             if name == "torch.compile" and "PyTorch" in recipes:
                 candidates = [recipes["PyTorch"]]
             try:
-                trials[name] = try_recipes(name, held_out(dataset), run, candidates)
+                trials[name] = try_recipes(name, held_out(dataset), parallel_map, candidates)
                 recipes[name] = fastest(trials[name])
             except UnavailableError as reason:
                 skipped[name] = str(reason)
         curves: dict[str, list[Curve]] = {name: [] for name in recipes}
-        runners = {name: _run_after_run(name, dataset, recipes[name], run, curves[name]) for name in recipes}
+        runners = {name: _run_after_run(name, dataset, recipes[name], parallel_map, curves[name]) for name in recipes}
         seconds = interleave(runners, rounds, rest=REST)
         recipes["naive"] = min(trials["numpy"], key=lambda trial: trial.images or np.inf).recipe
-        naive = naive_curves(dataset, recipes["naive"], run)
+        naive = naive_curves(dataset, recipes["naive"], parallel_map)
     for name, drawn in curves.items():
         if missed := sum(curve[-1].accuracy < TARGET for curve in drawn):
             skipped[name] = (
@@ -130,10 +130,12 @@ def measure(dataset: Dataset, quick: bool) -> Result:
     )
 
 
-def reach(name: str, dataset: Dataset, recipe: Recipe, seed: int, run: Callable) -> Curve:
+def reach(name: str, dataset: Dataset, recipe: Recipe, seed: int, parallel_map: Callable) -> Curve:
     """Train until the accuracy on the test images of `dataset` reaches the target, or for 60,000 images."""
     start = time.perf_counter()
-    task = Task(MLP(seed=seed), dataset.test_images, dataset.test_labels, recipe.learning_rate, recipe.threads, run)
+    task = Task(
+        MLP(seed=seed), dataset.test_images, dataset.test_labels, recipe.learning_rate, recipe.threads, parallel_map
+    )
     learner = competitor(name, task)
     assert isinstance(learner, Learner)
     curve: Curve = []
@@ -165,16 +167,16 @@ def recipes_of(name: str, quick: bool) -> list[Recipe]:
     return [Recipe(batch_size, rate, count) for batch_size, rate in pairs for count in sorted(threads)]
 
 
-def try_recipes(name: str, dataset: Dataset, run: Callable, recipes: list[Recipe]) -> list[Trial]:
+def try_recipes(name: str, dataset: Dataset, parallel_map: Callable, recipes: list[Recipe]) -> list[Trial]:
     """Try every recipe from two random starts, interleaved, and the three most promising ones from `TRIALS`."""
     for size in {recipe.batch_size: recipe for recipe in recipes}.values():
-        reach(name, dataset, size, 0, run)  # compiles
+        reach(name, dataset, size, 0, parallel_map)  # compiles
     curves: dict[Recipe, list[Curve]] = {recipe: [] for recipe in recipes}
 
     def train(tried: list[Recipe], seeds: range) -> None:
         for seed in seeds:
             for recipe in tried:
-                curves[recipe].append(reach(name, dataset, recipe, seed, run))
+                curves[recipe].append(reach(name, dataset, recipe, seed, parallel_map))
 
     train(recipes, range(FIRST_TRIALS))
     best = sorted(recipes, key=lambda recipe: max(_seconds(curve) for curve in curves[recipe]))[:PROMISING]
@@ -207,16 +209,18 @@ def fastest(trials: list[Trial]) -> Recipe:
     return trial.recipe
 
 
-def _run_after_run(name: str, dataset: Dataset, recipe: Recipe, run: Callable, curves: list[Curve]) -> Callable:
+def _run_after_run(
+    name: str, dataset: Dataset, recipe: Recipe, parallel_map: Callable, curves: list[Curve]
+) -> Callable:
     """A function that trains from the next random start and appends the curve to `curves`."""
-    return lambda: curves.append(reach(name, dataset, recipe, len(curves), run))
+    return lambda: curves.append(reach(name, dataset, recipe, len(curves), parallel_map))
 
 
-def naive_curves(dataset: Dataset, recipe: Recipe, run: Callable) -> list[Curve]:
+def naive_curves(dataset: Dataset, recipe: Recipe, parallel_map: Callable) -> list[Curve]:
     """NumPy's curves at pure Python's time per image, which is measured on a few images."""
     few = slice(NAIVE_IMAGES)
     images, labels = dataset.train_images[few], dataset.train_labels[few]
-    learner = competitor("naive", Task(MLP(), images, labels, recipe.learning_rate, available_cores(), run))
+    learner = competitor("naive", Task(MLP(), images, labels, recipe.learning_rate, available_cores(), parallel_map))
     assert isinstance(learner, Learner)
     start = time.perf_counter()
     learner.learn(images, labels)
@@ -227,7 +231,7 @@ def naive_curves(dataset: Dataset, recipe: Recipe, run: Callable) -> list[Curve]
     return [
         [
             point._replace(seconds=per_image * point.images + per_evaluation * (order + 1))
-            for order, point in enumerate(reach("numpy", dataset, recipe, seed, run))
+            for order, point in enumerate(reach("numpy", dataset, recipe, seed, parallel_map))
         ]
         for seed in range(TRIALS)
     ]

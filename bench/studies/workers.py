@@ -202,8 +202,8 @@ def traffic(images: Dataset, workers: Iterable[int], epochs: int = 5) -> list[Tr
 
 def alone(images: Dataset, threads: int) -> float:
     """Median seconds of an epoch in this process, on at most one thread per core."""
-    with thread_pool(min(threads, available_cores())) as run:
-        train = step(partial(Shards, run), "sparse", images, network(images))
+    with thread_pool(min(threads, available_cores())) as parallel_map:
+        train = step(partial(Shards, parallel_map), "sparse", images, network(images))
         return float(np.median(interleave({"alone": train}, 3)["alone"]))
 
 
@@ -216,10 +216,10 @@ def growth(dataset: Dataset, folder: Path, counts: Iterable[int]) -> list[Growth
     for count in counts:
         repeat(dataset, folder, count)
         images = load_idx(folder)
-        with thread_pool(available_cores()) as run:
+        with thread_pool(available_cores()) as parallel_map:
             mlp, memory = network(images), Memory(GROWTH_LIMIT)
             sparse = get_backend("sparse")
-            batch = Shards(run, sparse, images.train_images, images.train_labels, mlp.dtype, memory)
+            batch = Shards(parallel_map, sparse, images.train_images, images.train_labels, mlp.dtype, memory)
             times, own = [], []
             for _ in range(2 if count > 10**6 else 5):
                 start = time.perf_counter()

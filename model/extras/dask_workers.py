@@ -123,7 +123,7 @@ class Mapped(NamedTuple):
 def hash_shards(mapped: Mapped, ranges: list[slice]) -> bytes:
     """The concatenated digests of ranges of rows."""
     array = mapped.read()
-    return b"".join(_run()(lambda rows: shard_digest(array[rows]), ranges))
+    return b"".join(_parallel_map()(lambda rows: shard_digest(array[rows]), ranges))
 
 
 class Hashed(NamedTuple):
@@ -199,7 +199,7 @@ class Part:
             ranges = relative(self.ranges[slice(*self.numbers)])
             sources = self.images.read(ranges), self.labels.read(ranges)
         shards = [Shard(backend, images, labels, self.dtype, memory) for images, labels in zip(*sources)]
-        list(_run()(Shard.prepare, shards))
+        list(_parallel_map()(Shard.prepare, shards))
         return shards
 
     def is_prepared(self, _: None) -> list:
@@ -208,12 +208,12 @@ class Part:
 
     def gradient(self, mlp: MLP) -> dict[Node, Sums]:
         """The sums of each subtree."""
-        shards = iter(_run()(lambda shard: shard.gradient(mlp), self.shards))
+        shards = iter(_parallel_map()(lambda shard: shard.gradient(mlp), self.shards))
         return {(start, stop): add_in_tree(next(shards) for _ in range(start, stop)) for start, stop in self.nodes}
 
     def losses(self, mlp: MLP) -> list[tuple[float, int]]:
         """Loss and correct count of each shard."""
-        return list(_run()(lambda shard: shard.loss(mlp), self.shards))
+        return list(_parallel_map()(lambda shard: shard.loss(mlp), self.shards))
 
 
 def prepare(*arguments: Any) -> Part:
@@ -271,7 +271,7 @@ def check_same(worker: str, ours: dict[str, str], expected: dict[str, str]) -> N
 _forever = ExitStack()
 
 
-def _run() -> Callable:
+def _parallel_map() -> Callable:
     """A map over the worker's threads."""
     return _thread_pool(get_worker().state.nthreads)
 

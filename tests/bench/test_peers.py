@@ -46,8 +46,8 @@ def noisy_patterns(pixels, train=2700, test=300):
 def task():
     """Steps of a small network over more images than one part of any peer."""
     dataset = noisy_patterns(25)
-    with thread_pool(2) as run:
-        yield Task(MLP((25, 6, 10)), dataset.train_images, dataset.train_labels, 0.3, 2, run)
+    with thread_pool(2) as parallel_map:
+        yield Task(MLP((25, 6, 10)), dataset.train_images, dataset.train_labels, 0.3, 2, parallel_map)
 
 
 def available(name, task):
@@ -76,8 +76,8 @@ def test_three_steps_match_ours(name, form, task):
 def test_a_missing_image_is_detected(missing):
     """Even one of 60,000."""
     dataset = noisy_patterns(25, train=60_000)
-    with thread_pool(2) as run:
-        whole = Task(MLP((25, 6, 10)), dataset.train_images, dataset.train_labels, 0.3, 2, run)
+    with thread_pool(2) as parallel_map:
+        whole = Task(MLP((25, 6, 10)), dataset.train_images, dataset.train_labels, 0.3, 2, parallel_map)
         expected = expected_parameters(whole)
         part = competitor(
             "numpy",
@@ -243,7 +243,7 @@ def test_mini_batches(name, task):
     mlp = MLP((25, 6, 10))
     for mine, theirs in zip(mlp.parameters, whole.parameters()):
         mine[...] = theirs
-    prepared = Shards(task.run, get_backend("numpy"), task.images, task.labels, mlp.dtype)
+    prepared = Shards(task.parallel_map, get_backend("numpy"), task.images, task.labels, mlp.dtype)
     assert whole.accuracy() == pytest.approx(prepared.evaluate(mlp)[1], abs=1e-6)
 
 

@@ -49,8 +49,8 @@ def test_flop_match_the_epoch_benchmark():
 def test_timed_mini_batches_match_the_trainer(digits28, size):
     few, mlp, timed = limited(digits28, 50), MLP(), MLP()
     train(mlp, get_backend("numpy"), few, epochs=1, batch_size=size, learning_rate=scaling.LEARNING_RATE)
-    with thread_pool(1) as run:
-        scaling.mini_batches(run, "numpy", timed, few, size, count=-(-50 // size))()
+    with thread_pool(1) as parallel_map:
+        scaling.mini_batches(parallel_map, "numpy", timed, few, size, count=-(-50 // size))()
     for ours, theirs in zip(timed.parameters, mlp.parameters):
         np.testing.assert_array_equal(ours, theirs)
 

@@ -168,8 +168,8 @@ def test_threads_share_the_work_and_results_come_in_order(threads, items):
         time.sleep(0.001 * (item % 3))
         return -item
 
-    with thread_pool(threads) as run:
-        assert list(run(work, range(items))) == [-item for item in range(items)]
+    with thread_pool(threads) as parallel_map:
+        assert list(parallel_map(work, range(items))) == [-item for item in range(items)]
     assert len(workers) == min(threads, items)
     assert not workers or threading.get_ident() in workers
 
@@ -185,15 +185,15 @@ def test_an_error_in_a_thread_drops_pending_work(in_caller):
             raise ZeroDivisionError
         time.sleep(0.2)  # the other has failed by then
 
-    with thread_pool(2) as run, pytest.raises(ZeroDivisionError):
-        list(run(work, range(1000)))
+    with thread_pool(2) as parallel_map, pytest.raises(ZeroDivisionError):
+        list(parallel_map(work, range(1000)))
     assert sorted(begun) == [0, 1]
 
 
 def test_gradient_of_shards_is_the_sum(tiny):
     mlp = MLP(SMALL, dtype=np.float64)
-    with thread_pool(3) as run:
-        sums = Shards(run, NumpyBackend(), tiny.train_images, tiny.train_labels, mlp.dtype).gradient(mlp)
+    with thread_pool(3) as parallel_map:
+        sums = Shards(parallel_map, NumpyBackend(), tiny.train_images, tiny.train_labels, mlp.dtype).gradient(mlp)
     x = NumpyBackend().prepare(tiny.train_images, np.float64)
     loss, correct, gradient = mlp.gradients(NumpyBackend(), x, tiny.train_labels)
     assert (sums.loss, sums.correct) == (pytest.approx(loss, rel=1e-13), correct)
@@ -222,8 +222,8 @@ def test_kept_images_stay_within_the_memory_limit(tiny):
             return super()._prepare(images, dtype)
 
     memory, mlp = Memory(140_000), MLP(SMALL)
-    with thread_pool(1) as run:
-        shards = Shards(run, Counting(), tiny.train_images, tiny.train_labels, mlp.dtype, memory)
+    with thread_pool(1) as parallel_map:
+        shards = Shards(parallel_map, Counting(), tiny.train_images, tiny.train_labels, mlp.dtype, memory)
         assert memory.used == 130_000
         for sums in (Shards.gradient, Shards.evaluate):
             prepared.clear()
