@@ -149,7 +149,7 @@ def test_medium_precision_ends_with_the_step(task, monkeypatch):
 def test_the_fastest_form_is_chosen(task, monkeypatch):
     class Slow(PyTorch):
         def step(self):
-            time.sleep(0.02)
+            time.sleep(0.1)
             return super().step()
 
     def missing(task):
@@ -159,7 +159,7 @@ def test_the_fastest_form_is_chosen(task, monkeypatch):
     monkeypatch.setitem(PEERS, "made up", {"slow": Slow, "missing": missing, "fast": PyTorchByHand})
     chosen, form, tried = best_form("made up", task, expected_parameters(task))
     assert (type(chosen), form, tried["missing"].skipped) == (PyTorchByHand, "fast", "there is none")
-    assert tried["slow"].seconds > tried["fast"].seconds + 0.01
+    assert tried["slow"].seconds > tried["fast"].seconds
     monkeypatch.setitem(PEERS, "made up", {"missing": missing})
     with pytest.raises(UnavailableError, match="there is none"):
         best_form("made up", task, expected_parameters(task))
