@@ -11,7 +11,7 @@ from rich.box import SIMPLE, Box
 from rich.table import Table
 
 from kernels.backend import Backend
-from model.data import Dataset, limited
+from model.data import DataError, Dataset, limited
 from model.mlp import INITIAL_STD, MLP
 from model.training import Epoch, History, State, train
 
@@ -128,7 +128,12 @@ ProgressContext = Callable[[str, int], AbstractContextManager[tuple[Callable[[in
 
 
 def reproduce(
-    backends: dict[str, Backend], dataset: Dataset, starts: int, threads: int | None, progress: ProgressContext
+    backends: dict[str, Backend],
+    dataset: Dataset,
+    starts: int,
+    threads: int | None,
+    progress: ProgressContext,
+    on_run: Callable[[Reproduction], None] = lambda so_far: None,
 ) -> Reproduction:
     """Run the published experiment on every backend; pure Python trains in mini-batches.
 
@@ -145,6 +150,8 @@ def reproduce(
         Number of threads; None takes one per available core.
     progress
         Shows the progress of each run, and may stop it.
+    on_run
+        Called after every run with the result so far, so that an error in a later run need not lose it.
 
     Returns
     -------
@@ -153,7 +160,8 @@ def reproduce(
     Raises
     ------
     DataError
-        If the data set has too few images for a schedule.
+        If a run could not use the data set, before the first one: it has too few images, or other numbers of pixels or
+        classes.
     TrainingError
         If a loss is not finite.
     """
@@ -165,22 +173,41 @@ def reproduce(
 
     slow_last = sorted(backends, key=lambda name: backends[name].too_slow_for_full_batches)
     schedules = {name: MINI_BATCH if backends[name].too_slow_for_full_batches else FULL_BATCH for name in slow_last}
-    histories = {name: run_with_progress(schedule, name) for name, schedule in schedules.items()}
-    runs = {
-        name: ReproducedRun(
-            protocol=schedules[name],
+    check_fits(dataset, schedules)
+    runs: dict[str, ReproducedRun] = {}
+    for name, schedule in schedules.items():
+        history = run_with_progress(schedule, name)
+        runs[name] = ReproducedRun(
+            protocol=schedule,
             prepare_seconds=history.prepare_seconds,
             compile_seconds=backends[name].compile_seconds,
             history=[epoch._asdict() for epoch in history.epochs],
         )
-        for name, history in histories.items()
-    }
-    full_batch = {name: history for name, history in histories.items() if schedules[name] is FULL_BATCH}
+        on_run(Reproduction(dataset.name, runs))
+    full_batch = {name: runs[name].result() for name, schedule in schedules.items() if schedule is FULL_BATCH}
     if not full_batch:
         return Reproduction(dataset.name, runs)
     fastest = min(full_batch, key=lambda name: median(epoch.seconds for epoch in full_batch[name].epochs))
     seeds = [full_batch[fastest], *(run_with_progress(FULL_BATCH, fastest, seed) for seed in range(1, starts))]
     return Reproduction(dataset.name, runs, Starts(starts, band(seeds, "train"), band(seeds, "test")))
+
+
+def check_fits(dataset: Dataset, schedules: dict[str, Schedule]) -> None:
+    """Raise a DataError if a backend's run could not use the data set."""
+    network = MLP()
+    takes = len(network.layers[0][0]), len(network.layers[-1][1])
+    count, pixels = dataset.train_images.shape
+    if pixels != takes[0] or dataset.classes > takes[1]:
+        raise DataError(
+            f"{dataset.name} has {pixels} pixels per image and {dataset.classes} classes, but the published network "
+            f"takes {takes[0]} pixels and at most {takes[1]} classes: use python -m model train"
+        )
+    for name, schedule in schedules.items():
+        if schedule.images and schedule.images > count:
+            raise DataError(
+                f"{name} trains on {schedule.images:,} images, but {dataset.name} has only {count:,}: "
+                "choose other backends with --backend, or a larger data set"
+            )
 
 
 def band(histories: list[History], kind: str) -> Band:

@@ -28,8 +28,8 @@ Epochs = Annotated[int, typer.Option(help="Passes over the training images.")]
 LearningRate = Annotated[float, typer.Option(help="Each step subtracts this times the mean gradient.")]
 BatchSize = Annotated[int | None, typer.Option(help="Images per step. [default: all, one step per epoch]")]
 Limit = Annotated[int | None, typer.Option(help="Train on only the first N images.", metavar="N")]
-Hidden = Annotated[int, typer.Option(help="Units in the hidden layer.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed for the initial weights and the shuffling.")]
+Hidden = Annotated[int, typer.Option(min=1, help="Units in the hidden layer.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed for the initial weights and the shuffling.")]
 Starts = Annotated[int, typer.Option(min=1, help="Number of random seeds for the band in the plot.")]
 Threads = Annotated[
     int | None, typer.Option(help="Number of threads; the result does not depend on it. [default: one per core]")

@@ -4,18 +4,19 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import typer
 
 from kernels import backend_names, get_backend
 from model.cli import options as opt
-from model.cli.console import print_result, show
+from model.cli.console import print_result, print_status, show
 from model.cli.progress import training
 from model.data import load_dataset
 from model.extras.environment import environment
 from model.extras.files import check_replaceable, check_writable, locked, make_folder, write_json
 from model.extras.signals import stop
-from model.published import FITTED, comparison_table, full_batch_histories, mini_batch_line, reproduce
+from model.published import FITTED, Reproduction, comparison_table, full_batch_histories, mini_batch_line, reproduce
 from model.training import State
 
 
@@ -34,21 +35,40 @@ def reproduce_command(
     backends = {name: get_backend(name) for name in backend or backend_names()}
     make_folder(output)
     json_file, figure = output / "reproduction.json", output / "reproduction.png"
-    check_writable(json_file)
-    check_replaceable(json_file, "runs")
+    partial = output / "reproduction.partial.json"  # until all runs are finished, to keep the last complete report
+    for file in (json_file, partial):
+        check_writable(file)
+        check_replaceable(file, "runs")
     context.with_resource(locked(json_file))
     images = load_dataset(dataset, data)
-    report = reproduce(backends, images, starts, threads, stoppable_run)
+    finished: list[str] = []
+
+    def save_partial(report: Reproduction) -> None:
+        write_json(partial, as_json(report))
+        finished[:] = report.runs
+
+    try:
+        report = reproduce(backends, images, starts, threads, stoppable_run, save_partial)
+    except BaseException:
+        if finished:
+            print_status(f"finished before that: {', '.join(finished)}; the results are in {partial}")
+        raise
+    write_json(json_file, as_json(report))
+    partial.unlink(missing_ok=True)
     if histories := full_batch_histories(report):
-        show(comparison_table(histories, images.name))
         draw_curves(figure, report)
+        show(comparison_table(histories, images.name))
     for name in report.runs.keys() - histories.keys():
         print_result(mini_batch_line(name, report.runs[name]))
     if images.name != "MNIST":
         print_result(f"This run used {images.name}; the published accuracies are for MNIST.")
     print_result(FITTED)
-    write_json(json_file, {"environment": environment(), **dataclasses.asdict(report)})
     print_result(f"wrote {json_file}" + (f" and {figure}" if histories else ""))
+
+
+def as_json(report: Reproduction) -> dict[str, Any]:
+    """The report with the environment of this run, for `write_json`."""
+    return {"environment": environment(), **dataclasses.asdict(report)}
 
 
 @contextmanager

@@ -84,11 +84,12 @@ def train_command(
             on_images=on_images,
             on_step=between_steps(file, checkpoint_every, run, received),
         )
+    if json_file:  # before anything is printed: stdout may be closed
+        write_json(json_file, run_report(history, kernels, {**settings, "dataset": images.name, "threads": threads}))
     show(history_table(history, f"{title}, {scheduler or f'{threads} threads'}"))
     if file:
         print_result(f"checkpoint written to {file}")
     if json_file:
-        write_json(json_file, run_report(history, kernels, {**settings, "dataset": images.name, "threads": threads}))
         print_result(f"history written to {json_file}")
 
 
@@ -148,6 +149,8 @@ def cluster_of(scheduler: str | None, workers: int | None, threads: int) -> Iter
     if scheduler is None and workers is None:
         yield None
         return
+    if scheduler == "":
+        raise ValueError("--scheduler needs an address, as in tcp://HOST:8786")
     if scheduler and workers:
         raise ValueError("--workers starts a new cluster: use either --workers or --scheduler")
     try:

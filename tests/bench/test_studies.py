@@ -17,7 +17,7 @@ from bench.publish import style
 from bench.studies import break_even, products, roofline, scaling, workers
 from kernels import get_backend, simd
 from model import published
-from model.data import limited, load_idx
+from model.data import DataError, limited, load_idx
 from model.mlp import MLP
 from model.shards import SHARD
 from model.threads import thread_pool
@@ -225,6 +225,18 @@ def test_the_report_comes_last_after_a_failure_and_ctrl_c(tmp_path, monkeypatch)
     assert reported == [{"density": commands.STOPPED, "ladder": "it failed; see above"}]
     assert result.output.splitlines()[-1] == "report: here"
     assert result.exit_code == 128 + signal.SIGINT
+
+
+@pytest.mark.parametrize("changed", ["pixels", "classes"])
+def test_the_published_network_takes_only_mnists_sizes(digits28, changed):
+    """Which is checked before anything is trained."""
+    few = limited(digits28, 100)._replace(name="idx")
+    if changed == "pixels":
+        few = few._replace(train_images=few.train_images[:, :25], test_images=few.test_images[:, :25])
+    else:
+        few = few._replace(train_labels=few.train_labels + np.uint8(3))
+    with pytest.raises(DataError, match="takes 784 pixels and at most 10 classes: use python -m model train"):
+        published.reproduce({"numpy": get_backend("numpy")}, few, 1, 1, None)
 
 
 def test_reproduction(digits28, monkeypatch):

@@ -9,7 +9,9 @@ import sys
 
 import pytest
 
+from model import published
 from model.data import limited
+from model.training import TrainingError
 from tests.support.idx import write_idx
 from tests.support.runs import run_model
 from tests.support.systems import needs_posix
@@ -74,14 +76,17 @@ def test_a_terminal_shows_a_progress_bar():
         (["--learning-rate", "-1"], "learning_rate must be positive"),
         (["--learning-rate", "1e30"], "try a smaller learning rate"),
         (["--learning-rate", "3e40"], "try a smaller learning rate"),
+        (["--learning-rate", "1e-44"], "is 0 in float32: raise it"),
         (["--hidden", "1000000000"], "too large for this machine"),
         (["--hidden", "9" * 40], "Maximum allowed dimension exceeded"),
         (["--memory-limit", "9" * 400], "too large for this machine"),
         pytest.param(["--checkpoint", "/dev/fd/loop"], "cannot write", marks=needs_posix),
         (["--batch-size", "601"], "batch_size must be from 1 to 600"),
         (["--limit", "0"], "choose 1 to 60000"),
-        (["--hidden", "0"], "layer_sizes must be two or more positive numbers"),
+        (["--hidden", "0"], "Invalid value for '--hidden'"),
         (["--seed", "-1"], "Invalid value for '--seed'"),
+        (["--seed", str(2**63)], "Invalid value for '--seed'"),
+        (["--scheduler", ""], "--scheduler needs an address"),
         (["--threads", "0"], "threads must be at least 1"),
         (["--dataset", "cifar"], "Unknown dataset 'cifar'"),
         (["--dataset", "mnist", "--data", "/nowhere"], "there is no folder /nowhere: pass the one with"),
@@ -213,3 +218,60 @@ def test_reproduce_shows_both_tables_and_writes_report_and_figure(tmp_path, digi
     content = json.loads((tmp_path / "reproduction.json").read_text())
     assert len(content["runs"]["sparse"]["history"]) == 250
     assert (tmp_path / "reproduction.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture
+def few(digits28, tmp_path):
+    """Options for a hundred images."""
+    dataset = limited(digits28, 100)
+    write_idx(tmp_path, dataset._replace(test_images=dataset.test_images[:50], test_labels=dataset.test_labels[:50]))
+    return "--dataset", "idx", "--data", tmp_path
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
+def test_the_files_are_written_before_anything_is_printed(few, tmp_path):
+    """Stdout is closed, or on a full disk."""
+    train = ("train", *few, "--epochs", 1, "--json", tmp_path / "history.json")
+    reproduce = ("reproduce", *few, "--backend", "numpy", "--starts", 1, "--output", tmp_path)
+    for command in (train, reproduce):
+        with open("/dev/full", "w") as full:
+            command = [sys.executable, "-m", "model", *map(str, command)]
+            result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+        assert result.returncode == 2
+        assert re.fullmatch(r"error: .*No space left on device\n", result.stderr), result.stderr
+    for name, key in (("history.json", "history"), ("reproduction.json", "runs")):
+        assert json.loads((tmp_path / name).read_text())[key]
+    assert (tmp_path / "reproduction.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_error_in_a_later_run_loses_no_finished_one(main, monkeypatch, few, tmp_path):
+    """Nor the last complete report. The next complete run removes the partial one."""
+    run, complete, partial = published.run, tmp_path / "reproduction.json", tmp_path / "reproduction.partial.json"
+    command = ("reproduce", *few, "--backend", "numpy", "--backend", "sparse", "--starts", 1, "--output", tmp_path)
+
+    def failing(schedule, backend, *arguments):
+        if backend.name == "sparse":
+            raise TrainingError("the loss became nan")
+        return run(schedule, backend, *arguments)
+
+    complete.write_text('{"runs": {}}')
+    monkeypatch.setattr(published, "run", failing)
+    code, shown, error = main(*command)
+    assert (code, shown) == (2, "")
+    assert error.splitlines() == [
+        f"finished before that: numpy; the results are in {partial}",
+        "error: the loss became nan",
+    ]
+    assert len(json.loads(partial.read_text())["runs"]["numpy"]["history"]) == 250
+    assert complete.read_text() == '{"runs": {}}'
+    monkeypatch.setattr(published, "run", run)
+    assert main(*command)[0] == 0
+    assert list(json.loads(complete.read_text())["runs"]) == ["numpy", "sparse"]
+    assert not partial.exists()
+
+
+def test_too_few_images_are_refused_before_the_first_run(main, few, tmp_path):
+    code, shown, error = main("reproduce", *few, "--output", tmp_path)
+    assert (code, shown) == (2, "")
+    assert re.fullmatch(r"error: naive trains on 15,000 images, but idx has only 100: .*\n", error), error
+    assert not list(tmp_path.glob("*.json"))
