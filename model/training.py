@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,6 +49,8 @@ class History:
 
     def selected(self, rows: int = 10) -> list[Epoch]:
         """About `rows` of the evaluated epochs: the first, evenly spaced ones, and the last."""
+        if rows < 1:
+            raise ValueError(f"rows must be at least 1, not {rows}")
         evaluated = [epoch for epoch in self.epochs if epoch.test_accuracy is not None]
         return list(dict.fromkeys(evaluated[:1] + evaluated[::-1][:: -(-len(evaluated) // rows) or 1][::-1]))
 
@@ -141,9 +144,12 @@ def train(
     TrainingError
         If the loss is not finite.
     """
+    if not isinstance(backend, Backend):
+        raise ValueError(f"backend must be a Backend, as get_backend('numpy') makes, not {backend!r}")
     images, labels = dataset.train_images, dataset.train_labels
     _check_dataset(dataset)
-    _check_options(len(images), epochs, learning_rate, batch_size, threads, memory_limit, eval_every)
+    _check_options(len(images), epochs, batch_size, threads, memory_limit, eval_every)
+    _check_learning_rate(learning_rate, batch_size or len(images), mlp.dtype)
     if batches and batch_size:
         raise ValueError("mini-batches take longer to send than to compute: leave out batch_size, or the workers")
     state = state or State.start(seed)
@@ -247,22 +253,35 @@ def _check_dataset(dataset: Dataset) -> None:
 def _check_options(
     images: int,
     epochs: int,
-    learning_rate: float,
     batch_size: int | None,
     threads: int | None,
     memory_limit: int | None,
     eval_every: int,
 ) -> None:
+    counts = {"epochs": epochs, "eval_every": eval_every, "batch_size": batch_size or 1, "threads": threads or 1}
+    for name, count in counts.items():
+        if not isinstance(count, Integral):
+            raise ValueError(f"{name} must be a whole number, not {count!r}")
     if epochs < 1 or eval_every < 1:
         raise ValueError(f"epochs and eval_every must be at least 1, not {epochs} and {eval_every}")
-    if not (math.isfinite(learning_rate) and learning_rate > 0):
-        raise ValueError(f"learning_rate must be positive and finite, not {learning_rate}")
     if batch_size is not None and not 1 <= batch_size <= images:
         raise ValueError(f"batch_size must be from 1 to {images}, the number of training images, not {batch_size}")
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be at least 1, not {threads}")
     if memory_limit is not None and memory_limit < 0:
         raise ValueError(f"memory_limit must not be negative, but is {memory_limit}")
+
+
+def _check_learning_rate(learning_rate: float, images: int, dtype: np.dtype) -> None:
+    """Raise a ValueError if it is out of range, or a step over so many images would change no parameter."""
+    if not (math.isfinite(learning_rate) and learning_rate > 0):
+        raise ValueError(f"learning_rate must be positive and finite, not {learning_rate}")
+    with np.errstate(over="ignore"):
+        factor = np.array(learning_rate / images).astype(dtype)
+    if factor == 0:
+        raise ValueError(
+            f"learning_rate {learning_rate:g}, divided by {images} images per step, is 0 in {dtype}: raise it"
+        )
 
 
 def _check_state(state: State, images: int, epochs: int, batch_size: int | None) -> None:

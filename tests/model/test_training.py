@@ -257,6 +257,9 @@ def test_a_loss_that_is_not_finite_stops_training(backend, tiny, options):
         ({"eval_every": 0}, "eval_every must be at least 1"),
         ({"learning_rate": 0.0}, "learning_rate must be positive and finite, not 0.0"),
         ({"learning_rate": float("nan")}, "not nan"),
+        ({"learning_rate": 1e-44}, "learning_rate 1e-44, divided by 2600 images per step, is 0 in float32"),
+        ({"epochs": 1.5}, "epochs must be a whole number, not 1.5"),
+        ({"batch_size": 32.0}, "batch_size must be a whole number, not 32.0"),
         ({"batch_size": 0}, "batch_size must be from 1 to 2600, .* not 0"),
         ({"batch_size": 2601}, "not 2601"),
         ({"threads": 0}, "threads must be at least 1, not 0"),
@@ -266,6 +269,19 @@ def test_a_loss_that_is_not_finite_stops_training(backend, tiny, options):
 def test_wrong_options_are_refused(tiny, options, message):
     with pytest.raises(ValueError, match=message):
         trained(NumpyBackend(), tiny, **options)
+
+
+def test_the_smallest_learning_rates_depend_on_dtype_and_batch(tiny):
+    smallest = float(np.finfo(np.float32).smallest_subnormal)
+    trained(NumpyBackend(), limited(tiny, 8), learning_rate=8 * smallest, batch_size=8, epochs=1)
+    trained(NumpyBackend(), tiny, dtype=np.float64, learning_rate=1e-44, epochs=1)
+    with pytest.raises(ValueError, match="is 0 in float32"):
+        trained(NumpyBackend(), limited(tiny, 8), learning_rate=4 * smallest, batch_size=8, epochs=1)
+
+
+def test_the_name_of_a_backend_is_not_a_backend(tiny):
+    with pytest.raises(ValueError, match=r"must be a Backend, as get_backend\('numpy'\) makes, not 'sparse'"):
+        trained("sparse", tiny)
 
 
 @pytest.mark.parametrize(
@@ -359,4 +375,6 @@ def test_history_repr():
     assert lines[-1].split()[0] == "250"
     assert len(lines) <= 13
     assert repr(History()) == "<History of 0 epochs>"
+    with pytest.raises(ValueError, match="rows must be at least 1, not 0"):
+        History(0.0, epochs).selected(0)
     assert repr(History(0.0, [Epoch(1, 2.5, 0.5, None, 0.125)])).splitlines()[2].split()[3] == "-"
