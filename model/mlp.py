@@ -139,15 +139,19 @@ class MLP:
         Raises
         ------
         ValueError
-            If `images` is not a uint8 array of (n, pixels), with the network's number of pixels.
+            If `images` is not a uint8 array of (n, pixels), with the network's number of pixels, or a logit is NaN:
+            parameters are NaN, or so large that they overflow.
         """
         _, logits = self.forward(backend, backend.prepare(images, self.dtype))
+        if np.isnan(logits).any():  # argmax would take it for the largest
+            raise ValueError("cannot predict a class: the logits are NaN, as parameters are NaN or too large")
         return logits.argmax(axis=1)
 
     def probabilities(self, backend: Backend, images: NDArray[np.uint8]) -> NDArray[np.float64]:
-        """The probability of each class for each image, (n, classes) float64; arguments and errors as for `predict`.
+        """The probability of each class for each image, (n, classes) float64; arguments as for `predict`.
 
-        Each row is the softmax of the logits, or NaN where parameters are so large that the logits overflow.
+        Each row is the softmax of the logits, or NaN where parameters are NaN or so large that the logits overflow.
+        Unsuitable images are errors as for `predict`.
         """
         from scipy.special import softmax  # takes a sixth of a second to import; training does not need it
 

@@ -121,3 +121,15 @@ def test_predict(backend):
     images = np.eye(10, 784, dtype=np.uint8) * 255
     mlp = MLP((784, 10))
     assert mlp.predict(backend, images).tolist() == mlp.layers[0][0][:10].argmax(axis=1).tolist()
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_parameters_that_are_not_finite_predict_nothing(backend, wrong):
+    images = np.zeros((2, 784), np.uint8)
+    mlp = MLP((784, 10))
+    mlp.layers[0][0][0] = wrong  # times a pixel of 0, both are NaN
+    if backend.name == "sparse":  # which skips that pixel
+        images[0, 0] = 255
+        mlp.layers[0][0][0] = np.nan
+    with pytest.raises(ValueError, match="cannot predict a class: the logits are NaN"), np.errstate(all="ignore"):
+        mlp.predict(backend, images)
