@@ -34,6 +34,7 @@ DARK = 0.5  # fraction of the paper's brightness: no shadow is this deep
 RECTANGLE = 0.85  # fraction of its minimum bounding rectangle: a component that fills more is a sheet
 FAINT = 0.25  # fraction of full ink: the edges of strokes end here
 ONE_COLOUR = 8  # grey levels of 255: colours that differ by less are the same up to rounding
+NARROWEST = 3  # pixels, or a fiftieth of the longer side: a narrower picture has no room for a digit
 FULL = 95  # percentile of a digit's pixels that counts as full ink
 
 PNG, METADATA, END_OF_JPEG = b"\x89PNG\r\n\x1a\n", (b"tEXt", b"zTXt", b"iTXt", b"iCCP"), b"\xff\xd9"
@@ -63,7 +64,7 @@ def read_picture(file: str | os.PathLike[str]) -> NDArray[np.uint8]:
     Raises
     ------
     PictureError
-        If the file cannot be read or is not such a picture, or if it is blank or shows several digits.
+        If the file cannot be read or is not such a picture, or if it is blank, too narrow, or shows several digits.
     """
     path = Path(file)
     try:
@@ -211,7 +212,7 @@ def prepare(pixels: NDArray[np.uint8], source: str) -> NDArray[np.uint8]:
     Raises
     ------
     PictureError
-        If nothing stands out from the paper, or several digits do.
+        If nothing stands out from the paper, several digits do, or the paper has no room for a digit.
     """
     grey = grey_levels(pixels)
     page = find_sheet(grey)
@@ -220,6 +221,8 @@ def prepare(pixels: NDArray[np.uint8], source: str) -> NDArray[np.uint8]:
     full = np.percentile(ink[mask], FULL) if mask.any() else 0
     if full <= max(CONTRAST, NOISE * noise):
         raise PictureError(f"{source} is blank: no digit stands out from the paper. {ADVICE}")
+    if min(ink.shape) < max(NARROWEST, max(ink.shape) / 50):
+        raise PictureError(f"{source} is too narrow for a digit. Crop it to the digit, with a margin around it")
     if shows_several(mask):
         raise PictureError(f"{source} shows several digits. Crop it to one of them")
     rims = ndimage.binary_dilation(mask, iterations=3) & (ink > FAINT * full)

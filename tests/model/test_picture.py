@@ -194,6 +194,18 @@ def test_pictures_too_narrow_for_a_digit_are_blank(shape):
         prepare(pixels, "picture")
 
 
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("shape", [(1, 10), (1, 5000), (2, 10), (2, 100), (5, 300), (10, 2000), (60, 5000)])
+def test_pictures_with_ink_but_no_room_for_a_digit_are_refused(shape, turned):
+    """A tenth of the longer side is ink."""
+    length = shape[1]
+    pixels = np.full(shape, 255, np.uint8)
+    pixels[:, length // 3 : length // 3 + length // 10] = 0
+    picture = encoded(Image.fromarray(pixels.T if turned else pixels))
+    with pytest.raises(PictureError, match=r"is too narrow for a digit\. Crop it to the digit, with a margin"):
+        prepared(picture)
+
+
 @pytest.mark.parametrize("shape", [(9, 7), (7, 300), (300, 9), (30, 1000)])
 def test_pictures_of_odd_shapes_are_prepared(shape):
     pixels = np.full((*shape, 3), 255, np.uint8)  # a light rectangle on dark would be a sheet on a table
