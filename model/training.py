@@ -145,7 +145,7 @@ def train(
         If the loss is not finite.
     """
     if not isinstance(backend, Backend):
-        raise ValueError(f"backend must be a Backend, as get_backend('numpy') makes, not {backend!r}")
+        raise ValueError(f"backend must be a Backend, such as get_backend('numpy'), not {backend!r}")
     images, labels = dataset.train_images, dataset.train_labels
     _check_dataset(dataset)
     _check_options(len(images), epochs, batch_size, threads, memory_limit, eval_every)

@@ -107,7 +107,9 @@ class Result:
 
 
 def measure(dataset: Dataset, quick: bool) -> Result:
-    """Measure traffic by workers, cost per image by images, and memory with and without a limit."""
+    """Measure traffic by workers, cost per image by images, and memory with and without a limit; only on Linux."""
+    if not Path("/proc/self/status").exists():
+        raise OSError("the workers study reads memory and traffic from /proc, which only Linux has")
     with TemporaryDirectory() as name:
         folder = Path(name)
         grown = growth(dataset, folder, QUICK_GROWTH if quick else GROWTH)
