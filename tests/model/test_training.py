@@ -280,7 +280,7 @@ def test_the_smallest_learning_rates_depend_on_dtype_and_batch(tiny):
 
 
 def test_the_name_of_a_backend_is_not_a_backend(tiny):
-    with pytest.raises(ValueError, match=r"must be a Backend, as get_backend\('numpy'\) makes, not 'sparse'"):
+    with pytest.raises(ValueError, match=r"must be a Backend, such as get_backend\('numpy'\), not 'sparse'"):
         trained("sparse", tiny)
 
 
