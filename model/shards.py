@@ -19,8 +19,8 @@ from model.mlp import MLP
 from model.threads import exhaust
 
 SHARD = 1024
-"""Maximum number of images in a shard: few enough that activations stay in a core's cache, and that a second thread
-helps in batches of little more than a thousand images. On Zen 3, full batches with larger shards are no faster."""
+"""Maximum number of images in a shard: few enough that a layer's result fits in L2, and that a second thread helps in
+batches of little more than a thousand images. On Zen 3, full batches with larger shards are no faster."""
 
 
 class Sums(NamedTuple):

@@ -32,11 +32,11 @@ from distributed import TimeoutError as DaskTimeout
 from distributed.comm import CommClosedError, get_address_host_port
 from llvmlite import binding
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_info
 
 from kernels import get_backend
 from kernels.backend import Backend
 from model.data import DIGEST, digests, shard_digest
+from model.extras.environment import numpy_blas
 from model.extras.mapping import map_bytes
 from model.extras.signals import SIGNALS
 from model.mlp import MLP
@@ -251,8 +251,7 @@ def fingerprint() -> dict[str, str]:
     root = Path(__file__).parents[2]
     files = sorted(file for folder in ("kernels", "model") for file in (root / folder).rglob("*.py"))
     source = hashlib.sha256(b"".join(file.read_bytes() for file in files))
-    every_blas = [library for library in threadpool_info() if library["user_api"] == "blas"]
-    blas = [library for library in every_blas if "numpy" in library["filepath"]] or every_blas  # SciPy has another one
+    blas = numpy_blas()
     cpu = os.environ.get("NUMBA_CPU_NAME") or binding.get_host_cpu_name()
     return {
         "Python": platform.python_version(),

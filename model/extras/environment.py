@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import cpuinfo
+import numpy as np
 from threadpoolctl import threadpool_info
 
 from model.threads import available_cores
@@ -16,7 +17,7 @@ PACKAGES = ("numpy", "scipy", "numba", "llvmlite", "scikit-learn", "torch", "jax
 
 ROOT = Path(__file__).parents[2]
 
-VARIABLES = ("OPENBLAS_", "MKL_", "OMP_", "GOMP_", "NUMBA_", "XLA_", "TORCH")
+VARIABLES = ("OPENBLAS_", "MKL_", "OMP_", "GOMP_", "NUMBA_", "VECLIB_", "XLA_", "TORCH")
 
 
 def environment() -> dict[str, Any]:
@@ -24,8 +25,6 @@ def environment() -> dict[str, Any]:
     from llvmlite import binding  # imported here, as training on NumPy does not need it
 
     cpu = cpuinfo.get_cpu_info()
-    every_blas = [library for library in threadpool_info() if library["user_api"] == "blas"]
-    blas = [library for library in every_blas if "numpy" in library["filepath"]] or every_blas
     return {
         "cpu": cpu.get("brand_raw", platform.processor()),
         "cores": available_cores(),
@@ -34,13 +33,25 @@ def environment() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "blas": [
-            f"{library['internal_api']} {library['version']} {library.get('architecture', '')}" for library in blas
+            f"{library['internal_api']} {library['version']} {library.get('architecture', '')}".strip()
+            for library in numpy_blas()
         ],
         "llvm": ".".join(map(str, binding.llvm_version_info)),
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
         "variables": {name: value for name, value in os.environ.items() if name.startswith(VARIABLES)},
         "commit": _commit(),
     }
+
+
+def numpy_blas() -> list[dict[str, Any]]:
+    """NumPy's BLAS, as threadpoolctl describes it, if possible without those that SciPy and others have loaded.
+
+    threadpoolctl does not see Accelerate, Apple's BLAS.
+    """
+    if np.show_config(mode="dicts")["Build Dependencies"]["blas"]["name"] == "accelerate":
+        return [{"internal_api": "Accelerate", "version": platform.mac_ver()[0]}]
+    every_blas = [library for library in threadpool_info() if library["user_api"] == "blas"]
+    return [library for library in every_blas if "numpy" in library["filepath"]] or every_blas
 
 
 def _version(package: str) -> str | None:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from kernels import get_backend, simd, sparse_backend
+from kernels import get_backend, sparse_backend
 from kernels.sparse_backend import BLOCK, GROUP, MANY_PIXELS, encode
 from tests.support.guarded import Guarded, every_dtype, every_place, integers, needs_mprotect
 from tests.support.reference import assert_product
@@ -237,20 +237,24 @@ def check_non_finite_weights(sparse, dtype, nasty):
 @every_dtype
 @pytest.mark.parametrize("layout", ["row-major", "misaligned"])
 def test_product_stays_inside_its_arrays(layout, dtype, place):
-    lanes = sparse_backend.REGISTER_BYTES // dtype().itemsize
+    check_product_inside(sparse_backend, layout, dtype, place)
+
+
+def check_product_inside(module, layout, dtype, place):
+    lanes = module.REGISTER_BYTES // dtype().itemsize
     for (n, k), columns in itertools.product(
         [(1, 1), (2, BLOCK), (3, BLOCK + 1), (5, 7)], [1, lanes - 1, lanes, 7 * lanes + 1, 17 * lanes - 1]
     ):
         images = 255 * (random_images((n, k), 0.4) > 0).astype(np.uint8)  # ones, whose sums are exact
-        encoding = [Guarded(array, place=place) for array in encode(images)[0]]
+        encoding = [Guarded(array, place=place) for array in module.encode(images)[0]]
         b, bias = (
             Guarded(integers((k, columns), dtype, 1), layout, place),
             Guarded(integers(columns, dtype), layout, place),
         )
         out = Guarded(np.full((n + 1, columns), np.nan, dtype), place=place)
-        quotients = Guarded(sparse_backend.QUOTIENTS[np.dtype(dtype)], place=place)
+        quotients = Guarded(module.QUOTIENTS[np.dtype(dtype)], place=place)
         arguments = b, bias, quotients, *encoding
-        sparse_backend.product(*(argument.read_only() for argument in arguments), out.array)
+        module.product(*(argument.read_only() for argument in arguments), out.array)
         for argument in arguments:
             argument.assert_unchanged()
         out.assert_canaries_live()
@@ -261,22 +265,26 @@ def test_product_stays_inside_its_arrays(layout, dtype, place):
 @every_place
 @pytest.mark.parametrize("layout", ["row-major", "transposed", "strided", "reversed"])
 def test_encode_stays_inside_its_arrays(layout, place, monkeypatch):
-    encode(np.ones((1, 1), np.uint8))  # compiled, so that only `encode` itself finds this other NumPy
+    check_encode_inside(sparse_backend, layout, place, monkeypatch)
+
+
+def check_encode_inside(module, layout, place, monkeypatch):
+    module.encode(np.ones((1, 1), np.uint8))  # compiled, so that only `encode` itself finds this other NumPy
     made = []
 
     def guarded_empty(shape, dtype):
         made.append(Guarded(np.zeros(shape, dtype), place=place))
         return made[-1].array
 
-    monkeypatch.setattr(sparse_backend, "np", SimpleNamespace(**{**vars(np), "empty": guarded_empty}))
+    monkeypatch.setattr(module, "np", SimpleNamespace(**{**vars(np), "empty": guarded_empty}))
     for shape, density in itertools.product([(1, 1), (3, BLOCK), (4, BLOCK + 1), (65, 130), (0, 3)], DENSITIES):
         images = Guarded(random_images(shape, density), layout, place)
-        nonzeros, transposed = encode(images.read_only())
+        nonzeros, transposed = module.encode(images.read_only())
         images.assert_unchanged()
         for array in made:
             array.assert_canaries_live()
-        np.testing.assert_array_equal(decode(nonzeros, shape), images.array)
-        np.testing.assert_array_equal(decode(transposed, shape[::-1]), images.array.T)
+        np.testing.assert_array_equal(decode(nonzeros, shape, module.GROUP), images.array)
+        np.testing.assert_array_equal(decode(transposed, shape[::-1], module.GROUP), images.array.T)
     assert made
 
 
@@ -291,31 +299,41 @@ OTHERS = {
 
 
 @pytest.fixture(scope="module", params=OTHERS.values(), ids=OTHERS)
-def other(request, tmp_path_factory):
-    """The backend compiled for other vector registers."""
+def elsewhere(request, tmp_path_factory):
+    """The backend's module, compiled for other vector registers."""
     with compiled_for(sparse_backend, tmp_path_factory.mktemp("cache"), **request.param) as module:
-        yield module.SparseBackend()
+        yield module
 
 
 @pytest.mark.slow
-def test_images_are_kept_exactly_on_other_cpus(other, digits28):
-    group = {16: 1, 32: 2}[simd.REGISTERS]
+def test_images_are_kept_exactly_on_other_cpus(elsewhere, digits28):
+    other = elsewhere.SparseBackend()
     for images in (
         digits28.train_images[:301],
         *(random_images(*case) for case in itertools.product(SHAPES, DENSITIES)),
     ):
         x = other.prepare(images)
-        np.testing.assert_array_equal(decode(x.nonzeros, x.shape, group), images)
-        np.testing.assert_array_equal(decode(x.transposed, x.T.shape, group), images.T)
+        np.testing.assert_array_equal(decode(x.nonzeros, x.shape, elsewhere.GROUP), images)
+        np.testing.assert_array_equal(decode(x.transposed, x.T.shape, elsewhere.GROUP), images.T)
 
 
 @pytest.mark.slow
 @every_dtype
-def test_products_on_other_cpus(other, dtype):
+def test_products_on_other_cpus(elsewhere, dtype):
+    other = elsewhere.SparseBackend()
     for hidden in HIDDEN:
         check_products_of_every_size(other, hidden, dtype)
     check_bits_of_rows(other, dtype)
     check_non_finite_weights(other, dtype, np.nan)
+
+
+@pytest.mark.slow
+@needs_mprotect
+@every_place
+def test_nothing_outside_the_arrays_is_touched_on_other_cpus(elsewhere, place, monkeypatch):
+    check_encode_inside(elsewhere, "row-major", place, monkeypatch)
+    check_encode_inside(elsewhere, "transposed", place, monkeypatch)
+    check_product_inside(elsewhere, "row-major", np.float32, place)
 
 
 # Dense images ------------------------------------------------------------------------------------------------------

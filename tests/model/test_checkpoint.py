@@ -318,6 +318,7 @@ def test_the_lock_is_reentrant(file):
     assert list(file.parent.iterdir()) == [file]
 
 
+@needs_posix
 def test_files_are_written_without_lock_support(file, monkeypatch):
     """Some network file systems have no locks, so a temporary file there may be of a live process."""
 

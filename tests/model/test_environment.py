@@ -1,8 +1,10 @@
 """The description of machine and project in a report."""
 
+import platform
 import shutil
 import subprocess
 
+import numpy as np
 import pytest
 
 from model.extras import environment
@@ -32,6 +34,12 @@ def project(tmp_path, monkeypatch):
 
 def test_the_commit_of_an_enclosing_repository_is_not_reported(project):
     assert environment.environment()["commit"] is None
+
+
+def test_accelerate_is_reported(monkeypatch):
+    """Not the BLAS that SciPy or PyTorch has loaded: threadpoolctl cannot see Accelerate."""
+    monkeypatch.setattr(np, "show_config", lambda mode: {"Build Dependencies": {"blas": {"name": "accelerate"}}})
+    assert environment.environment()["blas"] == [f"Accelerate {platform.mac_ver()[0]}".strip()]
 
 
 def test_the_projects_own_commit(project, monkeypatch):
