@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from kernels import get_backend, sparse_backend
-from kernels.sparse_backend import BLOCK, GROUP, MANY_PIXELS, encode
+from kernels.sparse_backend import BLOCK, GROUP, MANY_PIXELS
 from tests.support.guarded import Guarded, every_dtype, every_place, integers, needs_mprotect
 from tests.support.reference import assert_product
 from tests.support.targets import compiled_for
