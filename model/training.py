@@ -273,7 +273,7 @@ def _check_options(
 
 
 def _check_learning_rate(learning_rate: float, images: int, dtype: np.dtype) -> None:
-    """Raise a ValueError if it is out of range, or a step over so many images would change no parameter."""
+    """Raise a ValueError if it is out of range, or so small that a step over these images would change nothing."""
     if not (math.isfinite(learning_rate) and learning_rate > 0):
         raise ValueError(f"learning_rate must be positive and finite, not {learning_rate}")
     with np.errstate(over="ignore"):

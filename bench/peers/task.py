@@ -93,7 +93,7 @@ def take_steps(step: Callable[[NDArray], Any], batches: Iterator[NDArray[np.inte
 
 
 def package(name: str, how: str = "make bench-peers installs it") -> ModuleType:
-    # torch warns about deprecated parts of its own code, and that its sparse tensors are in beta.
+    # torch warns about deprecated code of itself, and that its sparse tensors are in beta.
     warnings.filterwarnings("ignore", module="torch")
     warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
     try:

@@ -5,7 +5,7 @@ would learn them. The frameworks keep all images as floats and gather rows of th
 batch. Ours prepare each batch from bytes, as the trainer does. For one thread the process is pinned to one core, which
 is where JAX gets its number of threads from.
 
-On one thread, our steps are also timed part by part. The whole step is timed without a stopwatch, in turns of its own.
+On one thread, our steps are also timed part by part. The whole step is timed without a stopwatch, in separate turns.
 Reading the clock twice adds 0.1 µs to each call of a part. What else the stopwatch takes is measured, and charged to no
 part. Even so, the parts of a small batch add up to some percent more than the whole.
 """
