@@ -281,7 +281,7 @@ def _title(result: Result) -> str:
     first, *others = sorted(seconds, key=result.times.median)
     level = [name for name in others if min(seconds[name]) <= max(seconds[first])]
     if level:
-        return f"Seconds to {goal} test accuracy: {first}'s range overlaps those of {', '.join(level)}"
+        return f"Seconds to {goal} test accuracy: {first}'s range overlaps with that of {' and '.join(level)}"
     if len(seconds[first]) == 1:  # an older result: a median without its range
         return f"Seconds to {goal} test accuracy"
     return f"{goal} test accuracy in {in_seconds(result.times.median(first))}: {first}"

@@ -433,7 +433,7 @@ def test_time_to_accuracy_is_drawn(tmp_path):
     [
         ([1.0], [2.5], "Seconds to 92.21 % test accuracy"),
         ([1.0, 2.0], [2.5, 3.0], "92.21 % test accuracy in 1.5 s: sparse"),
-        ([1.0, 2.0], [1.9, 9.0], "Seconds to 92.21 % test accuracy: sparse's range overlaps those of numba"),
+        ([1.0, 2.0], [1.9, 9.0], "Seconds to 92.21 % test accuracy: sparse's range overlaps with that of numba"),
     ],
 )
 def test_overlapping_ranges_are_not_ranked(sparse, numba, title):
