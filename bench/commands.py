@@ -15,18 +15,17 @@ from bench.measure.machine import busy_now, machine, slug, under_conditions
 from bench.measure.records import Machine, RecordError, Section, read, write
 from bench.publish.folder import MACHINE, RUN, existing_run, read_folder, save
 from bench.publish.report import write_report
-from bench.studies import STUDIES, study
+from bench.studies import DATASETS, STUDIES, study
 from model.data import DataError, limited, load_dataset
 from model.extras.environment import environment
 from model.extras.files import make_folder, parse_path
 
 app = typer.Typer(help="Run studies, and draw their results.", add_completion=False, pretty_exceptions_enable=False)
 out = Console(markup=False, highlight=False, soft_wrap=True)
-DATASETS = ("mnist", "digits28", "auto")
 
 
 def parse_dataset(text: str) -> str:
-    """A data set with as many images as the studies need, of MNIST's size."""
+    """One of `DATASETS`."""
     if text not in DATASETS:
         raise typer.BadParameter(f"the studies do not run on {text!r}: choose one of {', '.join(DATASETS)}")
     return text

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.studies import DATASETS
 from kernels import backend_names
 from model.data import DataError, limited, load_dataset
 from model.extras.environment import environment
@@ -17,8 +18,7 @@ SECTIONS = pytest.StashKey[dict]()
 
 def pytest_addoption(parser):
     parser.addoption("--quick", action="store_true", help="smoke test: fewer images and rounds, about a minute")
-    names = ("mnist", "digits28", "auto")
-    parser.addoption("--dataset", default="auto", choices=names, help="as in python -m model train")
+    parser.addoption("--dataset", default="auto", choices=DATASETS, help="as in python -m model train")
     parser.addoption(
         "--output", type=parse_path, default=Path(__file__).parent / "output", help="folder for results and plots"
     )

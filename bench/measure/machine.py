@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from bench.measure.records import Cache, Conditions, Machine
-from model.extras.environment import environment
+from model.extras.environment import environment, git
 from model.threads import available_cores
 
 CPU = Path("/sys/devices/system/cpu")
@@ -197,19 +197,18 @@ def slug(machine: Machine) -> str:
 
 def kernels_changed(commit: str) -> bool | None:
     """Whether the code in ``kernels/`` has changed since a commit; None if git cannot tell."""
-    status, _ = _git("diff", "--quiet", commit.removesuffix("-dirty"), "--", ":(top,glob)kernels/**/*.py")
-    return {0: False, 1: True}.get(status)
+    try:
+        git("diff", "--quiet", commit.removesuffix("-dirty"), "--", ":(top,glob)kernels/**/*.py")
+    except subprocess.CalledProcessError as error:
+        return True if error.returncode == 1 else None
+    except OSError:
+        return None
+    return False
 
 
 def has_history() -> bool:
     """Whether this is a clone with all commits, not a shallow one or a copy without git."""
-    return _git("rev-parse", "--is-shallow-repository") == (0, "false")
-
-
-def _git(*arguments: str) -> tuple[int, str]:
-    """Exit code and output of a git command in the project's folder; code 2 without git."""
     try:
-        process = subprocess.run(["git", "-C", Path(__file__).parent, *arguments], capture_output=True, text=True)
-    except OSError:
-        return 2, ""
-    return process.returncode, process.stdout.strip()
+        return git("rev-parse", "--is-shallow-repository") == "false"
+    except (OSError, subprocess.CalledProcessError):
+        return False

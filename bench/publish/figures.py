@@ -11,6 +11,8 @@ from bench.studies import STUDIES, study
 
 WITH_INTERVALS = ("epochs", "kernels", "ladder", "roofline", "head_to_head", "mini_batches", "density", "scaling")
 """Figures that show medians with their intervals."""
+UNTIMED = ("reproduction",)
+"""Figures of accuracies, which do not depend on the machine's load."""
 
 
 def draw_all(folder: Folder, output: Path, say: Callable[[str], None]) -> dict[str, Path]:
@@ -32,7 +34,7 @@ def draw_all(folder: Folder, output: Path, say: Callable[[str], None]) -> dict[s
     for name in STUDIES:
         section = folder.section(name)
         if section and hasattr(study(name), "draw"):
-            medians, timed = INTERVALS if name in WITH_INTERVALS else "", getattr(study(name), "TIMED", True)
-            origin = small_print(section, folder.machine, medians, timed)
+            medians = INTERVALS if name in WITH_INTERVALS else ""
+            origin = small_print(section, folder.machine, medians, timed=name not in UNTIMED)
             attempt(name, partial(study(name).draw, section.result, origin))
     return drawn

@@ -218,8 +218,7 @@ def ablation_table(results: Path) -> str:
 def step_table(results: Path) -> str:
     """Microseconds of each part of a step over a mini-batch, on one thread."""
     folder = main_folder(results)
-    sections = [run.sections["mini_batches"] for run in folder.runs if "mini_batches" in run.sections]
-    section = next((section for section in sections if section.result.parts), None)
+    section = next((section for section in folder.sections("mini_batches") if section.result.parts), None)
     if section is None:
         raise MissingError("parts of a step")
     parts = section.result.parts

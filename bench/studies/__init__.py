@@ -1,14 +1,17 @@
 """Studies: measurements that need more than a pytest-benchmark test, one module each.
 
 A study has a dataclass `Result` whose ``kind`` is the study's name (built from `bench.measure.records`), a function
-``measure(dataset, quick)`` that returns one, and usually a function ``draw(result, small_print, file)``. ``TIMED`` is
-False if the figure shows no timings. ``python -m bench run`` runs studies, ``python -m bench draw`` redraws them.
+``measure(dataset, quick)`` that returns one, and usually a function ``draw(result, small_print, file)``.
+``python -m bench run`` runs studies, ``python -m bench draw`` redraws their results.
 """
 
 import importlib
 from types import ModuleType
 
 from kernels import backend_names, get_backend
+
+DATASETS = ("mnist", "digits28", "auto")
+"""Data sets with as many images as the studies need, of MNIST's size."""
 
 STUDIES = (
     "epochs",

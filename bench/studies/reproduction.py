@@ -15,9 +15,6 @@ from model.extras.figure import draw_curves
 from model.published import Reproduction, reproduce
 from model.training import State
 
-TIMED = False
-"""The figure shows accuracies, which do not depend on the machine's load."""
-
 
 @dataclass(frozen=True)
 class Result:

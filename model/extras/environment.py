@@ -68,16 +68,16 @@ def _commit() -> str | None:
     Neither do changed results, as measuring writes them.
     """
     try:
-        if not os.path.samefile(_git("rev-parse", "--show-toplevel"), ROOT):
+        if not os.path.samefile(git("rev-parse", "--show-toplevel"), ROOT):
             return None
-        commit = _git("describe", "--always", "--exclude=*")
-        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
+        commit = git("describe", "--always", "--exclude=*")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
         return commit + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
-def _git(*arguments: str) -> str:
+def git(*arguments: str) -> str:
     """The output of git in the project's folder, ignoring a repository set in the environment, e.g. in a git hook."""
     command = ["git", "-C", str(ROOT), *arguments]
     variables = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
