@@ -27,6 +27,7 @@ from kernels.numba_backend import (
     ONE_BYTES,
     PACK_ROWS,
     PAGE,
+    STREAMS,
     TILE_BYTES,
 )
 from tests.support.guarded import Guarded, every_dtype, every_place, integers, needs_mprotect
@@ -49,7 +50,9 @@ def shapes(dtype):
     yield (2 * MR + 1, KC_TRANSPOSED + 1, 3 * width + edge + 1)  # three panels share the packed A
     few = FEW_BYTES // dtype().itemsize * -(-FEW_LARGE_BYTES // (2 * KC * FEW_BYTES))
     yield from [(rows, 2 * KC, few + edge + 1) for rows in (1, FEW_ROWS - 1)]
-    yield from [(1, 9, 2 * ONE_BYTES // dtype().itemsize + edge + 1), (FEW_ROWS + 1, 3, PAGE // dtype().itemsize + 1)]
+    yield (1, 9, 2 * ONE_BYTES // dtype().itemsize + edge + 1)
+    page = PAGE // dtype().itemsize
+    yield from [(page, STREAMS + 3, 3 * width + 1), (FEW_ROWS + 1, 2 * STREAMS + 3, page + 1)]
 
 
 @needs_mprotect
@@ -359,7 +362,7 @@ def other(request, tmp_path_factory):
 def test_products_for_other_cpus_have_the_same_bits(other, dtype):
     """An element is the same chain of multiply-adds for any vector width and tile size."""
     generator = np.random.default_rng(0)
-    mr, deep = other.MR, max(other.KC_TRANSPOSED, other.KC_FEW)
+    mr, deep = other.MR, max(other.KC_TRANSPOSED, other.STREAMS)
     width, edge = (size // dtype().itemsize for size in (other.TILE_BYTES, other.EDGE_BYTES))
     sizes = [
         *itertools.product([1, mr - 1, 2 * mr + 1], [0, 5], [1, edge + 1, 2 * width - 1]),
@@ -368,6 +371,7 @@ def test_products_for_other_cpus_have_the_same_bits(other, dtype):
         (2 * width + 1, deep + 1, 10),
         (other.FEW_ROWS - 1, 2 * other.KC, other.FEW_LARGE_BYTES // (2 * other.KC * dtype().itemsize) + edge + 1),
         (1, 37, 3 * width + edge + 1),
+        (other.PAGE // dtype().itemsize, other.STREAMS + 3, 3 * width + 1),
     ]
     for m, k, n in sizes:
         a, b, bias = (generator.standard_normal(shape).astype(dtype) for shape in [(m, k), (k, n), n])
