@@ -1,6 +1,7 @@
 """Ctrl-C, SIGTERM and SIGHUP (a closed terminal). During training they are deferred to the end of the step."""
 
 import contextlib
+import math
 import os
 import signal
 import time
@@ -45,7 +46,7 @@ def stoppable_between_steps() -> Iterator[list[int]]:
     process and its group.
     """
     received: list[int] = []
-    first = 0.0
+    first = math.inf  # until set: a second signal may arrive while the first is being handled
 
     def handle(number: int, frame: Any) -> None:
         nonlocal first

@@ -774,6 +774,26 @@ def test_signals_are_ignored_during_exit_and_if_they_were_before():
 
 
 @needs_posix
+def test_a_second_signal_while_the_first_is_handled_counts_as_the_same():
+    program = """if True:
+        import os, signal, time
+        from model.extras import signals
+        monotonic, pending = time.monotonic, [signal.SIGTERM]
+        def interrupted_clock():
+            if pending:
+                os.kill(os.getpid(), pending.pop())
+            return monotonic()
+        with signals.stoppable_between_steps() as received:
+            signals.time.monotonic = interrupted_clock
+            os.kill(os.getpid(), signal.SIGTERM)
+        print(*map(int, received))
+    """
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    notice = "stopping after the current step; a second signal stops at once\n"
+    assert (result.returncode, result.stdout, result.stderr) == (0, "15\n", notice)
+
+
+@needs_posix
 @pytest.mark.filterwarnings("ignore:.*JAX is multithreaded:RuntimeWarning")  # where other tests have imported it
 def test_a_closed_terminal_saves(tmp_path):
     """The system sends SIGHUP, and writing to the terminal fails."""
