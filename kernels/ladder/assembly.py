@@ -18,13 +18,13 @@ def panels_in(dtype: types.Float) -> types.Array:
 @kernel(row_major_in, panels_in, flat_in, matrix_out)
 def micro_kernel(a, panels, bias, out):
     """One full tile of step 8."""
-    numba_backend.tile(a, 0, numba_backend.MR, a, False, panels, 0, bias, out, 0, True)
+    numba_backend.tiles(a, 0, numba_backend.MR, a, False, panels, 0, 1, bias, out, 0, True)
 
 
 @kernel(row_major_in, panels_in, flat_in, matrix_out)
 def few_rows_kernel(a, panels, bias, out):
     """One tile of the product with few rows."""
-    numba_backend.few_tile(a, 0, numba_backend.FEW_MR, panels, 0, bias, out, 0, True)
+    numba_backend.few_tiles(a, 0, numba_backend.FEW_MR, panels, 0, 1, bias, out, 0, True)
 
 
 def machine_code(name: str) -> str:

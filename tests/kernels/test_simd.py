@@ -18,13 +18,12 @@ from kernels.numba_backend import (
     DOT_VECTORS,
     EDGE_BYTES,
     FEW_BYTES,
-    FEW_LARGE_BYTES,
     FEW_ROWS,
     KC,
     KC_TRANSPOSED,
     MR,
     NC_BYTES,
-    ONE_BYTES,
+    ONE_VECTORS,
     PACK_ROWS,
     PAGE,
     STREAMS,
@@ -48,9 +47,8 @@ def shapes(dtype):
     yield from itertools.product([0, 1, MR - 1, 2 * MR + 1], [0, 1, 5], columns)
     yield from [(PACK_ROWS + 1, 33, width + 3), (2 * width + 1, 7, 10), (10, KC + 1, 10)]
     yield (2 * MR + 1, KC_TRANSPOSED + 1, 3 * width + edge + 1)  # three panels share the packed A
-    few = FEW_BYTES // dtype().itemsize * -(-FEW_LARGE_BYTES // (2 * KC * FEW_BYTES))
-    yield from [(rows, 2 * KC, few + edge + 1) for rows in (1, FEW_ROWS - 1)]
-    yield (1, 9, 2 * ONE_BYTES // dtype().itemsize + edge + 1)
+    yield from [(rows, 2 * KC, 2 * FEW_BYTES // dtype().itemsize + edge + 1) for rows in (1, FEW_ROWS - 1)]
+    yield (1, 2 * STREAMS + 3, (2 * ONE_VECTORS * simd.REGISTER_BYTES + EDGE_BYTES) // dtype().itemsize + 1)
     page = PAGE // dtype().itemsize
     yield from [(page, STREAMS + 3, 3 * width + 1), (FEW_ROWS + 1, 2 * STREAMS + 3, page + 1)]
 
@@ -184,7 +182,7 @@ def test_products_are_right_around_the_ends_of_blocks(layout, dtype):
         for n in [width - 1, width, width + 1]:
             assert_product(m, 3, n, dtype, layout)
     for m in [1, FEW_ROWS, FEW_ROWS + 1]:
-        for size in [ONE_BYTES, PAGE]:
+        for size in [ONE_VECTORS * simd.REGISTER_BYTES, PAGE]:
             for n in range(size // dtype().itemsize - 1, size // dtype().itemsize + 2):
                 assert_product(m, 5, n, dtype, layout)
 
@@ -369,7 +367,7 @@ def test_products_for_other_cpus_have_the_same_bits(other, dtype):
         (2 * mr + 1, deep + 1, 3 * width + edge + 1),
         (other.PACK_ROWS + 1, 2 * deep + 3, width + 3),
         (2 * width + 1, deep + 1, 10),
-        (other.FEW_ROWS - 1, 2 * other.KC, other.FEW_LARGE_BYTES // (2 * other.KC * dtype().itemsize) + edge + 1),
+        (other.FEW_ROWS - 1, 2 * other.KC, 2 * other.FEW_BYTES // dtype().itemsize + edge + 1),
         (1, 37, 3 * width + edge + 1),
         (other.PAGE // dtype().itemsize, other.STREAMS + 3, 3 * width + 1),
     ]
