@@ -65,7 +65,7 @@ def measure(dataset: Dataset, quick: bool) -> Result:
                 skipped[name] = str(reason)
         steps: dict[str, Callable[[], Any]] = {name: competitor.step for name, competitor in competitors.items()}
         competing = {**steps, BIG_PRODUCTS: big_products(dataset, threads)}
-        seconds = interleave(competing, 2 if quick else 6, rest=REST, warmup=0, steps=2)
+        seconds = interleave(competing, 2 if quick else 12, rest=REST, warmup=0, steps=2)
     ours = {name: compile_seconds(name, dataset.train_images, dataset.train_labels) for name in ("numba", "sparse")}
     return Result(
         forms={form: [name for name in names if name in seconds] for form, names in COMPETITORS.items()},

@@ -38,6 +38,7 @@ PRODUCTS = {
 # (m, k, n) of the sweep: an (m, k) matrix times a (k, n) one.
 SHAPES = {
     "the step's": [(1024, 784, 128), (784, 1024, 128), (1024, 128, 10), (1024, 10, 128), (128, 1024, 10)],
+    "small batches'": [(784, 128, 128), (784, 32, 128)],
     "squares": [(size, size, size) for size in (256, 512, 1024)],
     "few rows": [
         *((rows, 784, 128) for rows in (1, 2, 4, 8, 32)),
