@@ -396,4 +396,5 @@ if __name__ == "__main__":
     draw_all(main_folder(PUBLISHED_RESULTS), PUBLISHED_RESULTS, print)
     draw(folders(PUBLISHED_RESULTS), PUBLISHED_RESULTS / "claims.png")
     for document in DOCUMENTS:
-        (ROOT / document).write_text(refresh((ROOT / document).read_text(), PUBLISHED_RESULTS))
+        text = (ROOT / document).read_text(encoding="utf-8")
+        (ROOT / document).write_text(refresh(text, PUBLISHED_RESULTS), encoding="utf-8")

@@ -115,7 +115,7 @@ def check_equal(products: dict[tuple[str, str], Callable[[], list[NDArray]]]) ->
 @contextmanager
 def variant(**constants: str) -> Iterator[Backend]:
     """The sparse backend with other constants, compiled from a modified copy of its source."""
-    source = Path(sparse_backend.__file__).read_text()
+    source = Path(sparse_backend.__file__).read_text(encoding="utf-8")
     for name, value in constants.items():
         source, count = re.subn(rf"^({name}\b.*) = .*$", rf"\1 = {value}", source, flags=re.MULTILINE)
         if count != 1:
@@ -123,7 +123,7 @@ def variant(**constants: str) -> Iterator[Backend]:
     chosen = numba.config.CACHE_DIR  # type: ignore[attr-defined]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "sparse_variant.py"
-        file.write_text(source)
+        file.write_text(source, encoding="utf-8")
         spec: Any = importlib.util.spec_from_file_location(file.stem, file)
         module = importlib.util.module_from_spec(spec)
         numba.config.CACHE_DIR = folder  # type: ignore[attr-defined]

@@ -12,7 +12,7 @@ README = ROOT / "README.md"
 
 
 def test_python_example(monkeypatch, digits28, capsys):
-    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     monkeypatch.setattr("model.data.load_dataset", lambda name: digits28)
     exec(example, {})
     accuracy = float(re.search(r"test accuracy ([\d.]+)%", capsys.readouterr().out)[1])
@@ -21,12 +21,12 @@ def test_python_example(monkeypatch, digits28, capsys):
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_tables_and_numbers_match_the_published_results(document):
-    text = (ROOT / document).read_text()
+    text = (ROOT / document).read_text(encoding="utf-8")
     assert refresh(text, PUBLISHED_RESULTS) == text
 
 
 def test_every_table_is_used_and_every_marker_known():
-    text = "".join((ROOT / document).read_text() for document in DOCUMENTS)
+    text = "".join((ROOT / document).read_text(encoding="utf-8") for document in DOCUMENTS)
     markers = set(re.findall(r"<!-- ([\w-]+) -->", text))
     assert set(TABLES) <= markers
     assert markers <= {*TABLES, *NUMBERS}
@@ -35,7 +35,8 @@ def test_every_table_is_used_and_every_marker_known():
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_only_generated_text_claims_speed(document):
     """Text between markers is generated, including the quantifier. In kernels/, a sentence may name the CPU instead."""
-    text = re.sub(r"<!-- ([\w-]+) -->.*?<!-- /\1 -->", "", (ROOT / document).read_text(), flags=re.DOTALL)
+    text = (ROOT / document).read_text(encoding="utf-8")
+    text = re.sub(r"<!-- ([\w-]+) -->.*?<!-- /\1 -->", "", text, flags=re.DOTALL)
     sentences = re.split(r"(?<=[.:?!])\s|\n\n", text)
     if document.startswith("kernels/"):
         sentences = [sentence for sentence in sentences if not re.search(r"\b(Zen \d|Intel|AVX)", sentence)]
@@ -64,6 +65,6 @@ def test_every_claim_has_a_quantifier():
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_links_resolve(document):
-    text = (ROOT / document).read_text()
+    text = (ROOT / document).read_text(encoding="utf-8")
     for link in re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", text):
         assert (ROOT / document).parent.joinpath(link).exists(), link
