@@ -341,6 +341,7 @@ OTHERS = {
     "SSE": {"REGISTER_BYTES": 16, "REGISTERS": 16, "CPU": "generic"},
     "NEON": {"REGISTER_BYTES": 16, "REGISTERS": 32, "CPU": "generic"},
     "AVX-512 on Intel": {"REGISTER_BYTES": 64, "REGISTERS": 32, "CPU": "skylake-avx512"},
+    "AVX-512 on newer Intel": {"REGISTER_BYTES": 64, "REGISTERS": 32, "CPU": "sapphirerapids"},
     "AVX-512 on Zen": {"REGISTER_BYTES": 64, "REGISTERS": 32, "CPU": "znver4"},
 }
 
