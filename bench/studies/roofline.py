@@ -4,7 +4,6 @@ The bounds are measured as well: FMA throughput on registers, and the bandwidth 
 """
 
 import functools
-import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -39,7 +38,7 @@ from model.threads import thread_pool
 
 # Independent accumulators hide the latency: a multiply-add takes 4 cycles, and two start in each cycle (four on some
 # ARM cores). Together with the factor, all must fit in the vector registers: 32 with AVX-512 and on ARM, otherwise 16.
-CHAINS = 16 if simd.REGISTER_BYTES == 64 or platform.machine() in ("aarch64", "arm64") else 12
+CHAINS = {16: 12, 32: 16}[simd.REGISTERS]
 PASSES = 5_000_000
 
 
