@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import signal
 import subprocess
 import sys
@@ -129,6 +130,12 @@ def results(
     commit = environment()["commit"]
     if not quick and (not commit or commit.endswith("-dirty")):
         raise RecordError(f"published runs need a clean commit, but this is {commit or 'unknown'}: commit first")
+    restrictions = [name for name in ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES") if os.environ.get(name)]
+    if restrictions and not output:
+        raise RecordError(
+            f"runs with {' and '.join(restrictions)} do not belong in the folder of the unrestricted CPU: "
+            "unset this, or name another folder with --output"
+        )
     here = machine()
     folder = output or Path(__file__).parent / "results" / slug(here)
     existing_run(folder)
