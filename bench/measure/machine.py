@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from bench.measure.records import Cache, Conditions, Machine
-from model.extras.environment import environment, git
+from model.extras.environment import environment, git, numpy_blas
 from model.threads import available_cores
 
 CPU = Path("/sys/devices/system/cpu")
@@ -90,6 +90,12 @@ def caches(core: Path = CPU / "cpu0") -> list[Cache]:
             shared = len(_parse_cpus(_text(index / "shared_cpu_list")))
             levels.append(Cache(int(_text(index / "level")), int(size[1]) * units[size[2]], shared))
     return levels
+
+
+def blas_threads() -> list[int]:
+    """Numbers of threads on which BLAS can be timed: one and all, but only one with Accelerate."""
+    is_fixed = any(library["internal_api"] == "Accelerate" for library in numpy_blas())
+    return [1] if is_fixed else sorted({1, available_cores()})
 
 
 def _text(file: Path) -> str:

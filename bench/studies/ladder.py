@@ -15,6 +15,7 @@ from rich.progress import track
 from threadpoolctl import threadpool_limits
 
 from bench.measure.interleave import interleave
+from bench.measure.machine import blas_threads
 from bench.measure.records import Comparison
 from bench.publish.style import plain_ticks, right_labels, short
 from bench.studies.roofline import peak
@@ -25,7 +26,6 @@ from kernels.ladder.timing import operands
 from kernels.simd import aligned_empty
 from model.data import Dataset
 from model.extras.figure import OTHER_COLOURS, figure_file, print_small, title
-from model.threads import available_cores
 
 SHAPES = {"MLP": (12_000, 784, 128), "1024³": (1024, 1024, 1024)}
 QUICK_ROWS = {"MLP": 2048, "1024³": 512}
@@ -73,7 +73,7 @@ class Result:
 
 def measure(dataset: Dataset, quick: bool) -> Result:
     """Time all steps on both products."""
-    counts = sorted({1, available_cores()})
+    counts = blas_threads()
     climbs = [climb for threads in track(counts, "ladder", transient=True) for climb in climbs_on(threads, quick)]
     by_product = [climb for product in SHAPES for climb in climbs if climb.product == product]
     return Result(by_product, {step: lines_of_code(step) for step in STEPS})

@@ -18,13 +18,14 @@ from rich.progress import track
 from threadpoolctl import threadpool_limits
 
 from bench.measure.interleave import interleave
+from bench.measure.machine import blas_threads
 from bench.measure.records import Comparison
 from bench.peers.task import UnavailableError, package
 from bench.publish.style import short
 from kernels import get_backend
 from model.data import Dataset
 from model.extras.figure import figure_file, print_small, title
-from model.threads import available_cores, thread_pool
+from model.threads import thread_pool
 
 # Shapes of the operands, and whether the left one is transposed: x W1 and x.T dz over all images, and over one shard.
 PRODUCTS = {
@@ -87,7 +88,7 @@ def measure(dataset: Dataset, quick: bool) -> Result:
         rng = np.random.default_rng(0)
         a, b = rng.standard_normal(left, np.float32), rng.standard_normal(right, np.float32)
         a = a.T if transposed else a
-        for threads in sorted({1, available_cores()}):
+        for threads in blas_threads():
             with ThreadPoolExecutor(threads) as pool, threadpool_limits(threads, user_api="blas"):
                 ours = _split_product(a, b, threads, pool)
                 competitors: dict[str, Callable[[], Any]] = {NUMBA: ours, OPENBLAS: partial(np.matmul, a, b)}
