@@ -14,7 +14,7 @@ import pytest
 from pydantic import TypeAdapter
 
 from bench import commands
-from bench.measure.machine import caches, kernels_changed, machine
+from bench.measure.machine import blas_threads, caches, kernels_changed, machine
 from bench.measure.records import Comparison, Conditions, RecordError, Rounds, Run, Section, read, write
 from bench.peers import Form, pytorch
 from bench.publish import claims, tables
@@ -306,11 +306,11 @@ def test_the_report_is_one_file_and_its_titles_claim_nothing(tmp_path, monkeypat
     folder = main_folder(PUBLISHED_RESULTS)
     report = write_report(folder, tmp_path, said.append, {"ladder": "it was not selected"})
     page = Parser()
-    page.feed(report.read_text())
+    page.feed(report.read_text(encoding="utf-8"))
     assert said == []
     assert page.opened.count("img") == len(list(tmp_path.glob("*.png"))) == page.opened.count("figcaption") > 2
     assert all(address.startswith("data:") for address in page.addresses)
-    assert "it was not selected" in report.read_text()
+    assert "it was not selected" in report.read_text(encoding="utf-8")
     assert [title for title in titles if CLAIMED.search(title)] == []
 
 
@@ -401,6 +401,24 @@ def test_errors_are_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, argu
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert message in line
+
+
+@pytest.mark.parametrize(("blas", "threads"), [("openblas", [1, 8]), ("Accelerate", [1])])
+def test_accelerate_is_timed_on_one_thread_only(monkeypatch, blas, threads):
+    monkeypatch.setattr("bench.measure.machine.numpy_blas", lambda: [{"internal_api": blas}])
+    monkeypatch.setattr("bench.measure.machine.available_cores", lambda: 8)
+    assert blas_threads() == threads
+
+
+def test_results_of_restricted_kernels_need_a_folder_of_their_own(monkeypatch, capsys):
+    monkeypatch.setenv("NUMBA_CPU_NAME", "haswell")
+    monkeypatch.delenv("NUMBA_CPU_FEATURES", raising=False)
+    monkeypatch.setattr("sys.argv", ["bench", "results", "--quick"])
+    monkeypatch.setattr(commands, "machine", lambda: pytest.fail("it was not refused"))
+    with pytest.raises(SystemExit) as raised:
+        commands.main()
+    assert raised.value.code == 2
+    assert re.fullmatch(r"error: runs with NUMBA_CPU_NAME do not .* --output\n", capsys.readouterr().err)
 
 
 @pytest.mark.slow
