@@ -132,8 +132,11 @@ def triple_of(analyzer: str, cpu: str) -> str:
     for triple in TRIPLES if cpu not in ("", "help") else ():  # LLVM takes these two as no name, and a request for help
         command = [analyzer, f"-mtriple={triple}", f"-mcpu={cpu}"]
         report = subprocess.run(command, input="", capture_output=True, text=True).stderr
-        if "not a recognized processor" not in report:
-            return triple
+        if "not a recognized processor" in report:
+            continue
+        if "scheduling information" in report:
+            raise typer.BadParameter(f"{analyzer} has no model of {cpu}'s pipeline: name another CPU")
+        return triple
     raise typer.BadParameter(
         f"LLVM knows no CPU called {cpu!r}: {analyzer} -mtriple=aarch64 -mcpu=help lists those of ARM"
     )

@@ -115,6 +115,13 @@ def test_no_cpu(cpu):
         triple_of(newest_analyzer(), cpu)
 
 
+@pytest.mark.skipif(newest_analyzer() is None, reason="llvm-mca, a part of LLVM, is not installed")
+@pytest.mark.parametrize("cpu", ["carmel", "i386"])
+def test_a_cpu_without_a_model(cpu):
+    with pytest.raises(typer.BadParameter, match=f"has no model of {cpu}"):
+        triple_of(newest_analyzer(), cpu)
+
+
 # AVX2; AVX-512 on old and new Intel, and on AMD; NEON.
 CPUS = [(TRIPLES[0], cpu) for cpu in ("haswell", "skylake-avx512", "sapphirerapids", "znver4")]
 CPUS.append((TRIPLES[1], "neoverse-n1"))
