@@ -201,8 +201,13 @@ def slug(machine: Machine) -> str:
     return re.sub(r"[^a-z0-9]+", "-", f"{machine.name}-{machine.cores}".lower()).strip("-") or platform.machine()
 
 
-def kernels_changed(commit: str) -> bool | None:
-    """Whether the code in ``kernels/`` has changed since a commit; None if git cannot tell."""
+def kernels_changed(*commits: str) -> bool | None:
+    """Whether the code in ``kernels/`` has changed since any of the commits; None if git cannot tell."""
+    changes = [_kernels_changed(commit) for commit in commits]
+    return True if any(changes) else None if None in changes else False
+
+
+def _kernels_changed(commit: str) -> bool | None:
     try:
         git("diff", "--quiet", commit.removesuffix("-dirty"), "--", ":(top,glob)kernels/**/*.py")
     except subprocess.CalledProcessError as error:

@@ -117,7 +117,7 @@ def write_report(folder: Folder, output: Path, say: Callable[[str], None], missi
         details=_details(folder.machine),
         runs=len(folder.runs),
         commits=", ".join(folder.commits),
-        kernels_changed=kernels_changed(folder.commits[-1]) if folder.commits else None,
+        kernels_changed=kernels_changed(*folder.commits) if folder.commits else None,
         warnings=warnings,
         claims=claims,
         tables=[table for table in tables if table.rows],

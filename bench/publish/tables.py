@@ -285,7 +285,7 @@ def machine_table(results: Path) -> str:
         days = ", ".join(sorted({section.conditions.date[:10] for section in sections}))
         here = folder.machine
         cpu = f"{here.cpu}, {here.cores} {platform_word(here)}"
-        changed = kernels_changed(folder.commits[-1])
+        changed = kernels_changed(*folder.commits)
         if changed is None and not has_history():
             raise MissingError("the history of kernels/")
         since = {True: "changed", False: "unchanged", None: "unknown commit"}[changed]

@@ -236,6 +236,20 @@ def test_without_history_the_table_of_machines_stays(tmp_path, monkeypatch):
         assert cells(refresh(text, tmp_path).splitlines())[2][header.index("kernels/ since then")] == word
 
 
+def test_kernels_have_changed_if_they_did_since_any_commit(monkeypatch):
+    changes = {"old": 1, "new": 0, "lost": 128}
+
+    def diff(*arguments):
+        if code := changes[arguments[2]]:
+            raise subprocess.CalledProcessError(code, "git")
+
+    monkeypatch.setattr("bench.measure.machine.git", diff)
+    assert kernels_changed("old", "new") is True
+    assert kernels_changed("lost", "old", "new") is True
+    assert kernels_changed("lost", "new") is None
+    assert kernels_changed("new") is False
+
+
 def test_the_peak_bounds_a_ratio(tmp_path):
     """10 GFLOP/s: a product of 2 · 1024³ operations takes 0.21 s at least. Without a peak, there is no bound."""
     slow = dataclasses.replace(machine(), peak_gflop_per_second=10.0)
