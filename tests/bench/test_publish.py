@@ -328,6 +328,14 @@ def test_the_report_is_one_file_and_its_titles_claim_nothing(tmp_path, monkeypat
     assert [title for title in titles if CLAIMED.search(title)] == []
 
 
+def test_the_report_spans_the_intervals_of_all_runs(tmp_path):
+    """One run has too few rounds for an interval."""
+    runs = [run_of(numpy=[1.0] * rounds, numba=[time] * rounds) for rounds, time in ((6, 0.5), (6, 0.9), (2, 0.1))]
+    text = write_report(Folder(tmp_path, machine(), runs), tmp_path, print, {}).read_text()
+    assert "<td>0.10 to 0.90</td>" in text
+    assert "<td>0.50 to 0.90</td>" in text
+
+
 def test_names_of_any_length_and_script_are_drawn(tmp_path):
     seconds = {"numpy": [1.0], "稀疏后端": [0.5], "x" * 100: [2.0]}
     said = []
