@@ -40,7 +40,7 @@ class Claim:
     """Lower bound of the competitor's seconds: its multiply-adds at peak throughput."""
     table: str = MAIN
     ranges: bool = False
-    """Whether the ranges of the two decide instead of their medians: if they overlap, neither takes less time."""
+    """Whether the ranges of the two decide instead of their medians: if they overlap or are unknown, neither wins."""
 
     def ratio(self, run: Run) -> Ratio | None:
         """The ratio that a run measured; None if it did not."""
@@ -54,9 +54,10 @@ class Claim:
             return None
         ratio = comparison.ratio(self.competitor, base)
         ours, theirs = comparison.seconds[self.competitor], comparison.seconds[base]
-        if self.ranges and len(ours) > 1:
-            return replace(ratio, interval=(min(ours) / max(theirs), max(ours) / min(theirs)))
-        return ratio
+        if not self.ranges:
+            return ratio
+        known = min(len(ours), len(theirs)) > 1
+        return replace(ratio, interval=(min(ours) / max(theirs), max(ours) / min(theirs)) if known else None)
 
     def busy(self, run: Run) -> bool:
         """Whether the machine was busy with something else during the measurement."""
@@ -71,6 +72,8 @@ class Cell:
     ratios: list[Ratio]
     busy: int
     """The number of runs during which the machine was busy with something else."""
+    ranges: bool = False
+    """Whether ranges decide, so that a run without them cannot."""
 
     @property
     def low(self) -> float:
@@ -94,7 +97,9 @@ class Cell:
 
     @property
     def verdict(self) -> str:
-        """The verdict of all runs; "undecided" if they disagree or an interval includes 1."""
+        """The verdict of all runs; "undecided" if they disagree, an interval includes 1 or a range is unknown."""
+        if self.ranges and any(row.interval is None for row in self.ratios):
+            return "undecided"
         verdicts = {row.verdict for row in self.ratios}
         return verdicts.pop() if len(verdicts) == 1 and "equal" not in verdicts else "undecided"
 
@@ -257,7 +262,7 @@ BY_KEY = {claim.key: claim for claim in CLAIMS}
 def cell(claim: Claim, folder: Folder) -> Cell | None:
     """The evidence of a machine; None if the claim was not measured there."""
     ratios = [(row, claim.busy(run)) for run in folder.runs if (row := claim.ratio(run))]
-    return Cell([row for row, _ in ratios], sum(busy for _, busy in ratios)) if ratios else None
+    return Cell([row for row, _ in ratios], sum(busy for _, busy in ratios), claim.ranges) if ratios else None
 
 
 def cells(claim: Claim, folders: Iterable[Folder]) -> dict[str, Cell]:
@@ -276,7 +281,7 @@ def cell_text(evidence: Cell | None, what_base: str) -> str:
     runs = len(evidence.ratios)
     notes = [
         "1 run" if runs == 1 else "",
-        "no interval" if all(row.interval is None for row in evidence.ratios) else "",
+        f"no {'ranges' if evidence.ranges else 'interval'}" if all(row.interval is None for row in evidence.ratios) else "",
         ("busy" if runs == 1 else f"{evidence.busy} of {runs} busy") if evidence.busy else "",
     ]
     return ", ".join([f"{mark} {span} × {in_seconds(evidence.base_seconds)}{name}", *filter(None, notes)])

@@ -134,7 +134,7 @@ def claim_table(results: Path, table_name: str = MAIN) -> str:
     if table_name == MAIN:
         notes += [
             f"`naive`: scaled up from {FEW_IMAGES} images.",
-            "To the published accuracy: undecided where the ranges over random starts overlap.",
+            "To the published accuracy: undecided where the ranges over random starts overlap or are unknown.",
             "Ladder: seconds per 10⁹ operations.",
         ]
     return f"{_markdown(table)}\n\n{' '.join(filter(None, notes))}"

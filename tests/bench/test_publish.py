@@ -170,6 +170,15 @@ def test_no_ranking_where_ranges_over_random_starts_overlap(tmp_path, ours, verd
     assert claims.cell(claims.BY_KEY["time-numba"], folder).verdict == verdict
 
 
+@pytest.mark.parametrize(("ours", "theirs"), [([0.5], [1.0]), ([0.5], [1.0] * 6), ([0.5] * 6, [1.0])])
+def test_no_ranking_without_ranges_over_random_starts(tmp_path, ours, theirs):
+    times = Comparison("", {"numba": ours, "numpy": theirs})
+    section = Section(CONDITIONS, time_to_accuracy.Result(0.9221, {}, {}, times, {}, [], {}))
+    claim = claims.BY_KEY["time-numba"]
+    cell = claims.cell(claim, Folder(tmp_path, machine(), [Run({"time_to_accuracy": section})] * 2))
+    assert (cell.verdict, claims.cell_text(cell, claim.base)) == ("undecided", "≈ 0.50 × 1.0 s, no ranges")
+
+
 def busy(run):
     """The same run on a busy machine."""
     conditions = dataclasses.replace(CONDITIONS, busy="other processes kept 0.4 cores busy")
