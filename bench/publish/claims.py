@@ -145,9 +145,9 @@ def _small_step(size: int) -> Pick:
     return lambda run: _found(run, "mini_batches", lambda result: result.steps.get(1, {}).get(size))
 
 
-def _climb(product: str) -> Pick:
+def _climb(product: str, one: bool = True) -> Pick:
     def pick(result: Any) -> Comparison | None:
-        climbs = (climb for climb in result.climbs if (climb.product, climb.threads) == (product, 1))
+        climbs = (climb for climb in result.climbs if (climb.product, climb.threads == 1) == (product, one))
         return next((climb.seconds_per_gflop for climb in climbs), None)
 
     return lambda run: _found(run, "ladder", pick)
@@ -182,10 +182,12 @@ def _step_bound(backend: str, images: int | None = None) -> Bound:
     return seconds
 
 
-def _climb_bound(product: str) -> Bound:
+def _climb_bound(product: str, one: bool) -> Bound:
     def seconds(folder: Folder) -> float | None:
         result = folder.result("ladder")
-        return 1 / result.climb(product, 1).peak_gflop_per_second if result else None
+        climbs = result.climbs if result else ()
+        fits = (climb for climb in climbs if (climb.product, climb.threads == 1) == (product, one))
+        return next((1 / climb.peak_gflop_per_second for climb in fits), None)
 
     return seconds
 
@@ -244,13 +246,17 @@ CLAIMS = (
         for base, one in ((OPENBLAS, True), (OPENBLAS, False), (MKL, True))
     ),
     Claim("ladder-compiled", "compiled", "loops", "ladder, MLP product, 1 thread", _climb("MLP")),
-    Claim(
-        "ladder-last",
-        "vectors",
-        OPENBLAS,
-        "ladder, MLP product, 1 thread",
-        _climb("MLP"),
-        _climb_bound("MLP"),
+    *(
+        Claim(
+            f"ladder-{key}-{'1' if one else 'all'}",
+            "vectors" if one else "threads",
+            OPENBLAS,
+            f"ladder, {words}, {'1 thread' if one else 'all threads'}",
+            _climb(product, one),
+            _climb_bound(product, one),
+        )
+        for key, product, words in (("mlp", "MLP", "MLP product"), ("1024", "1024³", "1024³"))
+        for one in (True, False)
     ),
 )
 OFF_SCALE = ("numpy-naive", "ladder-compiled")
@@ -281,7 +287,9 @@ def cell_text(evidence: Cell | None, what_base: str) -> str:
     runs = len(evidence.ratios)
     notes = [
         "1 run" if runs == 1 else "",
-        f"no {'ranges' if evidence.ranges else 'interval'}" if all(row.interval is None for row in evidence.ratios) else "",
+        f"no {'ranges' if evidence.ranges else 'interval'}"
+        if all(row.interval is None for row in evidence.ratios)
+        else "",
         ("busy" if runs == 1 else f"{evidence.busy} of {runs} busy") if evidence.busy else "",
     ]
     return ", ".join([f"{mark} {span} × {in_seconds(evidence.base_seconds)}{name}", *filter(None, notes)])

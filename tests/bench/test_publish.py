@@ -31,7 +31,7 @@ from bench.publish.tables import (
     main_folder,
     refresh,
 )
-from bench.studies import STUDIES, epochs, head_to_head, memory, mini_batches, roofline, study, time_to_accuracy
+from bench.studies import STUDIES, epochs, head_to_head, ladder, memory, mini_batches, roofline, study, time_to_accuracy
 from tests.support.claims import CLAIMED
 from tests.support.systems import needs_posix
 
@@ -267,6 +267,29 @@ def test_the_peak_bounds_a_ratio(tmp_path):
     unknown = dataclasses.replace(slow, peak_gflop_per_second=None)
     assert claim.at_peak(Folder(tmp_path, unknown, [])) is None
     assert claims.BY_KEY["sparse-numpy"].at_peak(Folder(tmp_path, slow, [])) is None
+
+
+def test_the_ladder_is_claimed_for_both_products_and_all_threads(tmp_path):
+    """Step and ratio tell the four places apart. The peak is 2 GFLOP/s per thread."""
+    places = {("MLP", 1): 0.5, ("MLP", 4): 0.6, ("1024³", 1): 0.7, ("1024³", 4): 0.8}
+    climbs = [
+        ladder.Climb(
+            product,
+            threads,
+            Comparison("", {ladder.BLAS: [1.0], "vectors": [share if threads == 1 else 9.0], "threads": [share]}),
+            2.0 * threads,
+        )
+        for (product, threads), share in places.items()
+    ]
+    folder = Folder(tmp_path, machine(), [Run({"ladder": Section(CONDITIONS, ladder.Result(climbs, {}))})])
+    for key, ratio, bound in (
+        ("mlp-1", 0.5, 1 / 2),
+        ("mlp-all", 0.6, 1 / 8),
+        ("1024-1", 0.7, 1 / 2),
+        ("1024-all", 0.8, 1 / 8),
+    ):
+        claim = claims.BY_KEY[f"ladder-{key}"]
+        assert (claims.cell(claim, folder).low, claim.at_peak(folder)) == (ratio, bound)
 
 
 def test_the_bound_of_sparse_counts_non_zeros_only(tmp_path):
