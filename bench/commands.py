@@ -14,7 +14,7 @@ from rich.console import Console
 
 from bench.measure.machine import busy_now, machine, slug, under_conditions
 from bench.measure.records import Machine, RecordError, Section, read, write
-from bench.publish.folder import MACHINE, RUN, existing_run, read_folder, save
+from bench.publish.folder import MACHINE, RUN, check_machine, existing_run, read_folder, save
 from bench.publish.report import write_report
 from bench.studies import DATASETS, STUDIES, study
 from model.data import DataError, limited, load_dataset
@@ -139,6 +139,7 @@ def results(
     here = machine()
     folder = output or Path(__file__).parent / "results" / slug(here)
     existing_run(folder)
+    check_machine(folder, here)
     load_dataset(dataset)
     failures: dict[str, str] = {}
     for number in range(runs):

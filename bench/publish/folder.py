@@ -95,6 +95,25 @@ def existing_run(folder: Path) -> Run:
     return read(Run, folder / RUN) if (folder / RUN).exists() else Run()
 
 
+def check_machine(folder: Path, here: Machine) -> None:
+    """Check that a folder is empty or of this machine, as far as both records tell; no hypervisor means bare metal.
+
+    Raises
+    ------
+    RecordError
+        If the folder's runs are from another machine.
+    """
+    if not (folder / MACHINE).exists():
+        return
+    there = read(Machine, folder / MACHINE)
+    for name in ("cpu", "llvm_name", "family", "model", "cores", "caches", "hypervisor"):
+        old, new = getattr(there, name), getattr(here, name)
+        if old != new and (name == "hypervisor" or (old and new)):
+            raise RecordError(
+                f"{folder} has runs of another machine, whose {name} is {old}, not {new}: choose a folder with --output"
+            )
+
+
 def save(folder: Path, machine: Machine, run: Run) -> None:
     """Write both files, each atomically."""
     write(folder / MACHINE, machine)

@@ -15,10 +15,10 @@ from pydantic import TypeAdapter
 
 from bench import commands
 from bench.measure.machine import blas_threads, caches, kernels_changed, machine
-from bench.measure.records import Comparison, Conditions, RecordError, Rounds, Run, Section, read, write
+from bench.measure.records import Cache, Comparison, Conditions, RecordError, Rounds, Run, Section, read, write
 from bench.peers import Form, pytorch
 from bench.publish import claims, tables
-from bench.publish.folder import Folder, existing_run, read_all, read_folder, save
+from bench.publish.folder import Folder, check_machine, existing_run, read_all, read_folder, save
 from bench.publish.report import CAPTIONS, write_report
 from bench.publish.style import small_print
 from bench.publish.tables import (
@@ -227,6 +227,22 @@ def test_machines_of_one_name_stay_apart(tmp_path):
     header, _, row = cells(claim_table(tmp_path).splitlines())
     assert header[1:3] == ["Zen 3 (zen-3-2), at abc", "Zen 3 (zen-3-64), at abc"]
     assert row[1:] == ["✓ 0.50 × 1.0 s, 1 run", "✗ 2.00 × 1.0 s, 1 run", "1 of 2"]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"cpu": "Another"}, {"model": 17}, {"cores": 4}, {"caches": [Cache(1, 49152, 1)]}, {"hypervisor": None}],
+)
+def test_a_folder_takes_the_runs_of_one_machine(tmp_path, other):
+    one = dataclasses.replace(
+        machine(), cpu="One", family=25, model=1, cores=2, caches=[Cache(1, 32768, 1)], hypervisor="Xen"
+    )
+    check_machine(tmp_path, one)  # an empty folder
+    save(tmp_path, one, run_of(numpy=[1.0]))
+    check_machine(tmp_path, dataclasses.replace(one, model=None, caches=[], peak_gflop_per_second=9.0))
+    (name,) = other
+    with pytest.raises(RecordError, match=f"runs of another machine, whose {name} is"):
+        check_machine(tmp_path, dataclasses.replace(one, **other))
 
 
 def test_without_history_the_table_of_machines_stays(tmp_path, monkeypatch):
