@@ -124,7 +124,7 @@ def results(
         Path | None,
         typer.Option(parser=parse_path, metavar="FOLDER", help="Folder [default: bench/results/MACHINE]."),
     ] = None,
-    quick: Annotated[bool, typer.Option(help="Smoke test: little work.")] = False,
+    quick: Annotated[bool, typer.Option(help="Smoke test: little work, not to publish: into bench/output.")] = False,
 ) -> None:
     """Run all studies on this machine and write a folder of results to publish."""
     commit = environment()["commit"]
@@ -137,7 +137,7 @@ def results(
             "unset this, or name another folder with --output"
         )
     here = machine()
-    folder = output or Path(__file__).parent / "results" / slug(here)
+    folder = output or (DEFAULT / "quick-results" if quick else Path(__file__).parent / "results") / slug(here)
     existing_run(folder)
     check_machine(folder, here)
     load_dataset(dataset)
@@ -161,7 +161,8 @@ def results(
         write(folder / f"run-{date}-{same_day + 1}.json", dataclasses.replace(measured_run, skipped=skipped))
         write(folder / MACHINE, read(Machine, measured / MACHINE))
     make_folder(DEFAULT)
-    out.print(f"to publish: run python -m bench.publish.tables, then commit the documents and {folder}")
+    if not quick:
+        out.print(f"to publish: run python -m bench.publish.tables, then commit the documents and {folder}")
     show(folder, DEFAULT, failures)
     if failures:
         raise typer.Exit(1)

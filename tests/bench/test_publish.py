@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -409,6 +410,36 @@ def test_published_runs_have_clean_commits():
         assert folder.machine.name
         commits = [s.conditions.commit for run in folder.runs for s in run.sections.values()]
         assert all(commit and not commit.endswith("-dirty") for commit in commits)
+        assert not any(s.conditions.quick for run in folder.runs for s in run.sections.values())
+
+
+@pytest.mark.parametrize("commit", ["abc-dirty", None])
+def test_results_need_a_clean_commit(tmp_path, monkeypatch, commit):
+    monkeypatch.setattr(commands, "environment", lambda: {"commit": commit})
+    monkeypatch.setattr(commands, "subprocess", None)  # nothing is measured
+    with pytest.raises(RecordError, match=f"need a clean commit, but this is {commit or 'unknown'}: commit first"):
+        commands.results(runs=1, output=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_quick_run_stays_out_of_the_published_results(tmp_path, monkeypatch):
+    """Nor does it need a clean commit."""
+
+    def measure(command):
+        folder = Path(command[command.index("--output") + 1]) / "quick"
+        folder.mkdir(parents=True)
+        save(folder, machine(), run_of(numpy=[1.0], numba=[0.5]))
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(commands, "environment", lambda: {"commit": "abc-dirty"})
+    monkeypatch.setattr(commands, "load_dataset", lambda name: None)
+    monkeypatch.setattr(commands, "subprocess", SimpleNamespace(run=measure))
+    published = set(PUBLISHED_RESULTS.rglob("*"))
+    with pytest.raises(commands.typer.Exit):  # the other studies have no result
+        commands.results(runs=1, quick=True)
+    assert set(PUBLISHED_RESULTS.rglob("*")) == published
+    (folder,) = read_all(tmp_path / "bench" / "output" / "quick-results")
+    assert folder.studies == {"epochs"}
 
 
 def bench_command(folder, *arguments):
