@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.studies import DATASETS
+from bench.studies import DATASETS, STUDIES
 from kernels import backend_names
 from model.data import DataError, limited, load_dataset
 from model.extras.environment import environment
@@ -117,13 +117,14 @@ def pytest_terminal_summary(terminalreporter, exitstatus, config):
     all_backends = "epochs" in sections and set(backend_names()) <= set(sections["epochs"].result.epochs.seconds)
     complete = exitstatus == 0 and all_backends and len(sections) == len(RECORDED) and "deselected" not in stash
     folder = config.option.output / (("quick" if config.option.quick else "") if complete else "partial")
-    missing = {name: "not selected, or the run ended first" for name in RECORDED if name not in sections}
     try:
         run = existing_run(folder) if complete else Run()
         run.sections.update(sections)
         save(folder, with_rates(machine(), run.sections), run)
         if not complete:
             terminalreporter.write_line("A partial run: saved separately, the last complete run is unchanged.")
+        missing = {name: "run `make results`, which runs all" for name in STUDIES if name not in run.sections}
+        missing |= {name: "not selected, or the run ended first" for name in RECORDED if name not in run.sections}
         report = write_report(read_folder(folder), folder, terminalreporter.write_line, missing)
         terminalreporter.write_line(f"Results and plots: {os.path.relpath(folder)}{os.sep}")
         terminalreporter.write_line(f"Report: {os.path.relpath(report)}")

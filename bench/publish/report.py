@@ -168,8 +168,8 @@ def _claims(folder: Folder) -> TableOf:
     columns = ["competitor / base: task", "time ratio, all runs", "verdict", "base (s)", "intervals, all runs"]
     text = (
         "Ratios of median times over interleaved rounds, with 95 % intervals; for the time to the published accuracy, "
-        "the ranges over random starts, without which it is undecided. A verdict requires all runs to agree. Without an "
-        "interval (fewer than six rounds), the ratio alone counts."
+        "the ranges over random starts, without which it is undecided. A verdict requires all runs to agree. Without "
+        "an interval (fewer than six rounds), the ratio alone counts."
     )
     return TableOf("Claims", text, columns, rows)
 
@@ -240,5 +240,8 @@ def _conditions(folder: Folder) -> TableOf:
 def _skipped(folder: Folder, missing: dict[str, str]) -> TableOf:
     rows = [[name, reason] for name, reason in missing.items()]
     for study in sorted(folder.studies):
-        rows += [[f"{study}: {name}", reason] for name, reason in getattr(folder.result(study), "skipped", {}).items()]
+        result = folder.result(study)
+        rows += [[f"{study}: {name}", reason] for name, reason in getattr(result, "skipped", {}).items()]
+        for name, forms in getattr(result, "tried", {}).items():
+            rows += [[f"{study}: {name}, {form}", each.skipped] for form, each in forms.items() if each.skipped]
     return TableOf("Skipped", "What was not measured, and why.", ["what", "why"], rows)

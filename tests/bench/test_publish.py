@@ -385,6 +385,15 @@ def test_the_report_spans_the_intervals_of_all_runs(tmp_path):
     assert "<td>0.50 to 0.90</td>" in text
 
 
+def test_the_report_says_why_a_form_was_skipped(tmp_path):
+    tried = {"PyTorch": {"MKL": Form(seconds=0.5), "oneDNN": Form(skipped="oneDNN needs AVX-512")}}
+    result = head_to_head.Result({"dense": ["PyTorch"]}, Comparison("", {"PyTorch": [1.0]}), tried)
+    run = Run({"head_to_head": Section(CONDITIONS, result)})
+    text = write_report(Folder(tmp_path, machine(), [run]), tmp_path, lambda line: None, {}).read_text()
+    assert "<td>head_to_head: PyTorch, oneDNN</td><td>oneDNN needs AVX-512</td>" in text
+    assert "PyTorch, MKL" not in text
+
+
 def test_names_of_any_length_and_script_are_drawn(tmp_path):
     seconds = {"numpy": [1.0], "稀疏后端": [0.5], "x" * 100: [2.0]}
     said = []
@@ -464,6 +473,11 @@ def test_a_partial_run_never_replaces_a_complete_one(tmp_path):
     assert result.returncode == 0, result.stdout + result.stderr
     assert (tmp_path / "run.json").read_bytes() == before
     assert set(read(Run, tmp_path / "partial" / "run.json").sections) == {"kernels"}
+    report = (tmp_path / "partial" / "report.html").read_text()
+    skipped = dict(re.findall(r"<tr><td>(\w+)</td><td>([^<]*)</td></tr>", report))
+    assert set(skipped) == set(STUDIES) - {"kernels"}
+    assert skipped["epochs"] == "not selected, or the run ended first"
+    assert skipped["density"] == "run `make results`, which runs all"
     assert re.search(r"A partial run: saved separately.*\n.*\nReport: .*report.html", result.stdout)
 
 
