@@ -212,7 +212,7 @@ def ablation_table(results: Path) -> str:
     for name, (forward, backward) in seconds.items():
         times = short(1e3 * forward), short(1e3 * backward), f"{(forward + backward) / blas:.2f}"
         table.add_row(name, *times, f"{result.megabytes[name]:.0f}")
-    return _markdown(table)
+    return f"{_markdown(table)}\n\n{origin(results, 'ablation')}"
 
 
 def step_table(results: Path) -> str:
@@ -241,7 +241,7 @@ def workers_table(results: Path) -> str:
     for row in result_of(results, "workers").traffic:
         megabytes, tasks = short(row.client_bytes / 1e6), f"{row.tasks:.0f}"
         table.add_row(f"{row.workers}", megabytes, tasks, short(row.overhead) if row.overhead else "0")
-    return _markdown(table)
+    return f"{_markdown(table)}\n\n{origin(results, 'workers')}"
 
 
 def growth_table(results: Path) -> str:
@@ -251,7 +251,7 @@ def growth_table(results: Path) -> str:
         column.justify = "right"
     for row in result_of(results, "workers").growth:
         table.add_row(f"{row.images:,}", short(row.microseconds), f"{row.own_bytes / 1e6:.0f}")
-    return _markdown(table)
+    return f"{_markdown(table)}\n\n{origin(results, 'workers')}"
 
 
 def billion_table(results: Path) -> str:
@@ -274,7 +274,7 @@ def picture_table(results: Path) -> str:
         blank = result.blank_refused.get(name)
         table.add_row(name, f"{right:.0f}", "" if blank is None else f"{blank:.0f}")
     table.add_row("two digits: refused", f"{result.pairs_refused:.0f}", "")
-    return f"{_markdown(table)}\n\n{result.pictures} pictures of each kind."
+    return f"{_markdown(table)}\n\n{result.pictures} pictures of each kind.\n{origin(results, 'pictures')}"
 
 
 def machine_table(results: Path) -> str:

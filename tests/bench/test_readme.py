@@ -5,7 +5,7 @@ import re
 import pytest
 
 from bench.publish.claims import CLAIMS
-from bench.publish.tables import DOCUMENTS, NUMBERS, PUBLISHED_RESULTS, ROOT, TABLES, refresh
+from bench.publish.tables import DOCUMENTS, NUMBERS, PUBLISHED_RESULTS, ROOT, TABLES, main_folder, refresh
 from tests.support.claims import CLAIMED
 
 README = ROOT / "README.md"
@@ -30,6 +30,14 @@ def test_every_table_is_used_and_every_marker_known():
     markers = set(re.findall(r"<!-- ([\w-]+) -->", text))
     assert set(TABLES) <= markers
     assert markers <= {*TABLES, *NUMBERS}
+
+
+@pytest.mark.parametrize("name", ["ablation", "competitors", "growth", "ladder", "pictures", "steps", "workers"])
+def test_a_table_of_one_machine_says_where_it_is_from(name):
+    machine = main_folder(PUBLISHED_RESULTS).machine
+    *_, first, second = TABLES[name](PUBLISHED_RESULTS).splitlines()
+    assert f"{machine.name} ({machine.cpu})" in first
+    assert re.search(r"; commit \w+, \d{4}-\d\d-\d\d$", second)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
