@@ -201,6 +201,28 @@ def competitor_table(results: Path) -> str:
     return f"{_markdown(table)}\n\n{compiled}{origin(results, 'head_to_head')}"
 
 
+def form_table(results: Path) -> str:
+    """Every form of the peers that have several: its time relative to the fastest, the range over the runs."""
+    runs = [run.tried for run in main_folder(results).every("head_to_head") if run.tried]
+    if not runs:
+        raise MissingError("forms")
+    table = Table("", "form", "relative to the fastest", "fastest in", box=MARKDOWN)
+    for name in dict.fromkeys(name for tried in runs for name, forms in tried.items() if len(forms) > 1):
+        measured = [tried[name] for tried in runs if name in tried]
+        for form in dict.fromkeys(form for forms in measured for form in forms):
+            times = [
+                each.seconds / min(other.seconds for other in forms.values() if other.seconds)
+                for forms in measured
+                if (each := forms.get(form)) and each.seconds
+            ]
+            reasons = (forms[form].skipped for forms in measured if form in forms)
+            text = " to ".join(dict.fromkeys((f"{min(times):.2f}", f"{max(times):.2f}"))) if times else ""
+            fastest = f"{times.count(1)} of {len(times)} runs" if times else ""
+            table.add_row(name, form, text or f"skipped: {next(filter(None, reasons), 'not timed')}", fastest)
+    note = "Medians of three interleaved rounds of two steps in each run, which choose the form: ranges, not intervals."
+    return f"{_markdown(table)}\n\n{note}\n{origin(results, 'head_to_head')}"
+
+
 def ablation_table(results: Path) -> str:
     """Milliseconds of both products without each technique of the sparse backend."""
     result = result_of(results, "ablation")
@@ -303,6 +325,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "billion": billion_table,
     "pictures": picture_table,
     "competitors": competitor_table,
+    "forms": form_table,
     "accuracy": accuracy_table,
     "ladder": ladder_table,
     "ablation": ablation_table,

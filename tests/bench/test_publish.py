@@ -29,6 +29,7 @@ from bench.publish.tables import (
     claim_table,
     competitor_table,
     folders,
+    form_table,
     main_folder,
     refresh,
 )
@@ -128,6 +129,22 @@ def test_the_competitors_stand_with_their_errors(tmp_path):
         "PyTorch bfloat16": ("bfloat16: autocast", "1.7e-03"),
         head_to_head.BIG_PRODUCTS: ("reference", ""),
     }
+
+
+def test_every_form_stands_relative_to_the_fastest_in_its_run(tmp_path):
+    """A peer with one form has no row."""
+    (tmp_path / "here").mkdir()
+    write(tmp_path / "here" / "machine.json", machine())
+    for number, seconds in enumerate(((2.0, 1.0), (4.0, 6.0)), 1):
+        forms = {form: Form(seconds=time) for form, time in zip(("MKL", "oneDNN"), seconds, strict=True)}
+        tried = {"numpy": {"ours": Form()}, "PyTorch": {**forms, "other": Form(skipped="no such CPU")}}
+        result = head_to_head.Result({}, Comparison("", {"PyTorch": [1.0]}), tried)
+        write(tmp_path / "here" / f"run-{number}.json", Run({"head_to_head": Section(CONDITIONS, result)}))
+    assert cells(form_table(tmp_path).splitlines())[2:] == [
+        ["PyTorch", "MKL", "1.00 to 2.00", "1 of 2 runs"],
+        ["PyTorch", "oneDNN", "1.00 to 1.50", "1 of 2 runs"],
+        ["PyTorch", "other", "skipped: no such CPU", ""],
+    ]
 
 
 def test_an_unknown_study_is_refused(tmp_path):

@@ -32,7 +32,9 @@ def test_every_table_is_used_and_every_marker_known():
     assert markers <= {*TABLES, *NUMBERS}
 
 
-@pytest.mark.parametrize("name", ["ablation", "competitors", "growth", "ladder", "pictures", "steps", "workers"])
+@pytest.mark.parametrize(
+    "name", ["ablation", "competitors", "forms", "growth", "ladder", "pictures", "steps", "workers"]
+)
 def test_a_table_of_one_machine_says_where_it_is_from(name):
     machine = main_folder(PUBLISHED_RESULTS).machine
     *_, first, second = TABLES[name](PUBLISHED_RESULTS).splitlines()
