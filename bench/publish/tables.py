@@ -215,10 +215,12 @@ def form_table(results: Path) -> str:
                 for forms in measured
                 if (each := forms.get(form)) and each.seconds
             ]
-            reasons = (forms[form].skipped for forms in measured if form in forms)
-            text = " to ".join(dict.fromkeys((f"{min(times):.2f}", f"{max(times):.2f}"))) if times else ""
-            fastest = f"{times.count(1)} of {len(times)} runs" if times else ""
-            table.add_row(name, form, text or f"skipped: {next(filter(None, reasons), 'not timed')}", fastest)
+            if times:
+                span = dict.fromkeys((f"{min(times):.2f}", f"{max(times):.2f}"))
+                table.add_row(name, form, " to ".join(span), f"{times.count(1)} of {len(times)} runs")
+            else:
+                reasons = dict.fromkeys(filter(None, (forms[form].skipped for forms in measured if form in forms)))
+                table.add_row(name, form, f"skipped: {'; '.join(reasons)}" if reasons else "the only one that runs")
     note = "Medians of three interleaved rounds of two steps in each run, which choose the form: ranges, not intervals."
     return f"{_markdown(table)}\n\n{note}\n{origin(results, 'head_to_head')}"
 

@@ -137,13 +137,19 @@ def test_every_form_stands_relative_to_the_fastest_in_its_run(tmp_path):
     write(tmp_path / "here" / "machine.json", machine())
     for number, seconds in enumerate(((2.0, 1.0), (4.0, 6.0)), 1):
         forms = {form: Form(seconds=time) for form, time in zip(("MKL", "oneDNN"), seconds, strict=True)}
-        tried = {"numpy": {"ours": Form()}, "PyTorch": {**forms, "other": Form(skipped="no such CPU")}}
+        tried = {
+            "numpy": {"ours": Form()},
+            "PyTorch": {**forms, "other": Form(skipped="no such CPU")},
+            "JAX": {"scan": Form(), "call": Form(skipped="no memory")},
+        }
         result = head_to_head.Result({}, Comparison("", {"PyTorch": [1.0]}), tried)
         write(tmp_path / "here" / f"run-{number}.json", Run({"head_to_head": Section(CONDITIONS, result)}))
     assert cells(form_table(tmp_path).splitlines())[2:] == [
         ["PyTorch", "MKL", "1.00 to 2.00", "1 of 2 runs"],
         ["PyTorch", "oneDNN", "1.00 to 1.50", "1 of 2 runs"],
         ["PyTorch", "other", "skipped: no such CPU", ""],
+        ["JAX", "scan", "the only one that runs", ""],
+        ["JAX", "call", "skipped: no memory", ""],
     ]
 
 
