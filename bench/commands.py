@@ -16,7 +16,7 @@ from bench.measure.machine import busy_now, machine, slug, under_conditions
 from bench.measure.records import Machine, RecordError, Section, read, write
 from bench.publish.folder import MACHINE, RUN, check_machine, existing_run, read_folder, save
 from bench.publish.report import write_report
-from bench.studies import DATASETS, STUDIES, study
+from bench.studies import DATASETS, EVERY_RUN, STUDIES, study
 from model.data import DataError, limited, load_dataset
 from model.extras.environment import environment
 from model.extras.files import make_folder, parse_path
@@ -36,9 +36,6 @@ DatasetName = Annotated[str, typer.Option(parser=parse_dataset, metavar="NAME", 
 Output = Annotated[Path, typer.Option(parser=parse_path, metavar="FOLDER", help="Folder for the results and plots.")]
 DEFAULT = Path("bench/output")
 STOPPED = "stopped by Ctrl-C"
-
-EVERY_RUN = ("epochs", "ladder", "head_to_head", "mini_batches", "products")
-"""Studies that `results` repeats in every run. The others are deterministic or slow, so only the last run has them."""
 
 
 def chosen(names: list[str] | None) -> list[str]:

@@ -349,9 +349,10 @@ def draw(folders: list[Folder], file: Path) -> None:
             axes.plot([], [], "o", color=shade, markersize=5, label=f"{folder.label} (commit {commit})")
             for row, claim in enumerate(rows):
                 if each := cell(claim, folder):
+                    face = "white" if each.verdict == "undecided" else shade
                     middle = float(np.median([ratio.ratio for ratio in each.ratios]))
                     axes.plot([each.low, each.high], [row + shift] * 2, color=shade, linewidth=2)
-                    axes.plot(middle, row + shift, "o", color=shade, markersize=4.5)
+                    axes.plot(middle, row + shift, "o", color=shade, markersize=4.5, markerfacecolor=face)
                     if seconds := claim.at_peak(folder):
                         axes.plot(seconds / each.base_seconds, row + shift, "|", color=shade, alpha=0.5, markersize=8)
         axes.set(xscale="log", xlabel="time relative to the base (log scale)")
@@ -369,9 +370,9 @@ def draw(folders: list[Folder], file: Path) -> None:
         title(figure, "The claims on every machine, with the range over its runs")
         print_small(
             figure,
-            "Ratios of medians over interleaved rounds. Dot: median of the runs. Bar: their range. "
-            "Faint tick: the competitor's big products\nat peak FMA throughput; for sparse, on non-zero pixels only. "
-            f"Not shown: {' and '.join(off)}, far off this scale;\n"
+            "Ratios of medians over interleaved rounds. Dot: median of the runs; hollow where undecided. Bar: their "
+            "range. Faint tick: the competitor's\nbig products at peak FMA throughput; for sparse, on non-zero pixels "
+            f"only. Not shown: {' and '.join(off)}, far off this scale;\n"
             "single products and other batch sizes, which have their own tables and figures.",
         )
         axes.spines["left"].set_color(BOUND_COLOUR)

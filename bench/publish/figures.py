@@ -6,11 +6,11 @@ from pathlib import Path
 
 from bench.publish import claims
 from bench.publish.folder import Folder
-from bench.publish.style import INTERVALS, small_print
-from bench.studies import STUDIES, study
+from bench.publish.style import INTERVALS, RANGES, small_print
+from bench.studies import EVERY_RUN, STUDIES, study
 
 WITH_INTERVALS = ("epochs", "kernels", "ladder", "roofline", "head_to_head", "mini_batches", "density", "scaling")
-"""Figures that show medians with their intervals."""
+"""Figures that show medians with their intervals or, of several runs, their ranges."""
 UNTIMED = ("reproduction",)
 """Figures of accuracies, which do not depend on the machine's load."""
 
@@ -32,9 +32,12 @@ def draw_all(folder: Folder, output: Path, say: Callable[[str], None]) -> dict[s
     if any(claims.cell(claim, folder) for claim in claims.CLAIMS):
         attempt("claims", lambda file: claims.draw([folder], file))
     for name in STUDIES:
-        section = folder.section(name)
-        if section and hasattr(study(name), "draw"):
-            medians = INTERVALS if name in WITH_INTERVALS else ""
-            origin = small_print(section, folder.machine, medians, timed=name not in UNTIMED)
-            attempt(name, partial(study(name).draw, section.result, origin))
+        sections = folder.idle_sections(name)
+        if sections and hasattr(study(name), "draw"):
+            results = [section.result for section in sections]
+            shown = results if name in EVERY_RUN else results[0]
+            spread = RANGES.format(len(results)) if name in EVERY_RUN and len(results) > 1 else INTERVALS
+            medians = spread if name in WITH_INTERVALS else ""
+            origin = small_print(sections[0], folder.machine, medians, timed=name not in UNTIMED)
+            attempt(name, partial(study(name).draw, shown, origin))
     return drawn

@@ -26,8 +26,12 @@ class Folder:
 
     def section(self, study: str) -> Section | None:
         """A study's section in the first run that has it, if possible on an idle machine; None if no run does."""
+        return next(iter(self.idle_sections(study)), None)
+
+    def idle_sections(self, study: str) -> list[Section]:
+        """A study's section from each run on an idle machine; from every run if none was idle."""
         sections = self.sections(study)
-        return min(sections, key=lambda section: bool(section.conditions.busy), default=None)
+        return [section for section in sections if not section.conditions.busy] or sections
 
     def sections(self, study: str) -> list[Section]:
         """A study's section from each run that has it."""

@@ -1,7 +1,7 @@
 """Labels, reference lines, ticks and number formats that the figures share."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -9,7 +9,7 @@ from matplotlib.axis import Axis
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from bench.measure.machine import platform_word
-from bench.measure.records import FEWEST_ROUNDS, Machine, Section
+from bench.measure.records import FEWEST_ROUNDS, Comparison, Machine, Section
 from kernels import backend_names
 from model.extras.figure import BOUND_COLOUR
 from model.extras.figure import colour as backend_colour
@@ -31,6 +31,33 @@ def colour(name: str) -> str:
 
 
 INTERVALS = f"medians with 95 % intervals, from {FEWEST_ROUNDS} rounds up"
+RANGES = "medians of {} runs with their range"
+
+
+class Span(NamedTuple):
+    """The median over runs of a value, and how far it varies."""
+
+    median: float
+    low: float
+    high: float
+
+
+def over_runs(runs: Sequence[Comparison], name: str) -> Span:
+    """Seconds of a competitor: the median and range of the runs' medians; of one run, its median and interval."""
+    rounds = [run.rounds[name] for run in runs if name in run]
+    if len(rounds) == 1:
+        return Span(rounds[0].median, rounds[0].low, rounds[0].high)
+    return span([each.median for each in rounds])
+
+
+def span(values: Sequence[float]) -> Span:
+    """The median and range of one value for each run."""
+    return Span(float(np.median(values)), min(values), max(values))
+
+
+def ratio_over_runs(runs: Sequence[Comparison], name: str, base: str) -> Span:
+    """The median and range of the ratios that runs measured."""
+    return span([run.median(name) / run.median(base) for run in runs if name in run and base in run])
 
 
 def label(

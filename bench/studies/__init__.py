@@ -1,7 +1,8 @@
 """Studies: measurements that need more than a pytest-benchmark test, one module each.
 
 A study has a dataclass `Result` whose ``kind`` is the study's name (built from `bench.measure.records`), a function
-``measure(dataset, quick)`` that returns one, and usually a function ``draw(result, small_print, file)``.
+``measure(dataset, quick)`` that returns one, and usually a function ``draw(result, small_print, file)``. The
+``draw`` of a study in `EVERY_RUN` takes the list of the runs' results instead of one.
 ``python -m bench run`` runs studies, ``python -m bench draw`` redraws their results.
 """
 
@@ -31,6 +32,9 @@ STUDIES = (
     "pictures",
     "reproduction",
 )
+
+EVERY_RUN = ("epochs", "ladder", "head_to_head", "mini_batches", "products")
+"""Studies that ``results`` repeats in every run. Others are deterministic or slow, so only the last run has them."""
 
 
 def study(name: str) -> ModuleType:

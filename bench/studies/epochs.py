@@ -14,7 +14,17 @@ from threadpoolctl import ThreadpoolController
 
 from bench.measure.interleave import interleave
 from bench.measure.records import Comparison
-from bench.publish.style import bound, colour, in_seconds, ordered, plain_ticks, right_labels, short
+from bench.publish.style import (
+    bound,
+    colour,
+    in_seconds,
+    ordered,
+    over_runs,
+    plain_ticks,
+    ratio_over_runs,
+    right_labels,
+    short,
+)
 from kernels import backend_names, get_backend
 from kernels.backend import Backend
 from model.data import Dataset, limited
@@ -111,10 +121,11 @@ IDEAS = {
 }
 
 
-def draw(result: Result, small_print: str, file: Path) -> None:
+def draw(runs: list[Result], small_print: str, file: Path) -> None:
     """Seconds per epoch, one bar per backend in the study's order, with the idea behind each."""
-    names = ordered(name for name in result.epochs.seconds if name != BIG_PRODUCTS)
-    times = result.epochs.rounds
+    result, epochs = runs[-1], [run.epochs for run in runs]
+    times = {name: over_runs(epochs, name) for name in result.epochs.seconds}
+    names = ordered(name for name in times if name != BIG_PRODUCTS)
     with figure_file(file, figsize=(8, 1.9 + 0.45 * len(names))) as figure:
         axes = figure.subplots()
         texts = []
@@ -135,7 +146,7 @@ def draw(result: Result, small_print: str, file: Path) -> None:
         right_labels(axes, texts)
         for reference in references:
             bound(axes, reference, f"the two big products alone, on OpenBLAS: {in_seconds(reference)}", -0.95)
-        title(figure, _title(result, names))
+        title(figure, _title(runs, names))
         print_small(figure, small_print)
 
 
@@ -144,14 +155,16 @@ def short_name(name: str) -> str:
     return name if len(name) <= 28 else f"{name[:27]}…"
 
 
-def _title(result: Result, names: list[str]) -> str:
+def _title(runs: list[Result], names: list[str]) -> str:
+    """The range over the runs of each backend's time relative to NumPy's."""
     base = "numpy" if "numpy" in names else names[0]
     others = [name for name in names if name != base]
-    what = f"An epoch of {result.images:,} images"
+    what = f"An epoch of {runs[-1].images:,} images"
     if not others:
         return what
     words = []
     for name in others:
-        ratio = result.epochs.ratio(name, base).ratio
-        words.append(f"{short_name(name)} {ratio:.2f}" if ratio < 100 else f"{short_name(name)} {short(ratio)}")
+        ratio = ratio_over_runs([run.epochs for run in runs], name, base)
+        ends = dict.fromkeys(f"{end:.2f}" if end < 100 else short(end) for end in (ratio.low, ratio.high))
+        words.append(f"{short_name(name)} {'–'.join(ends)}")
     return f"{what}, × the time of {short_name(base)}: {', '.join(words)}"

@@ -12,7 +12,7 @@ from bench.peers.c_csr import COMMAND
 from bench.peers.ours import compile_seconds
 from bench.peers.pytorch import mkl_code_path
 from bench.peers.task import Competitor, Task, UnavailableError
-from bench.publish.style import colour, in_seconds, label, right_labels
+from bench.publish.style import colour, in_seconds, label, over_runs, right_labels
 from bench.studies.epochs import BIG_PRODUCTS, big_products
 from kernels import backend_names
 from model.data import Dataset
@@ -79,25 +79,27 @@ def measure(dataset: Dataset, quick: bool) -> Result:
     )
 
 
-def draw(result: Result, small_print: str, file: Path) -> None:
+def draw(runs: list[Result], small_print: str, file: Path) -> None:
     """Seconds per step of each competitor, dense ones above sparse ones, and of the big products."""
+    result = runs[-1]
     words = {
         "dense": "dense: every pixel is multiplied",
         "sparse": "sparse: only non-zero pixels are multiplied",
         "bfloat16": f"dense in bfloat16: another category, {_inexact(result)}",
     }
     rows: dict[str, float] = {}
-    products = result.steps.median(BIG_PRODUCTS)
+    every = {name: over_runs([run.steps for run in runs], name) for name in result.steps.seconds}
+    products = every[BIG_PRODUCTS].median
     y = 0.0
     with figure_file(file, figsize=(8, 5)) as figure:
         axes = figure.subplots()
         for form in [form for form, names in result.forms.items() if names]:
             label(axes, words[form], 0, y)
             first = y + 0.5
-            for name in sorted(result.forms[form], key=result.steps.median, reverse=True):
+            for name in sorted(result.forms[form], key=lambda name: every[name].median, reverse=True):
                 y += 1
                 rows[name] = y
-                times = result.steps.rounds[name]
+                times = every[name]
                 axes.barh(y, times.median, color=colour(name), height=0.75)
                 axes.plot([times.low, times.high], [y, y], color="black", linewidth=1.5)
             if form == "dense":
@@ -108,8 +110,8 @@ def draw(result: Result, small_print: str, file: Path) -> None:
         axes.set(yticks=list(rows.values()), ylim=(y - 0.9, -0.6), xlabel="seconds per step over all images")
         for name, tick in zip(rows, axes.set_yticklabels(rows)):
             tick.set_fontweight("bold" if name in backend_names() else "normal")
-        axes.set_xlim(0, 1.05 * max(times.high for times in result.steps.rounds.values()))
-        right_labels(axes, [in_seconds(result.steps.median(name)) for name in rows], places=list(rows.values()))
+        axes.set_xlim(0, 1.05 * max(times.high for times in every.values()))
+        right_labels(axes, [in_seconds(every[name].median) for name in rows], places=list(rows.values()))
         title(figure, "Seconds of a full-batch step")
         print_small(figure, small_print)
 

@@ -17,7 +17,7 @@ from threadpoolctl import threadpool_limits
 from bench.measure.interleave import interleave
 from bench.measure.machine import blas_threads
 from bench.measure.records import Comparison
-from bench.publish.style import plain_ticks, right_labels, short
+from bench.publish.style import Span, over_runs, plain_ticks, right_labels, short
 from bench.studies.roofline import peak
 from kernels import naive_backend, numba_backend, simd
 from kernels.ladder import steps
@@ -128,8 +128,9 @@ def aligned(values: NDArray) -> NDArray:
     return out
 
 
-def draw(result: Result, small_print: str, file: Path) -> None:
+def draw(runs: list[Result], small_print: str, file: Path) -> None:
     """The rate of each step on one thread and on all, with OpenBLAS's and the peak."""
+    result = runs[-1]
     products = list(dict.fromkeys(climb.product for climb in result.climbs))
     looks = {False: (OTHER_COLOURS[1], "o", "1 thread"), True: (OTHER_COLOURS[0], "D", "all threads")}
     steps = list(result.lines)
@@ -138,17 +139,18 @@ def draw(result: Result, small_print: str, file: Path) -> None:
         for climb in result.climbs:
             axes = panels[products.index(climb.product)]
             shade, marker, words = looks[climb.threads > 1]
-            times = climb.seconds_per_gflop.rounds
+            times = _over_runs(runs, climb)
             for step in climb.steps:
                 row = steps.index(step)
                 axes.plot([1 / times[step].high, 1 / times[step].low], [row, row], color="black", linewidth=1, zorder=6)
-                axes.plot(climb.rate(step), row, marker, color=shade, markersize=5, zorder=4)
+                axes.plot(1 / times[step].median, row, marker, color=shade, markersize=5, zorder=4)
             axes.plot([], [], marker, color=shade, label=f"step, {words}")
-            axes.axvline(climb.rate(BLAS), color=shade, linestyle="--", linewidth=1, label=f"OpenBLAS, {words}")
-            axes.axvline(climb.peak_gflop_per_second, color=shade, linewidth=1, label=f"peak, {words}")
+            axes.axvline(1 / times[BLAS].median, color=shade, linestyle="--", linewidth=1, label=f"OpenBLAS, {words}")
+            peak = max(run.climb(climb.product, climb.threads).peak_gflop_per_second for run in runs)  # a bound
+            axes.axvline(peak, color=shade, linewidth=1, label=f"peak, {words}")
         for axes, product in zip(panels, products):
-            here = [climb for climb in result.climbs if climb.product == product]
-            rates = {step: [climb.rate(step) for climb in here if step in climb.steps] for step in steps}
+            here = [_over_runs(runs, climb) for climb in result.climbs if climb.product == product]
+            rates = {step: [1 / times[step].median for times in here if step in times] for step in steps}
             axes.set(xscale="log", xlabel=f"GFLOP/s at {product} (log scale)")
             axes.set(yticks=range(len(steps)), ylim=(len(steps) - 0.5, -0.5), yticklabels=steps)
             plain_ticks(axes.xaxis)
@@ -156,6 +158,12 @@ def draw(result: Result, small_print: str, file: Path) -> None:
         panels[0].legend(loc="lower left", frameon=False, fontsize=7)
         title(figure, "GFLOP/s of each step, on one thread and on all")
         print_small(figure, f"Right of each panel: GFLOP/s on one thread / on all.\n{small_print}")
+
+
+def _over_runs(runs: list[Result], climb: Climb) -> dict[str, Span]:
+    """Seconds per 10⁹ operations of each step of a climb and of OpenBLAS, over the runs."""
+    every = [run.climb(climb.product, climb.threads).seconds_per_gflop for run in runs]
+    return {name: over_runs(every, name) for name in climb.seconds_per_gflop.seconds}
 
 
 # Lines of code -----------------------------------------------------------------------------------------------------

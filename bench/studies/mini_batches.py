@@ -31,7 +31,7 @@ from bench.measure.records import Comparison
 from bench.peers import REST, VERIFIED_STEPS, expected_parameters, verified
 from bench.peers.ours import Ours
 from bench.peers.task import Learner, Task, UnavailableError, shuffled_batches, take_steps
-from bench.publish.style import colour, end_labels, plain_ticks
+from bench.publish.style import Span, colour, end_labels, over_runs, plain_ticks
 from kernels import backend as contract
 from kernels import get_backend
 from kernels.backend import Backend
@@ -205,15 +205,18 @@ def steps_in_parts(task: Task, size: int, rounds: int) -> dict[str, Comparison]:
     return steps
 
 
-def draw(result: Result, small_print: str, file: Path) -> None:
+def draw(runs: list[Result], small_print: str, file: Path) -> None:
     """Microseconds per step against batch size, a panel for each number of threads."""
+    every = {
+        threads: {size: _over_runs([run.steps[threads][size] for run in runs]) for size in steps}
+        for threads, steps in runs[-1].steps.items()
+    }
     with figure_file(file, figsize=(8, 4)) as figure:
-        panels = figure.subplots(1, len(result.steps), sharey=True, squeeze=False)[0]
-        compared = [comparison for steps in result.steps.values() for comparison in steps.values()]
-        drawn = [times for each in compared for name, times in each.rounds.items() if name in NAMES]
+        panels = figure.subplots(1, len(every), sharey=True, squeeze=False)[0]
+        drawn = [times for steps in every.values() for each in steps.values() for times in each.values()]
         lowest, highest = min(times.low for times in drawn), max(times.high for times in drawn)
         panels[0].set(yscale="log", ylim=(1e6 * lowest / 1.3, 1.3e6 * highest))
-        for axes, (threads, steps) in zip(panels, result.steps.items()):
+        for axes, (threads, steps) in zip(panels, every.items()):
             _draw_panel(axes, steps)
             axes.set_title(f"{threads} thread{'s' * (threads > 1)}", fontsize=9, fontweight="normal")
         panels[0].set_ylabel("microseconds per step")
@@ -221,13 +224,17 @@ def draw(result: Result, small_print: str, file: Path) -> None:
         print_small(figure, small_print)
 
 
-def _draw_panel(axes: Axes, steps: dict[int, Comparison]) -> None:
+def _over_runs(runs: list[Comparison]) -> dict[str, Span]:
+    return {name: over_runs(runs, name) for name in runs[-1].seconds if name in NAMES}
+
+
+def _draw_panel(axes: Axes, steps: dict[int, dict[str, Span]]) -> None:
     sizes = list(steps)
     right = 1.3 * sizes[-1]
     axes.set(xscale="log", xlabel="batch size (images)", xlim=(sizes[0] / 1.3, right))
     ends: list[tuple[str, float, float, str]] = []
     for name in [name for name in NAMES if name in steps[sizes[0]]]:
-        rounds = [steps[size].rounds[name] for size in sizes]
+        rounds = [steps[size][name] for size in sizes]
         medians = [1e6 * each.median for each in rounds]
         axes.plot(sizes, medians, "o-", color=colour(name), markersize=3, linewidth=1.4)
         axes.vlines(

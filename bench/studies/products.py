@@ -21,7 +21,7 @@ from bench.measure.interleave import interleave
 from bench.measure.machine import blas_threads
 from bench.measure.records import Comparison
 from bench.peers.task import UnavailableError, package
-from bench.publish.style import short
+from bench.publish.style import over_runs, ratio_over_runs, short
 from kernels import get_backend
 from model.data import Dataset
 from model.extras.figure import figure_file, print_small, title
@@ -178,26 +178,34 @@ def _split_product(a: NDArray, b: NDArray, threads: int, pool: ThreadPoolExecuto
 # The figure --------------------------------------------------------------------------------------------------------
 
 
-def draw(result: Result, small_print: str, file: Path) -> None:
+Sweep = dict[tuple[tuple[int, int, int], str], list[Comparison]]
+"""What every run measured, by shape and transposes."""
+
+
+def draw(runs: list[Result], small_print: str, file: Path) -> None:
     """A panel for each library: its time relative to OpenBLAS's, with shapes as rows and transposes as columns."""
-    if not result.sweep:
+    sweep: Sweep = {}
+    for each in (each for run in runs for each in run.sweep):
+        sweep.setdefault((each.shape, each.transposes), []).append(each.seconds)
+    if not sweep:
         return
-    libraries = [name for name in result.sweep[0].seconds.seconds if name != OPENBLAS]
-    shapes = list(dict.fromkeys(each.shape for each in result.sweep))
+    libraries = [name for name in next(iter(sweep.values()))[0].seconds if name != OPENBLAS]
+    shapes = list(dict.fromkeys(shape for shape, _ in sweep))
     with figure_file(file, figsize=(8, 1.7 + 0.25 * len(shapes))) as figure:
         panels = figure.subplots(1, len(libraries), sharey=True, squeeze=False)[0]
         for axes, library in zip(panels, libraries):
-            _draw_panel(axes, result, library, shapes)
-        panels[0].set_yticks(range(len(shapes)), [_words(result, shape) for shape in shapes], fontsize=7.5)
-        title(figure, _title(result))
-        print_small(figure, f"One thread. ms: OpenBLAS's time for AB, with A of m × k and B of k × n.\n{small_print}")
+            _draw_panel(axes, sweep, library, shapes)
+        panels[0].set_yticks(range(len(shapes)), [_words(sweep, shape) for shape in shapes], fontsize=7.5)
+        title(figure, _title(sweep))
+        count = f"One thread, median of {len(runs)} runs." if len(runs) > 1 else "One thread, 1 run."
+        print_small(figure, f"{count} ms: OpenBLAS's time for AB, with A of m × k and B of k × n.\n{small_print}")
 
 
-def _draw_panel(axes: Axes, result: Result, library: str, shapes: list[tuple[int, int, int]]) -> None:
+def _draw_panel(axes: Axes, sweep: Sweep, library: str, shapes: list[tuple[int, int, int]]) -> None:
     ratios = np.full((len(shapes), len(TRANSPOSES)), np.nan)
-    for each in result.sweep:
-        place = shapes.index(each.shape), list(TRANSPOSES).index(each.transposes)
-        ratios[place] = each.seconds.ratio(library, OPENBLAS).ratio
+    for (shape, transposes), seconds in sweep.items():
+        place = shapes.index(shape), list(TRANSPOSES).index(transposes)
+        ratios[place] = ratio_over_runs(seconds, library, OPENBLAS).median
     axes.imshow(ratios, cmap="PuOr_r", norm=LogNorm(1 / 3, 3, clip=True), aspect="auto")
     for (row, column), ratio in np.ndenumerate(ratios):
         shade = "white" if abs(np.log(ratio)) > 0.75 else "black"
@@ -208,11 +216,11 @@ def _draw_panel(axes: Axes, result: Result, library: str, shapes: list[tuple[int
     axes.spines[:].set_visible(False)
 
 
-def _words(result: Result, shape: tuple[int, int, int]) -> str:
-    (plain,) = (each for each in result.sweep if each.shape == shape and each.transposes == "AB")
-    return f"{' × '.join(f'{size:,}' for size in shape)}  ({short(1e3 * plain.seconds.median(OPENBLAS))} ms)"
+def _words(sweep: Sweep, shape: tuple[int, int, int]) -> str:
+    milliseconds = 1e3 * over_runs(sweep[shape, "AB"], OPENBLAS).median
+    return f"{' × '.join(f'{size:,}' for size in shape)}  ({short(milliseconds)} ms)"
 
 
-def _title(result: Result) -> str:
-    largest = max(each.seconds.ratio(NUMBA, OPENBLAS).ratio for each in result.sweep)
+def _title(sweep: Sweep) -> str:
+    largest = max(ratio_over_runs(seconds, NUMBA, OPENBLAS).median for seconds in sweep.values())
     return f"Time relative to OpenBLAS's, by shape and transposes; numba's largest: {largest:.2f}"

@@ -268,7 +268,7 @@ def test_head_to_head_reports_missing_packages(tmp_path):
     assert result.steps.ratio("sparse", "SciPy CSR").ratio > 0
     assert result.compile_seconds["numba"] > 0
     assert result.compile_seconds["numpy"] is None
-    head_to_head.draw(result, "", tmp_path / "head_to_head.png")
+    head_to_head.draw([result], "", tmp_path / "head_to_head.png")
 
 
 class Clock:
@@ -451,12 +451,12 @@ def test_bfloat16_is_another_category_with_its_error(tmp_path, monkeypatch):
     forms = {"dense": ["numpy"], "sparse": ["sparse"], "bfloat16": ["PyTorch bfloat16"]}
     tried = {"PyTorch bfloat16": {"autocast": Form(error=0.0017)}}
     result = head_to_head.Result(forms, steps, tried)
-    head_to_head.draw(result, "", tmp_path / "figure.png")
+    head_to_head.draw([result], "", tmp_path / "figure.png")
     assert words[-1] == "dense in bfloat16: another category, updates off by 1.7e-03 of their norm"
 
 
 def test_mini_batches_are_drawn(tmp_path):
     sizes = {size: Comparison("", {"sparse": [1e-5 * size], "PyTorch": [2e-5 * size]}) for size in (32, 2048)}
     result = mini_batches.Result({1: sizes, 2: sizes}, {})
-    mini_batches.draw(result, "", tmp_path / "figure.png")
+    mini_batches.draw([result, result], "", tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")

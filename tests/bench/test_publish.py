@@ -19,9 +19,10 @@ from bench.measure.machine import blas_threads, caches, kernels_changed, machine
 from bench.measure.records import Cache, Comparison, Conditions, RecordError, Rounds, Run, Section, read, write
 from bench.peers import Form, pytorch
 from bench.publish import claims, tables
+from bench.publish.figures import draw_all
 from bench.publish.folder import Folder, check_machine, existing_run, read_all, read_folder, save
 from bench.publish.report import CAPTIONS, write_report
-from bench.publish.style import small_print
+from bench.publish.style import over_runs, ratio_over_runs, small_print
 from bench.publish.tables import (
     PUBLISHED_RESULTS,
     ROOT,
@@ -415,6 +416,30 @@ def test_the_report_says_why_a_form_was_skipped(tmp_path):
     text = write_report(Folder(tmp_path, machine(), [run]), tmp_path, lambda line: None, {}).read_text()
     assert "<td>head_to_head: PyTorch, oneDNN</td><td>oneDNN needs AVX-512</td>" in text
     assert "PyTorch, MKL" not in text
+
+
+def test_figures_show_the_range_over_idle_runs(tmp_path, monkeypatch):
+    titles, notes = [], []
+    monkeypatch.setattr("matplotlib.figure.Figure.suptitle", lambda self, text, **look: titles.append(text))
+    monkeypatch.setattr(epochs, "print_small", lambda figure, text: notes.append(text))
+    runs = [run_of(numpy=[1.0] * 6, numba=[seconds] * 6) for seconds in (0.88, 0.77, 0.82)]
+    disturbed = busy(run_of(numpy=[1.0], numba=[3.0]))
+    draw_all(Folder(tmp_path, machine(), [disturbed, *runs]), tmp_path, pytest.fail)
+    assert titles[-1].endswith("× the time of numpy: numba 0.77–0.88")
+    assert "medians of 3 runs with their range" in notes[-1]
+    draw_all(Folder(tmp_path, machine(), runs[:1]), tmp_path, pytest.fail)
+    assert titles[-1].endswith("× the time of numpy: numba 0.88")
+    assert "95 % intervals" in notes[-1]
+
+
+def test_a_span_is_of_medians_over_runs():
+    runs = [Comparison("", {"numpy": [2.0] * 5 + [9.0], "numba": [s] * 5 + [50.0]}) for s in (1.0, 4.0, 3.0)]
+    runs.append(Comparison("", {"numpy": [2.0]}))
+    assert over_runs(runs, "numba") == (3.0, 1.0, 4.0)
+    assert ratio_over_runs(runs, "numba", "numpy") == (1.5, 0.5, 2.0)
+    alone = runs[0].rounds["numba"]
+    assert over_runs(runs[:1], "numba") == (1.0, alone.low, alone.high)
+    assert alone.low < alone.high
 
 
 def test_names_of_any_length_and_script_are_drawn(tmp_path):

@@ -145,17 +145,26 @@ def test_sums_of_the_largest_operands_are_exact():
     assert 8 * 8 * deepest < 2**24
 
 
-def test_the_largest_ratio_is_in_the_title(tmp_path, monkeypatch):
+def test_cells_and_the_title_are_medians_over_the_runs(tmp_path, monkeypatch):
     titles = []
     monkeypatch.setattr("matplotlib.figure.Figure.suptitle", lambda self, text, **look: titles.append(text))
-    sweep = [
-        products.Swept(shape, transposes, Comparison("", {"numba": [seconds], "OpenBLAS": [1.0]}))
-        for shape in ((1, 2, 3), (4, 5, 6))
-        for transposes, seconds in zip(products.TRANSPOSES, (0.5, 0.75, 1.5 if shape == (4, 5, 6) else 1.0, 0.9))
+    cells = []
+    monkeypatch.setattr("matplotlib.axes.Axes.text", lambda self, x, y, text, **look: cells.append(text))
+    runs = [
+        products.Result(
+            [],
+            [
+                products.Swept(shape, transposes, Comparison("", {"numba": [seconds], "OpenBLAS": [1.0]}))
+                for shape in ((1, 2, 3), (4, 5, 6))
+                for transposes, seconds in zip(products.TRANSPOSES, (0.5, odd, 1.5 if shape == (4, 5, 6) else 1, 0.9))
+            ],
+        )
+        for odd in (0.62, 2.5, 0.87)
     ]
-    products.draw(products.Result([], sweep), "", tmp_path / "products.png")
+    products.draw(runs, "", tmp_path / "products.png")
     assert titles == ["Time relative to OpenBLAS's, by shape and transposes; numba's largest: 1.50"]
-    products.draw(products.Result([]), "", tmp_path / "nothing.png")
+    assert cells == ["0.50", "0.87", "1.00", "0.90", "0.50", "0.87", "1.50", "0.90"]
+    products.draw([products.Result([])], "", tmp_path / "nothing.png")
     assert not (tmp_path / "nothing.png").exists()
 
 
