@@ -222,6 +222,10 @@ def measure(dataset: Dataset, quick: bool) -> Result:
     )
 
 
+APART = 1.15
+"""Factor between marks of the same intensity, so that they do not hide each other."""
+
+
 def draw(result: Result, small_print: str, file: Path) -> None:
     """GFLOP/s against arithmetic intensity, below the machine's roof."""
     top, bandwidths = result.peak_gflop_per_second, result.bandwidth_gb_per_second
@@ -245,22 +249,25 @@ def draw(result: Result, small_print: str, file: Path) -> None:
         note(axes, f"peak FMA throughput: {short(top)}", (beside, top), 5)
         ends: list[tuple[str, float, float, str]] = []
         for product in result.products:
-            _draw_product(axes, product, result.dense_flop, ends)
+            level = [each for each in result.products if each.flop == product.flop]
+            beside = APART ** (level.index(product) - (len(level) - 1) / 2)
+            _draw_product(axes, product, beside * product.intensity, result.dense_flop, ends)
         end_labels(axes, [(text, x[-1], rate, shade) for text, _, rate, shade in ends])
         title(figure, _title(result))
-        print_small(figure, small_print)
+        marks = "Circles: forward products. Squares: backward. Moved sideways where they would overlap. "
+        print_small(figure, f"{marks}Arrows: to the rate if zeros are counted.\n{small_print}")
 
 
-def _draw_product(axes: Axes, product: Placed, dense_flop: int, ends: list) -> None:
-    """A point; its label goes right of the axes, where no line runs.
+def _draw_product(axes: Axes, product: Placed, x: float, dense_flop: int, ends: list) -> None:
+    """A point at intensity `x`; its label goes right of the axes, where no line runs.
 
     If zeros were skipped, an arrow leads to the rate at which dense arithmetic would have to run to take as long.
     """
-    shade, x = colour(product.backend), product.intensity
+    shade = colour(product.backend)
     rate, rounds = product.rate, product.rounds
     low, high = (product.flop / seconds / 1e9 for seconds in (rounds.high, rounds.low))
-    axes.plot([x, x], [low, high], color="black", linewidth=1.2, zorder=3)
-    axes.plot(x, rate, "o" if product.product == "forward" else "s", color=shade, markersize=5, zorder=4)
+    axes.plot([x, x], [low, high], color="black", linewidth=1.2)
+    axes.plot(x, rate, "o" if product.product == "forward" else "s", color=shade, markersize=5, markerfacecolor="white")
     sparse = product.flop < dense_flop
     ends.append((f"{product.backend} {product.product}: {short(rate)}", x, rate, shade))
     if sparse:

@@ -272,7 +272,8 @@ def draw(result: Result, small_print: str, file: Path) -> None:
         below.set(xlabel=f"seconds, including preparation and evaluations (log scale); below: to {goal}")
         below.set_yticklabels(names)
         title(figure, _title(result))
-        print_small(figure, f"Below: median and range over random starts.\n{small_print}")
+        marks = "Above: the run of median duration, and a dot at the end of each. Below: median and range of all runs."
+        print_small(figure, f"{marks} Runs differ in their random start.\n{small_print}")
 
 
 def _title(result: Result) -> str:
@@ -281,7 +282,9 @@ def _title(result: Result) -> str:
     first, *others = sorted(seconds, key=result.times.median)
     level = [name for name in others if min(seconds[name]) <= max(seconds[first])]
     if level:
-        return f"Seconds to {goal} test accuracy: {first}'s range overlaps with that of {' and '.join(level)}"
+        *most, last = level
+        names = f"{', '.join(most)} and {last}" if most else last
+        return f"Seconds to {goal} test accuracy: {first}'s range overlaps with that of {names}"
     if len(seconds[first]) == 1:  # an older result: a median without its range
         return f"Seconds to {goal} test accuracy"
     return f"{goal} test accuracy in {in_seconds(result.times.median(first))}: {first}"

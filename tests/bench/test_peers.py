@@ -442,6 +442,12 @@ def test_overlapping_ranges_are_not_ranked(sparse, numba, title):
     assert time_to_accuracy._title(result) == title
 
 
+def test_overlapping_ranges_are_listed():
+    times = Comparison("", {name: [second, 9.0] for second, name in enumerate(("sparse", "numba", "numpy", "JAX"), 1)})
+    result = time_to_accuracy.Result(0.9221, {}, {}, times, {}, [], {})
+    assert time_to_accuracy._title(result).endswith("sparse's range overlaps with that of numba, numpy and JAX")
+
+
 def test_bfloat16_is_another_category_with_its_error(tmp_path, monkeypatch):
     words = []
     monkeypatch.setattr(head_to_head, "label", lambda axes, text, *place: words.append(text))

@@ -185,6 +185,13 @@ def test_break_even():
     assert break_even.break_even(start(0.5, 0.1), numpy) == 0
     assert break_even.break_even(start(0.5, 0.3), numpy) == 0
     assert break_even.break_even(start(2.0, 0.2), numpy) == math.inf
+    words = {
+        0: "stays below numpy",
+        16.2: "crosses numpy at 17 epochs",
+        259: "crosses numpy beyond 250 epochs",
+        math.inf: "stays above numpy",
+    }
+    assert {epochs: break_even._crossing(epochs) for epochs in words} == words
 
 
 def test_a_process_reports_its_epochs(tmp_path):
