@@ -249,9 +249,9 @@ def draw(result: Result, small_print: str, file: Path) -> None:
         note(axes, f"peak FMA throughput: {short(top)}", (beside, top), 5)
         ends: list[tuple[str, float, float, str]] = []
         for product in result.products:
-            level = [each for each in result.products if each.flop == product.flop]
-            beside = APART ** (level.index(product) - (len(level) - 1) / 2)
-            _draw_product(axes, product, beside * product.intensity, result.dense_flop, ends)
+            alike = [each for each in result.products if each.flop == product.flop]
+            shift = APART ** (alike.index(product) - (len(alike) - 1) / 2)
+            _draw_product(axes, product, shift * product.intensity, result.dense_flop, ends)
         end_labels(axes, [(text, x[-1], rate, shade) for text, _, rate, shade in ends])
         title(figure, _title(result))
         marks = "Circles: forward products. Squares: backward. Moved sideways where they would overlap. "

@@ -272,7 +272,7 @@ def draw(result: Result, small_print: str, file: Path) -> None:
         below.set(xlabel=f"seconds, including preparation and evaluations (log scale); below: to {goal}")
         below.set_yticklabels(names)
         title(figure, _title(result))
-        marks = "Above: the run of median duration, and a dot at the end of each. Below: median and range of all runs."
+        marks = "Above: the run of median duration, and a dot where each run ended. Below: their median and range."
         print_small(figure, f"{marks} Runs differ in their random start.\n{small_print}")
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from matplotlib.axes import Axes
 from pydantic import TypeAdapter
 
 from bench import commands
@@ -430,6 +431,19 @@ def test_figures_show_the_range_over_idle_runs(tmp_path, monkeypatch):
     draw_all(Folder(tmp_path, machine(), runs[:1]), tmp_path, pytest.fail)
     assert titles[-1].endswith("× the time of numpy: numba 0.88")
     assert "95 % intervals" in notes[-1]
+
+
+@pytest.mark.parametrize(("numba", "hollow"), [((0.5, 0.6), False), ((0.5, 1.1), True)])
+def test_undecided_claims_are_hollow(tmp_path, monkeypatch, numba, hollow):
+    faces = []
+    plot = Axes.plot
+    monkeypatch.setattr(
+        Axes, "plot", lambda *place, **look: faces.append(look.get("markerfacecolor")) or plot(*place, **look)
+    )
+    runs = [run_of(numpy=[1.0] * 6, numba=[seconds] * 6) for seconds in numba]
+    claims.draw([Folder(tmp_path, machine(), runs)], tmp_path / "claims.png")
+    assert ("white" in faces) == hollow
+    assert any(faces)
 
 
 def test_a_span_is_of_medians_over_runs():
