@@ -129,7 +129,7 @@ def _title(points: dict[str, float], command: Ratio) -> str:
 
 
 def _crossing(epochs: float) -> str:
-    """Where a line crosses NumPy's, in words. Which is lower there is within the noise."""
+    """Where a line crosses NumPy's, in words: near there, medians do not tell which takes less time."""
     if epochs in (0, math.inf):
         return "stays above numpy" if epochs else "stays below numpy"
     return f"crosses numpy {f'at {math.ceil(epochs)}' if epochs <= MOST else f'beyond {MOST}'} epochs"
