@@ -44,17 +44,26 @@ def test_a_table_of_one_machine_says_where_it_is_from(name):
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_only_generated_text_claims_speed(document):
-    """Text between markers is generated, including the quantifier. In kernels/, a sentence may name the CPU instead."""
+    """Text between markers is generated, including the quantifier."""
     text = (ROOT / document).read_text(encoding="utf-8")
     text = re.sub(r"<!-- ([\w-]+) -->.*?<!-- /\1 -->", "", text, flags=re.DOTALL)
     sentences = re.split(r"(?<=[.:?!])\s|\n\n", text)
-    if document.startswith("kernels/"):
-        sentences = [sentence for sentence in sentences if not re.search(r"\b(Zen \d|Intel|AVX)", sentence)]
     assert [sentence for sentence in sentences if CLAIMED.search(sentence)] == []
 
 
 @pytest.mark.parametrize(
-    "text", ["It is Slower than", "ahead of OpenBLAS", "it pays off", "it wins", "passes OpenBLAS", "passes BLAS"]
+    "text",
+    [
+        "It is Slower than",
+        "ahead of OpenBLAS",
+        "it pays off",
+        "it wins",
+        "passes OpenBLAS",
+        "passes BLAS",
+        "loops reach three quarters of it (Zen 5)",
+        "from loops to BLAS speed",
+        "to the speed\nof OpenBLAS",
+    ],
 )
 def test_these_words_claim_speed(text):
     assert CLAIMED.search(text)
