@@ -91,7 +91,7 @@ class Result:
     peak_gflop_per_second: dict[int, float]
     """By number of threads."""
     forms: dict[str, str] = field(default_factory=dict)
-    """The form of each peer that was fastest over a full batch."""
+    """The form of each peer that was fastest over a full batch of at most 15,000 images."""
     skipped: dict[str, str] = field(default_factory=dict)
     """Why a peer was not timed."""
     kind: Literal["scaling"] = "scaling"
