@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from bench.measure.machine import cpu_words, kernels_changed
-from bench.measure.records import Comparison, Machine, Rounds
+from bench.measure.records import Comparison, Machine
 from bench.publish.claims import CLAIMS, cell, two_digits
 from bench.publish.figures import draw_all
 from bench.publish.folder import Folder
-from bench.publish.style import short
+from bench.publish.style import over_runs, short
 from model.extras.files import write_atomically
 
 REPORT = "report.html"
@@ -177,26 +177,20 @@ def _claims(folder: Folder) -> TableOf:
 def _timings(folder: Folder) -> list[TableOf]:
     """Tables of seconds for the main comparisons, and of the kernels."""
     tables = []
-    comparisons: list[tuple[str, Comparison]] = []
-    if result := folder.result("epochs"):
-        comparisons.append(("Seconds per epoch", result.epochs))
-    if result := folder.result("head_to_head"):
-        comparisons.append(("Seconds per full-batch step", result.steps))
+    comparisons: list[tuple[str, list[Comparison]]] = []
+    if results := [section.result for section in folder.idle_sections("epochs")]:
+        comparisons.append(("Seconds per epoch", [result.epochs for result in results]))
+    if results := [section.result for section in folder.idle_sections("head_to_head")]:
+        comparisons.append(("Seconds per full-batch step", [result.steps for result in results]))
     if result := folder.result("time_to_accuracy"):
-        comparisons.append((f"Seconds to {result.target:.2%} test accuracy", result.times))
-    for title, comparison in comparisons:
-        rows = [
-            [name, f"{times.median:.4g}", _span(times), str(len(times.seconds))]
-            for name, times in comparison.rounds.items()
-        ]
-        tables.append(
-            TableOf(
-                title,
-                "Medians of one run, if possible on an idle machine.",
-                ["", "seconds", "95 % interval", "rounds"],
-                rows,
-            )
+        comparisons.append((f"Seconds to {result.target:.2%} test accuracy", [result.times]))
+    for title, runs in comparisons:
+        spans = {name: over_runs(runs, name) for name in runs[0].seconds}
+        rows = [[name, f"{s.median:.4g}", f"{s.low:.4g} to {s.high:.4g}"] for name, s in spans.items()]
+        note = (
+            f"Medians of {len(runs)} runs." if len(runs) > 1 else "Medians of one run, with 95 % intervals if possible."
         )
+        tables.append(TableOf(title, note, ["", "seconds", "range"], rows))
     if result := folder.result("kernels"):
         rows = [
             [kernel, name, short(1e6 * times.median), short(result.flop[kernel] / times.median / 1e9)]
@@ -206,10 +200,6 @@ def _timings(folder: Folder) -> list[TableOf]:
         columns = ["kernel", "backend", "µs per image", "GFLOP/s, zeros counted"]
         tables.append(TableOf("Kernels", "On one thread.", columns, rows))
     return tables
-
-
-def _span(times: Rounds) -> str:
-    return f"{times.low:.4g} to {times.high:.4g}" if times.interval else ""
 
 
 def _conditions(folder: Folder) -> TableOf:

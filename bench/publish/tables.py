@@ -33,7 +33,7 @@ from bench.publish.claims import (
 )
 from bench.publish.figures import draw_all
 from bench.publish.folder import Folder, read_all
-from bench.publish.style import short, small_print
+from bench.publish.style import over_runs, short, small_print
 from bench.studies.break_even import break_even
 from bench.studies.epochs import FEW_IMAGES
 from bench.studies.ladder import BLAS
@@ -183,22 +183,24 @@ def _range(values: list[float]) -> str:
 def competitor_table(results: Path) -> str:
     """Seconds per step, error, peak memory and compile time of every backend and peer, and which are missing."""
     result, memory = result_of(results, "head_to_head"), result_of(results, "memory")
-    columns = ("form", "seconds per step", "95 % interval", "error", "peak memory (MB)", "compilation (s)")
+    runs = [section.result.steps for section in main_folder(results).idle_sections("head_to_head")]
+    columns = ("form", "seconds per step", "range over the runs", "error", "peak memory (MB)", "compilation (s)")
     table = Table("", *columns, box=MARKDOWN)
     known = {name: form for form, names in result.forms.items() for name in names}
-    for name, times in result.steps.rounds.items():
+    for name in result.steps.seconds:
+        times = over_runs(runs, name)
         peak = f"{memory.peak_bytes[name] / 1e6:.0f}" if name in memory.peak_bytes else memory.skipped.get(name, "")
         seconds = result.compile_seconds.get(name)
-        interval = f"{times.low:.3f} to {times.high:.3f}" if times.interval else ""
+        reach = f"{times.low:.3f} to {times.high:.3f}"
         chosen = result.chosen.get(name, "ours")
         form = known.get(name, "reference") + (f": {chosen}" if chosen != "ours" else "")
         error = result.tried[name][result.chosen[name]].error if name in result.chosen else None
         off = f"{error:.1e}" if error is not None else ""
-        table.add_row(name, form, f"{times.median:.3f}", interval, off, peak, short(seconds) if seconds else "")
+        table.add_row(name, form, f"{times.median:.3f}", reach, off, peak, short(seconds) if seconds else "")
     for name, reason in result.skipped.items():
         table.add_row(name, f"skipped: {reason}")
     compiled = f"C CSR is compiled with `{result.c_command}`.\n" if "C CSR" in result.steps else ""
-    return f"{_markdown(table)}\n\n{compiled}{origin(results, 'head_to_head')}"
+    return f"{_markdown(table)}\n\nMedians over the runs.\n{compiled}{origin(results, 'head_to_head')}"
 
 
 def form_table(results: Path) -> str:
