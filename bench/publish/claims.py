@@ -145,10 +145,16 @@ def _small_step(size: int) -> Pick:
     return lambda run: _found(run, "mini_batches", lambda result: result.steps.get(1, {}).get(size))
 
 
+def _find_climb(result: Any, product: str, one: bool) -> Any:
+    """The ladder's climb of a product on one thread or on all; None if it was not measured."""
+    climbs = (climb for climb in result.climbs if (climb.product, climb.threads == 1) == (product, one))
+    return next(climbs, None)
+
+
 def _climb(product: str, one: bool = True) -> Pick:
     def pick(result: Any) -> Comparison | None:
-        climbs = (climb for climb in result.climbs if (climb.product, climb.threads == 1) == (product, one))
-        return next((climb.seconds_per_gflop for climb in climbs), None)
+        climb = _find_climb(result, product, one)
+        return climb.seconds_per_gflop if climb else None
 
     return lambda run: _found(run, "ladder", pick)
 
@@ -185,9 +191,8 @@ def _step_bound(backend: str, images: int | None = None) -> Bound:
 def _climb_bound(product: str, one: bool) -> Bound:
     def seconds(folder: Folder) -> float | None:
         result = folder.result("ladder")
-        climbs = result.climbs if result else ()
-        fits = (climb for climb in climbs if (climb.product, climb.threads == 1) == (product, one))
-        return next((1 / climb.peak_gflop_per_second for climb in fits), None)
+        climb = _find_climb(result, product, one) if result else None
+        return 1 / climb.peak_gflop_per_second if climb else None
 
     return seconds
 

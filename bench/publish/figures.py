@@ -34,7 +34,7 @@ def draw_all(folder: Folder, output: Path, say: Callable[[str], None]) -> dict[s
     for name in STUDIES:
         sections = folder.idle_sections(name)
         if sections and hasattr(study(name), "draw"):
-            results = [section.result for section in sections]
+            results = folder.idle_results(name)
             shown = results if name in EVERY_RUN else results[0]
             spread = RANGES.format(len(results)) if name in EVERY_RUN and len(results) > 1 else INTERVALS
             medians = spread if name in WITH_INTERVALS else ""

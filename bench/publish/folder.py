@@ -33,6 +33,10 @@ class Folder:
         sections = self.sections(study)
         return [section for section in sections if not section.conditions.busy] or sections
 
+    def idle_results(self, study: str) -> list[Any]:
+        """The study's `Result` in each of those sections."""
+        return [section.result for section in self.idle_sections(study)]
+
     def sections(self, study: str) -> list[Section]:
         """A study's section from each run that has it."""
         return [run.sections[study] for run in self.runs if study in run.sections]

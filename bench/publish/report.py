@@ -178,9 +178,9 @@ def _timings(folder: Folder) -> list[TableOf]:
     """Tables of seconds for the main comparisons, and of the kernels."""
     tables = []
     comparisons: list[tuple[str, list[Comparison]]] = []
-    if results := [section.result for section in folder.idle_sections("epochs")]:
+    if results := folder.idle_results("epochs"):
         comparisons.append(("Seconds per epoch", [result.epochs for result in results]))
-    if results := [section.result for section in folder.idle_sections("head_to_head")]:
+    if results := folder.idle_results("head_to_head"):
         comparisons.append(("Seconds per full-batch step", [result.steps for result in results]))
     if result := folder.result("time_to_accuracy"):
         comparisons.append((f"Seconds to {result.target:.2%} test accuracy", [result.times]))

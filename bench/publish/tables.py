@@ -183,7 +183,7 @@ def _range(values: list[float]) -> str:
 def competitor_table(results: Path) -> str:
     """Seconds per step, error, peak memory and compile time of every backend and peer, and which are missing."""
     result, memory = result_of(results, "head_to_head"), result_of(results, "memory")
-    runs = [section.result.steps for section in main_folder(results).idle_sections("head_to_head")]
+    runs = [run.steps for run in main_folder(results).idle_results("head_to_head")]
     columns = ("form", "seconds per step", "range over the runs", "error", "peak memory (MB)", "compilation (s)")
     table = Table("", *columns, box=MARKDOWN)
     known = {name: form for form, names in result.forms.items() for name in names}
