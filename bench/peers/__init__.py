@@ -7,9 +7,12 @@ as float32, divided by 255, or as the non-zeros of that.
 """
 
 import copy
+import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +35,16 @@ from bench.peers.pytorch import (
 )
 from bench.peers.scikit_learn import ScikitLearn
 from bench.peers.scipy_csr import SciPyCSR
-from bench.peers.task import Competitor, Learner, Task, UnavailableError, tolerance
+from bench.peers.task import (
+    Competitor,
+    Learner,
+    Task,
+    UnavailableError,
+    batches,
+    steps_in_a_turn,
+    take_steps,
+    tolerance,
+)
 from kernels import get_backend
 
 VERIFIED_STEPS = 3
@@ -58,8 +70,7 @@ PEERS: dict[str, dict[str, Callable[[Task], Competitor]]] = {
     "C CSR": {"in our shards": _in_our_shards(CCSR)},
     "PyTorch bfloat16": {"autocast": PyTorchBFloat16, "medium precision": PyTorchMediumPrecision},
 }
-"""Every form of each peer that was worth trying. The fastest one on this machine represents the peer. The first one
-also trains on mini-batches."""
+"""Every form of each peer that was worth trying. The fastest one on this machine represents the peer."""
 
 
 COMPETITORS = {
@@ -99,9 +110,16 @@ def competitor(name: str, task: Task, form: str | None = None) -> Competitor:
 
 
 def best_form(
-    name: str, task: Task, expected: list[NDArray], rounds: int = 3
+    name: str, task: Task, expected: list[NDArray], size: int | None = None, rounds: int = 3
 ) -> tuple[Competitor, str, dict[str, Form]]:
     """A competitor in its fastest verified form, the form's name, and the measurements of every form.
+
+    Parameters
+    ----------
+    name, task, expected, size
+        As for `verified`. The forms are compared over such batches, too.
+    rounds
+        Number of rounds in which several forms are interleaved.
 
     Raises
     ------
@@ -114,24 +132,30 @@ def best_form(
     forms: dict[str, Form] = {}
     for form in PEERS.get(name, {"ours": None}):
         try:
-            ready[form], forms[form] = verified(name, task, expected, form)
+            ready[form], forms[form] = verified(name, task, expected, form, size)
         except UnavailableError as reason:
             forms[form] = Form(skipped=str(reason))
     if not ready:
         raise UnavailableError(next(filter(None, (form.skipped for form in forms.values()))))
     if len(ready) > 1:
-        seconds = interleave({form: each.step for form, each in ready.items()}, rounds, rest=REST, steps=2, warmup=0)
-        forms |= {form: replace(forms[form], seconds=float(np.median(seconds[form]))) for form in ready}
+        turns = {form: turn(each, task, size) for form, each in ready.items()}
+        seconds = interleave(turns, rounds, rest=REST, steps=2, warmup=0)
+        count = steps_in_a_turn(size) if size else 1
+        forms |= {form: replace(forms[form], seconds=float(np.median(seconds[form])) / count) for form in ready}
     fastest = min(ready, key=lambda form: forms[form].seconds or 0)
     return ready[fastest], fastest, forms
 
 
+def turn(started: Competitor, task: Task, size: int | None) -> Callable[[], Any]:
+    """A function that takes a step over all images, or steps over the next mini-batches of `size` images."""
+    if size is None:
+        return started.step
+    assert isinstance(started, Learner)
+    return partial(take_steps, started.learn_rows, batches(len(task.images), size), steps_in_a_turn(size))
+
+
 def verified(
-    name: str,
-    task: Task,
-    expected: list[NDArray],
-    form: str | None = None,
-    batches: Sequence[NDArray[np.integer]] | None = None,
+    name: str, task: Task, expected: list[NDArray], form: str | None = None, size: int | None = None
 ) -> tuple[Competitor, Form]:
     """A competitor whose first three steps match `expected`, with its error and compile time.
 
@@ -141,35 +165,38 @@ def verified(
         As for `competitor`.
     expected
         From `expected_parameters`.
-    batches
-        Rows of the images in each of three mini-batches; None takes all images in each step.
+    size
+        Images in each mini-batch; None takes all images in each step.
 
     Raises
     ------
     UnavailableError
-        If a package is missing or cannot compile.
+        If a package is missing or cannot compile, or if a form takes no mini-batches.
     AssertionError
         If an update differs by more than rounding errors explain.
     """
     started = competitor(name, task, form)
-    seconds = _first_steps(started, batches)
+    seconds = _first_steps(started, task, size)
     error = update_error(started.parameters(), task.mlp.parameters, expected)
-    allowed = started.tolerance or tolerance(len(task.images if batches is None else batches[0]))
+    allowed = started.tolerance or tolerance(size or len(task.images))
     if not error <= allowed:  # also if it is NaN
         raise AssertionError(f"{name}: its update differs by {error:.1e} of its norm; {allowed:.1e} is allowed")
     return started, Form(error, seconds[0] - seconds[-1] if started.compiles else None)
 
 
-def _first_steps(started: Competitor, batches: Sequence[NDArray] | None) -> list[float]:
+def _first_steps(started: Competitor, task: Task, size: int | None) -> list[float]:
     """Take the steps to verify; returns the seconds of each."""
+    if size is None:
+        steps = [started.step] * VERIFIED_STEPS
+    elif isinstance(started, Learner):
+        first = itertools.islice(batches(len(task.images), size), VERIFIED_STEPS)
+        steps = [partial(started.learn_rows, rows) for rows in first]
+    else:
+        raise UnavailableError("this form takes no mini-batches")
     seconds = []
-    for step in range(VERIFIED_STEPS):
+    for step in steps:
         start = time.perf_counter()
-        if batches is None:
-            started.step()
-        else:
-            assert isinstance(started, Learner)
-            started.learn_rows(batches[step])
+        step()
         seconds.append(time.perf_counter() - start)
     return seconds
 
@@ -185,10 +212,10 @@ def update_error(parameters: list[NDArray], start: list[NDArray], expected: list
     )
 
 
-def expected_parameters(task: Task, batches: Sequence[NDArray[np.integer]] | None = None) -> list[NDArray]:
-    """Parameters after three steps of our NumPy backend in float64, over all images or the rows of `batches`."""
+def expected_parameters(task: Task, size: int | None = None) -> list[NDArray]:
+    """Parameters after three steps of our NumPy backend in float64, over all images or mini-batches of `size`."""
     mlp = copy.deepcopy(task.mlp)
     mlp.layers = [(weights.astype(np.float64), bias.astype(np.float64)) for weights, bias in mlp.layers]
     exact = Ours(get_backend("numpy"), task._replace(mlp=mlp))
-    _first_steps(exact, batches)
+    _first_steps(exact, task, size)
     return exact.parameters()

@@ -56,6 +56,12 @@ class JAXScan(JAX):
     def step(self):
         return self._descend("scan", *self.all)
 
+    def learn(self, images, labels):
+        return self._descend("scan", *self._prepare(images, labels))
+
+    def learn_rows(self, rows):
+        return self._descend("scan rows", *self.all, rows.astype(np.int32))
+
 
 PART = 1000
 
@@ -83,14 +89,17 @@ def _functions() -> dict[str, Any]:
 
         parts = len(labels) // PART
         whole, rest = slice(parts * PART), slice(parts * PART, None)
-        split = images[whole].reshape(parts, PART, -1), labels[whole].reshape(parts, PART)
+        split = images[whole].reshape(parts, PART, images.shape[1]), labels[whole].reshape(parts, PART)
         total, _ = jax.lax.scan(add, gradient(parameters, images[rest], labels[rest]), split)
         return _moved(parameters, rate, len(labels), total)
+
+    def update_scan_rows(parameters: list, rate: float, images: Any, labels: Any, rows: Any) -> tuple[list, Any]:
+        return update_scan(parameters, rate, images[rows], labels[rows])
 
     def accuracy(parameters: list, images: Any, labels: Any) -> Any:
         return (_logits(jax, parameters, images).argmax(1) == labels).mean()
 
-    updates = {"all": update, "rows": update_rows, "scan": update_scan}
+    updates = {"all": update, "rows": update_rows, "scan": update_scan, "scan rows": update_scan_rows}
     return {"accuracy": jax.jit(accuracy), **{k: jax.jit(f, donate_argnums=0) for k, f in updates.items()}}
 
 

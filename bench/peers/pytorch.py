@@ -99,8 +99,14 @@ class PyTorchOneDNN(PyTorch):
         if not self.torch.backends.mkldnn.is_available():
             raise UnavailableError("this PyTorch is built without oneDNN")
         images, labels = self.all
-        self.all = images.to_mkldnn(), labels
+        self.converted = images.to_mkldnn(), labels
         self.loss = _onednn_loss
+
+    def step(self):
+        return super()._descend(*self.converted)
+
+    def _descend(self, images, labels):
+        return super()._descend(images.to_mkldnn(), labels)
 
 
 def _onednn_loss(torch: ModuleType, network: Any, images: Any, labels: Any) -> Any:
@@ -232,6 +238,7 @@ def _compiled(function: Callable) -> Callable:
     """Compiled once, so that a second network of the same shape needs no compilation."""
     torch = package("torch")
     torch.compiler.config.force_disable_caches = True  # otherwise, compile time depends on the disk cache
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # otherwise, it would silently run uncompiled
     return torch.compile(function)
 
 
@@ -250,8 +257,12 @@ class CompiledStep(PyTorch):
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)
-        self.rate = task.learning_rate
+        self.rate = self.torch.tensor(task.learning_rate)  # a number would be compiled into the code
         self.tensors = {name: tensor.detach().clone() for name, tensor in self.network.named_parameters()}
+
+    def accuracy(self):
+        self.network.load_state_dict(self.tensors)
+        return super().accuracy()
 
     def parameters(self):
         return [tensor.numpy().T for tensor in self.tensors.values()]
@@ -262,13 +273,13 @@ class CompiledStep(PyTorch):
             return update(self.torch, self.network, self.tensors, self.rate, images, labels).item()
 
 
-def _torch_update(torch: ModuleType, network: Any, tensors: dict, rate: float, images: Any, labels: Any) -> Any:
+def _torch_update(torch: ModuleType, network: Any, tensors: dict, rate: Any, images: Any, labels: Any) -> Any:
     def loss(tensors: dict) -> Any:
         return torch.nn.functional.cross_entropy(torch.func.functional_call(network, tensors, (images,)), labels)
 
     gradient, mean_loss = torch.func.grad_and_value(loss)(tensors)
     for name, tensor in tensors.items():
-        tensor.sub_(gradient[name], alpha=rate)
+        tensor.sub_(gradient[name] * rate)
     return mean_loss
 
 

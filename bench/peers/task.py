@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 
 from model.mlp import MLP
 
+IMAGES_IN_A_TURN = 2_048
+MOST_STEPS_IN_A_TURN = 16
+
 
 def tolerance(images: int) -> float:
     """The allowed error of a float32 update over this many images, against float64, relative to the update's norm.
@@ -84,6 +87,16 @@ def shuffled_batches(count: int, size: int, seed: int = 0) -> Iterator[NDArray[n
     while True:
         order = rng.permutation(count)
         yield from (order[start : start + size] for start in range(0, count, size))
+
+
+def batches(count: int, size: int) -> Iterator[NDArray[np.integer]]:
+    """Batches of exactly `size` images: the smaller one at the end of a pass is left out."""
+    return (rows for rows in shuffled_batches(count, size) if len(rows) == size)
+
+
+def steps_in_a_turn(size: int) -> int:
+    """Enough steps over mini-batches for a turn to take milliseconds."""
+    return min(MOST_STEPS_IN_A_TURN, max(2, IMAGES_IN_A_TURN // size))
 
 
 def take_steps(step: Callable[[NDArray], Any], batches: Iterator[NDArray[np.integer]], count: int) -> None:

@@ -1,7 +1,7 @@
 """``report.html``: one file with the claims for a machine, every figure, the tables, and what was skipped."""
 
 import base64
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,10 +9,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from bench.measure.machine import cpu_words, kernels_changed
 from bench.measure.records import Comparison, Machine
+from bench.peers import Form
 from bench.publish.claims import CLAIMS, cell, two_digits
 from bench.publish.figures import draw_all
 from bench.publish.folder import Folder
 from bench.publish.style import over_runs, short
+from bench.studies import mini_batches
 from model.extras.files import write_atomically
 
 REPORT = "report.html"
@@ -232,6 +234,17 @@ def _skipped(folder: Folder, missing: dict[str, str]) -> TableOf:
     for study in sorted(folder.studies):
         result = folder.result(study)
         rows += [[f"{study}: {name}", reason] for name, reason in getattr(result, "skipped", {}).items()]
-        for name, forms in getattr(result, "tried", {}).items():
+        for name, forms in forms_tried(result):
             rows += [[f"{study}: {name}, {form}", each.skipped] for form, each in forms.items() if each.skipped]
-    return TableOf("Skipped", "What was not measured, and why.", ["what", "why"], rows)
+    unique = [list(row) for row in dict.fromkeys(map(tuple, rows))]
+    return TableOf("Skipped", "What was not measured, and why.", ["what", "why"], unique)
+
+
+def forms_tried(result: Any) -> Iterator[tuple[str, dict[str, Form]]]:
+    """Names of competitors, each with its forms, from a study's result; a name comes once for each batch size."""
+    if isinstance(result, mini_batches.Result):
+        for sizes in result.tried.values():
+            for names in sizes.values():
+                yield from names.items()
+    else:
+        yield from getattr(result, "tried", {}).items()

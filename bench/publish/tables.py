@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.measure.machine import has_history, kernels_changed, platform_word
+from bench.peers import Form
 from bench.publish.claims import (
     BATCHES,
     BY_KEY,
@@ -50,6 +51,9 @@ DOCUMENTS = (
     "model/extras/README.md",
     "bench/README.md",
 )
+
+FORM_SIZE = 128
+"""Batch size at which the forms of other packages are compared, next to the full batch."""
 
 STEPS = ((32, "numpy"), (32, "numba"), (32, "sparse"), (512, "sparse"))
 """Batch size and backend of each column of the table of a step's parts."""
@@ -205,26 +209,33 @@ def competitor_table(results: Path) -> str:
 
 def form_table(results: Path) -> str:
     """Every form of the peers that have several: its time relative to the fastest, the range over the runs."""
-    runs = [run.tried for run in main_folder(results).every("head_to_head") if run.tried]
-    if not runs:
+    folder = main_folder(results)
+    full_batch = [run.tried for run in folder.every("head_to_head") if run.tried]
+    if not full_batch:
         raise MissingError("forms")
-    table = Table("", "form", "relative to the fastest", "fastest in", box=MARKDOWN)
-    for name in dict.fromkeys(name for tried in runs for name, forms in tried.items() if len(forms) > 1):
-        measured = [tried[name] for tried in runs if name in tried]
-        for form in dict.fromkeys(form for forms in measured for form in forms):
-            times = [
-                each.seconds / min(other.seconds for other in forms.values() if other.seconds)
-                for forms in measured
-                if (each := forms.get(form)) and each.seconds
-            ]
-            if times:
-                span = dict.fromkeys((f"{min(times):.2f}", f"{max(times):.2f}"))
-                table.add_row(name, form, " to ".join(span), f"{times.count(1)} of {len(times)} runs")
-            else:
-                reasons = dict.fromkeys(filter(None, (forms[form].skipped for forms in measured if form in forms)))
-                table.add_row(name, form, f"skipped: {'; '.join(reasons)}" if reasons else "the only one that runs")
-    note = "Medians of three interleaved rounds of two steps in each run, which choose the form: ranges, not intervals."
+    small = [run.tried.get(1, {}).get(FORM_SIZE, {}) for run in folder.every("mini_batches")]
+    heads = "full batch, relative to the fastest", "fastest in", f"{FORM_SIZE} images, 1 thread", "fastest in"
+    table = Table("", "form", *heads, box=MARKDOWN)
+    for name in dict.fromkeys(name for tried in full_batch for name, forms in tried.items() if len(forms) > 1):
+        for form in dict.fromkeys(form for tried in full_batch for form in tried.get(name, {})):
+            table.add_row(name, form, *_form_cells(full_batch, name, form), *_form_cells(small, name, form))
+    note = "Medians of three interleaved rounds in each run, which choose the form: ranges, not intervals."
     return f"{_markdown(table)}\n\n{note}\n{origin(results, 'head_to_head')}"
+
+
+def _form_cells(runs: list[dict[str, dict[str, Form]]], name: str, form: str) -> tuple[str, str]:
+    """The time of a form relative to the fastest one, and in how many runs it was that."""
+    measured = [tried[name] for tried in runs if form in tried.get(name, {})]
+    times = [
+        seconds / min(filter(None, (other.seconds for other in forms.values())))
+        for forms in measured
+        if (seconds := forms[form].seconds)
+    ]
+    if times:
+        span = dict.fromkeys((f"{min(times):.2f}", f"{max(times):.2f}"))
+        return " to ".join(span), f"{times.count(1)} of {len(times)} runs"
+    reasons = dict.fromkeys(filter(None, (forms[form].skipped for forms in measured)))
+    return (f"skipped: {'; '.join(reasons)}" if reasons else "the only one that runs" if measured else ""), ""
 
 
 def ablation_table(results: Path) -> str:

@@ -1,9 +1,9 @@
 """Study: steps over mini-batches, head to head, on one thread and on all.
 
 Every step takes different images, as in training: repeated ones would stay in the caches, and the branch predictor
-would learn them. The frameworks keep all images as floats and gather rows of them, which is faster than preparing each
-batch. Ours prepare each batch from bytes, as the trainer does. For one thread the process is pinned to one core, which
-is where JAX gets its number of threads from.
+would learn them. Other packages take the form that is fastest over such batches. They keep all images as floats and
+gather rows of them, which is faster than preparing each batch. Ours prepare each batch from bytes, as the trainer does.
+For one thread the process is pinned to one core, which is where JAX gets its number of threads from.
 
 On one thread, our steps are also timed part by part. The whole step is timed without a stopwatch, in separate turns.
 Reading the clock twice adds 0.1 µs to each call of a part. What else the stopwatch takes is measured, and charged to no
@@ -28,9 +28,9 @@ from rich.progress import track
 from bench.measure.interleave import interleave
 from bench.measure.processes import in_fresh_process
 from bench.measure.records import Comparison
-from bench.peers import REST, VERIFIED_STEPS, expected_parameters, verified
+from bench.peers import REST, Form, best_form, expected_parameters, turn
 from bench.peers.ours import Ours
-from bench.peers.task import Learner, Task, UnavailableError, shuffled_batches, take_steps
+from bench.peers.task import Task, UnavailableError, batches, steps_in_a_turn, take_steps
 from bench.publish.style import Span, colour, end_labels, over_runs, plain_ticks
 from kernels import backend as contract
 from kernels import get_backend
@@ -42,11 +42,9 @@ from model.threads import available_cores, thread_pool
 from model.training import descend
 
 SIZES = (1, 8, 32, 128, 512, 2_048)
-NAMES = ("numpy", "numba", "sparse", "PyTorch", "PyTorch by hand", "JAX")
+NAMES = ("numpy", "numba", "sparse", "PyTorch", "PyTorch by hand", "torch.compile", "JAX")
 LEARNING_RATE = 0.1
 IMAGES = 20_000  # to draw batches from: 63 MB of floats, more than most caches; to copy all takes frameworks a second
-IMAGES_IN_A_TURN = 2_048
-MOST_STEPS_IN_A_TURN = 16
 
 IN_PARTS = ("numpy", "numba", "sparse")
 SIZES_IN_PARTS = (32, 128, 512)
@@ -71,55 +69,53 @@ class Result:
     """Why a competitor was not timed."""
     parts: dict[int, dict[str, Comparison]] = field(default_factory=dict)
     """Seconds per step of each of `PARTS` and of the `WHOLE`, on one thread, by batch size and backend."""
+    tried: dict[int, dict[int, dict[str, dict[str, Form]]]] = field(default_factory=dict)
+    """Measurements of each form of a competitor, by number of threads and batch size; the fastest was timed."""
     kind: Literal["mini_batches"] = "mini_batches"
 
 
 def measure(dataset: Dataset, quick: bool) -> Result:
-    """Verify the first steps of every competitor, then time steps, interleaved; about a minute, or half if `quick`."""
+    """Verify the first steps of every competitor, then time steps, interleaved; two minutes, or one if `quick`.
+
+    Half of that is for torch.compile's compilations.
+    """
     counts = sorted({1, available_cores()})
     measured = {threads: in_fresh_process(_on_threads, dataset, threads, quick, cores=threads) for threads in counts}
     return Result(
-        steps={threads: steps for threads, (steps, _) in measured.items()},
-        skipped={name: reason for _, skipped in measured.values() for name, reason in skipped.items()},
+        steps={threads: steps for threads, (steps, _, _) in measured.items()},
+        skipped={name: reason for _, _, skipped in measured.values() for name, reason in skipped.items()},
         parts=in_fresh_process(_in_parts, dataset, quick, cores=1),
+        tried={threads: tried for threads, (_, tried, _) in measured.items()},
     )
 
 
-def _on_threads(dataset: Dataset, threads: int, quick: bool) -> tuple[dict[int, Comparison], dict[str, str]]:
-    steps, skipped = {}, {}
+def _on_threads(
+    dataset: Dataset, threads: int, quick: bool
+) -> tuple[dict[int, Comparison], dict[int, dict[str, dict[str, Form]]], dict[str, str]]:
+    """The steps, the forms tried, and what was skipped, on one number of threads."""
+    steps: dict[int, Comparison] = {}
+    tried: dict[int, dict[str, dict[str, Form]]] = {}
+    skipped: dict[str, str] = {}
     with thread_pool(threads) as parallel_map:
         images, labels = dataset.train_images[:IMAGES], dataset.train_labels[:IMAGES]
         task = Task(MLP(), images, labels, LEARNING_RATE, threads, parallel_map)
         for size in track([size for size in SIZES if size < len(task.images)], f"{threads} threads", transient=True):
             turns: dict[str, Callable[[], Any]] = {}
-            rows = batches(len(task.images), size)
-            first = [next(rows) for _ in range(VERIFIED_STEPS)]
-            expected = expected_parameters(task, first)
+            tried[size] = {}
+            expected = expected_parameters(task, size)
             for name in NAMES:
                 try:
                     if name == "JAX" and available_cores() != threads:
                         raise UnavailableError("JAX counts threads by CPU affinity, which is unsupported here")
-                    learner, _ = verified(name, task, expected, batches=first)
-                    assert isinstance(learner, Learner)
-                    following = batches(len(task.images), size)
-                    turns[name] = partial(take_steps, learner.learn_rows, following, steps_in_a_turn(size))
+                    learner, _, tried[size][name] = best_form(name, task, expected, size)
+                    turns[name] = turn(learner, task, size)
                 except UnavailableError as reason:
                     skipped[name] = str(reason)
             rest = REST if threads > 1 else 0  # one thread leaves no idle ones that busy-wait
             seconds = interleave(turns, 2 if quick else 6, rest=rest, warmup=0, steps=2)
             per_step = {name: times / steps_in_a_turn(size) for name, times in seconds.items()}
             steps[size] = Comparison.of(f"a step over {size:,} images, {threads} threads", per_step)
-    return steps, skipped
-
-
-def batches(count: int, size: int) -> Iterator[NDArray[np.integer]]:
-    """Batches of exactly `size` images: the smaller one at the end of a pass is left out."""
-    return (rows for rows in shuffled_batches(count, size) if len(rows) == size)
-
-
-def steps_in_a_turn(size: int) -> int:
-    """Enough steps for a turn to take milliseconds."""
-    return min(MOST_STEPS_IN_A_TURN, max(2, IMAGES_IN_A_TURN // size))
+    return steps, tried, skipped
 
 
 class InParts(Ours):

@@ -1,5 +1,6 @@
 """Study: how an epoch's time grows with images, batch size, hidden units and threads."""
 
+import functools
 import itertools
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -32,7 +33,8 @@ LEARNING_RATE = 0.3
 HIDDEN = 128
 
 IMAGES = (1_000, 4_000, 15_000, 60_000, 180_000)
-PEERS = ("PyTorch", "PyTorch by hand", "JAX")  # torch.compile would take a minute to compile, again for each shape
+PEERS = ("PyTorch", "PyTorch by hand", "torch.compile", "JAX")
+FEW_IMAGES = 15_000  # to choose the forms of peers
 BATCH_SIZES = (1, 8, 64, 512, 4_096)
 HIDDEN_UNITS = (16, 64, 128, 512, 2_048)
 
@@ -92,6 +94,8 @@ class Result:
     """By number of threads."""
     forms: dict[str, str] = field(default_factory=dict)
     """The form of each peer that was fastest over a full batch of at most 15,000 images."""
+    forms_in_batches: dict[int, dict[str, str]] = field(default_factory=dict)
+    """The form of each peer that was fastest over mini-batches, by their size."""
     skipped: dict[str, str] = field(default_factory=dict)
     """Why a peer was not timed."""
     kind: Literal["scaling"] = "scaling"
@@ -105,9 +109,11 @@ def measure(dataset: Dataset, quick: bool) -> Result:
         maps = {threads: stack.enter_context(thread_pool(threads)) for threads in thread_counts()}
         parallel_map = maps[available_cores()]
         forms, skipped = peers(parallel_map, dataset)
+        sizes = [size for size in BATCH_SIZES if size < min(FEW_IMAGES, len(dataset.train_images))]
+        in_batches = {size: peers(parallel_map, dataset, size)[0] for size in sizes}
         axes = {
             "images": lambda: image_points(parallel_map, dataset, forms, 2 if quick else 3),
-            "batch size": lambda: batch_points(parallel_map, dataset, forms, 20 if quick else STEPS),
+            "batch size": lambda: batch_points(parallel_map, dataset, forms, in_batches, 20 if quick else STEPS),
             "hidden units": lambda: hidden_points(parallel_map, dataset, forms),
             "threads": lambda: thread_points(maps, dataset),
         }
@@ -123,18 +129,25 @@ def measure(dataset: Dataset, quick: bool) -> Result:
         # These are bounds, so the best round counts.
         peak_gflop_per_second={n: float(flop / seconds[str(n)].min() / 1e9) for n, (_, flop) in peaks.items()},
         forms=forms,
+        forms_in_batches=in_batches,
         skipped=skipped,
     )
 
 
-def peers(parallel_map: Callable, dataset: Dataset) -> tuple[dict[str, str], dict[str, str]]:
-    """Verify the peers; returns the fastest form of each, and why others are skipped."""
+def peers(parallel_map: Callable, dataset: Dataset, size: int | None = None) -> tuple[dict[str, str], dict[str, str]]:
+    """Verify the peers over a full batch, or mini-batches of `size`.
+
+    Returns
+    -------
+    tuple[dict[str, str], dict[str, str]]
+        The fastest form of each peer, and why others are skipped.
+    """
     forms, skipped = {}, {}
-    task = task_of(parallel_map, limited(dataset, min(15_000, len(dataset.train_images))))
-    expected = expected_parameters(task)
+    task = task_of(parallel_map, limited(dataset, min(FEW_IMAGES, len(dataset.train_images))))
+    expected = expected_parameters(task, size)
     for name in PEERS:
         try:
-            _, forms[name], _ = best_form(name, task, expected)
+            _, forms[name], _ = best_form(name, task, expected, size)
         except UnavailableError as reason:
             skipped[name] = str(reason)
     return forms, skipped
@@ -181,19 +194,26 @@ def image_points(parallel_map: Callable, dataset: Dataset, forms: dict[str, str]
     return slow | points
 
 
-def batch_points(parallel_map: Callable, dataset: Dataset, forms: dict[str, str], steps: int) -> Points:
+def batch_points(
+    parallel_map: Callable,
+    dataset: Dataset,
+    forms: dict[str, str],
+    in_batches: dict[int, dict[str, str]],
+    steps: int,
+) -> Points:
     """Epochs in shuffled mini-batches of all images; if they have more than `steps` batches, the next `steps` of them.
 
-    Ours prepare every batch, peers keep floats.
+    Ours prepare every batch; peers keep floats, and take the form that is fastest at each size. Over all images, peers
+    take steps without copying rows.
     """
     whole = len(dataset.train_images)
-    sizes = [size for size in BATCH_SIZES if size < whole] + [whole]
-    learners = {name: competitor(name, task_of(parallel_map, dataset)) for name in forms}
-    points: Points = {}
-    for size in sizes:
+    started = functools.cache(lambda name, form: competitor(name, task_of(parallel_map, dataset), form))
+    points: Points = {(name, whole): Point(started(name, form).step) for name, form in forms.items()}
+    for size in [*in_batches, whole]:
         count = min(steps, -(-whole // size))
         share = min(1, count * size / whole)
-        for name, learner in learners.items():
+        for name, form in in_batches.get(size, {}).items():
+            learner = started(name, form)
             assert isinstance(learner, Learner)
             points[name, size] = Point(take_batches(learner.learn_rows, whole, size, count), share)
         for name in backend_names():

@@ -1,16 +1,17 @@
 """Study: seconds from the images in memory to the published test accuracy, in mini-batches.
 
-Each competitor uses the batch size and learning rate that were fastest for it on images held out of the training set.
-Only torch.compile takes PyTorch's, as it would compile again for each batch size. The test images serve only for the
-reported times. These include shuffling, preparing, steps, and an evaluation on all test images after every 2,500
-training images, but not loading or compilation. Pure Python is extrapolated: NumPy's number of images, at the time per
-image that pure Python takes for a few.
+Each competitor uses the form that was fastest over mini-batches, and the batch size and learning rate that were fastest
+for it on images held out of the training set. The test images serve only for the reported times. These include
+shuffling, preparing, steps, and an evaluation on all test images after every 2,500 training images, but not loading or
+compilation. Pure Python is extrapolated: NumPy's number of images, at the time per image that pure Python takes for a
+few.
 """
 
 import itertools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -19,10 +20,10 @@ from rich.progress import track
 
 from bench.measure.interleave import interleave
 from bench.measure.records import Comparison, Rounds
-from bench.peers import REST, competitor
+from bench.peers import REST, best_form, competitor, expected_parameters
 from bench.peers.task import Learner, Task, UnavailableError, shuffled_batches
 from bench.publish.style import colour, in_seconds, label
-from model.data import Dataset
+from model.data import Dataset, limited
 from model.extras.figure import BOUND_COLOUR, figure_file, print_small, title
 from model.mlp import MLP
 from model.published import PUBLISHED
@@ -34,6 +35,8 @@ GIVE_UP_AFTER = 60_000
 BATCH_SIZES = (32, 64, 128)
 LEARNING_RATES = (0.3, 0.5, 0.7, 1.0)
 NAMES = ("numpy", "numba", "sparse", "PyTorch", "PyTorch by hand", "torch.compile", "JAX")
+ON_ONE_THREAD_TOO = ("PyTorch", "PyTorch by hand", "torch.compile")
+IMAGES_FOR_FORMS = 6_000
 FIRST_TRIALS = 2
 TRIALS = 7
 PROMISING = 3
@@ -89,6 +92,8 @@ class Result:
     """NumPy's curves at pure Python's time per image: extrapolated, so not part of the comparison."""
     skipped: dict[str, str]
     """Why a competitor was not timed."""
+    forms: dict[str, str] = field(default_factory=dict)
+    """The form of each competitor that was fastest over mini-batches of `BATCH_SIZES[1]` images on all threads."""
     kind: Literal["time_to_accuracy"] = "time_to_accuracy"
 
 
@@ -98,18 +103,23 @@ def measure(dataset: Dataset, quick: bool) -> Result:
     trials: dict[str, list[Trial]] = {}
     recipes: dict[str, Recipe] = {}
     skipped: dict[str, str] = {}
+    forms: dict[str, str] = {}
     with thread_pool(available_cores()) as parallel_map:
         for name in track(NAMES, "choosing recipes", transient=True):
-            candidates = recipes_of(name, quick)
-            if name == "torch.compile" and "PyTorch" in recipes:
-                candidates = [recipes["PyTorch"]]
             try:
-                trials[name] = try_recipes(name, held_out(dataset), parallel_map, candidates)
+                forms[name] = form_for_batches(name, dataset, parallel_map)
+                tried = partial(reach, name, held_out(dataset), parallel_map=parallel_map, form=forms[name])
+                trials[name] = try_recipes(tried, recipes_of(name, quick))
                 recipes[name] = fastest(trials[name])
             except UnavailableError as reason:
                 skipped[name] = str(reason)
         curves: dict[str, list[Curve]] = {name: [] for name in recipes}
-        runners = {name: _run_after_run(name, dataset, recipes[name], parallel_map, curves[name]) for name in recipes}
+        runners = {
+            name: _run_after_run(
+                partial(reach, name, dataset, recipe, parallel_map=parallel_map, form=forms[name]), curves[name]
+            )
+            for name, recipe in recipes.items()
+        }
         seconds = interleave(runners, rounds, rest=REST)
         recipes["naive"] = min(trials["numpy"], key=lambda trial: trial.images or np.inf).recipe
         naive = naive_curves(dataset, recipes["naive"], parallel_map)
@@ -127,16 +137,32 @@ def measure(dataset: Dataset, quick: bool) -> Result:
         curves={name: drawn[-min(rounds, DRAWN) :] for name, drawn in curves.items()},
         naive=naive,
         skipped=skipped,
+        forms=forms,
     )
 
 
-def reach(name: str, dataset: Dataset, recipe: Recipe, seed: int, parallel_map: Callable) -> Curve:
+def form_for_batches(name: str, dataset: Dataset, parallel_map: Callable) -> str:
+    """The verified form of a competitor that is fastest over mini-batches on all threads.
+
+    Raises
+    ------
+    UnavailableError
+        If none can run here.
+    """
+    few, size = limited(dataset, min(IMAGES_FOR_FORMS, len(dataset.train_images))), BATCH_SIZES[1]
+    task = Task(MLP(), few.train_images, few.train_labels, LEARNING_RATES[0], available_cores(), parallel_map)
+    return best_form(name, task, expected_parameters(task, size), size)[1]
+
+
+def reach(
+    name: str, dataset: Dataset, recipe: Recipe, seed: int, parallel_map: Callable, form: str | None = None
+) -> Curve:
     """Train until the accuracy on the test images of `dataset` reaches the target, or for 60,000 images."""
     start = time.perf_counter()
     task = Task(
         MLP(seed=seed), dataset.test_images, dataset.test_labels, recipe.learning_rate, recipe.threads, parallel_map
     )
-    learner = competitor(name, task)
+    learner = competitor(name, task, form)
     assert isinstance(learner, Learner)
     curve: Curve = []
     images = 0
@@ -160,23 +186,26 @@ def held_out(dataset: Dataset) -> Dataset:
 
 def recipes_of(name: str, quick: bool) -> list[Recipe]:
     """Recipes to try. Ours always use one thread for a small batch; for PyTorch, one thread and all are tried."""
-    threads = {1, available_cores()} if name in ("PyTorch", "PyTorch by hand") else {available_cores()}
+    threads = {1, available_cores()} if name in ON_ONE_THREAD_TOO else {available_cores()}
     pairs = itertools.product(
         BATCH_SIZES[1:2] if quick else BATCH_SIZES, LEARNING_RATES[1:3] if quick else LEARNING_RATES
     )
     return [Recipe(batch_size, rate, count) for batch_size, rate in pairs for count in sorted(threads)]
 
 
-def try_recipes(name: str, dataset: Dataset, parallel_map: Callable, recipes: list[Recipe]) -> list[Trial]:
-    """Try every recipe from two random starts, interleaved, and the three most promising ones from `TRIALS`."""
-    for size in {recipe.batch_size: recipe for recipe in recipes}.values():
-        reach(name, dataset, size, 0, parallel_map)  # compiles
+def try_recipes(train_once: Callable[[Recipe, int], Curve], recipes: list[Recipe]) -> list[Trial]:
+    """Try every recipe from two random starts, interleaved, and the three most promising ones from `TRIALS`.
+
+    `train_once` takes a recipe and the seed of the random start.
+    """
+    for shape in {(recipe.batch_size, recipe.threads): recipe for recipe in recipes}.values():
+        train_once(shape, 0)  # compiles
     curves: dict[Recipe, list[Curve]] = {recipe: [] for recipe in recipes}
 
     def train(tried: list[Recipe], seeds: range) -> None:
         for seed in seeds:
             for recipe in tried:
-                curves[recipe].append(reach(name, dataset, recipe, seed, parallel_map))
+                curves[recipe].append(train_once(recipe, seed))
 
     train(recipes, range(FIRST_TRIALS))
     best = sorted(recipes, key=lambda recipe: max(_seconds(curve) for curve in curves[recipe]))[:PROMISING]
@@ -209,11 +238,9 @@ def fastest(trials: list[Trial]) -> Recipe:
     return trial.recipe
 
 
-def _run_after_run(
-    name: str, dataset: Dataset, recipe: Recipe, parallel_map: Callable, curves: list[Curve]
-) -> Callable:
+def _run_after_run(train_once: Callable[[int], Curve], curves: list[Curve]) -> Callable:
     """A function that trains from the next random start and appends the curve to `curves`."""
-    return lambda: curves.append(reach(name, dataset, recipe, len(curves), parallel_map))
+    return lambda: curves.append(train_once(len(curves)))
 
 
 def naive_curves(dataset: Dataset, recipe: Recipe, parallel_map: Callable) -> list[Curve]:

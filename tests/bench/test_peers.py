@@ -11,8 +11,8 @@ from bench.measure import interleave
 from bench.measure.records import Comparison
 from bench.peers import PEERS, Form, best_form, competitor, expected_parameters, update_error, verified
 from bench.peers.ours import Ours
-from bench.peers.pytorch import PyTorch, PyTorchByHand
-from bench.peers.task import Competitor, Learner, Task, UnavailableError, take_steps, tolerance
+from bench.peers.pytorch import PyTorch, PyTorchByHand, PyTorchCSR
+from bench.peers.task import Competitor, Learner, Task, UnavailableError, batches, take_steps, tolerance
 from bench.studies import head_to_head, memory, mini_batches, time_to_accuracy
 from bench.studies.time_to_accuracy import Evaluation, Recipe, Trial
 from kernels import backend as contract
@@ -50,9 +50,9 @@ def task():
         yield Task(MLP((25, 6, 10)), dataset.train_images, dataset.train_labels, 0.3, 2, parallel_map)
 
 
-def available(name, task):
+def available(name, task, form=None):
     try:
-        return competitor(name, task)
+        return competitor(name, task, form)
     except UnavailableError as reason:
         pytest.skip(str(reason))
 
@@ -101,9 +101,8 @@ def test_a_competitor_that_leaves_out_an_image_fails(task, monkeypatch):
     monkeypatch.setitem(PEERS, "careless", {"": Careless})
     with pytest.raises(AssertionError, match="careless: its update differs"):
         verified("careless", task, expected_parameters(task))
-    rows = [np.arange(step, step + 32) for step in range(3)]
     with pytest.raises(AssertionError, match="careless: its update differs"):
-        verified("careless", task, expected_parameters(task, rows), batches=rows)
+        verified("careless", task, expected_parameters(task, 32), size=32)
 
 
 @pytest.mark.parametrize("form", PEERS["PyTorch bfloat16"])
@@ -166,16 +165,31 @@ def test_the_fastest_form_is_chosen(task, monkeypatch):
 
 
 @pytest.mark.parametrize("size", [1, 8, 200])
-@pytest.mark.parametrize("name", mini_batches.NAMES)
-def test_steps_over_rows_match_ours(name, size, task):
-    rows = mini_batches.batches(len(task.images), size)
-    first = [next(rows) for _ in range(3)]
-    available(name, task)
-    verified(name, task, expected_parameters(task, first), batches=first)
+@pytest.mark.parametrize(("name", "form"), [*((name, None) for name in mini_batches.IN_PARTS), *PEERS_TO_TEST])
+def test_steps_over_rows_match_ours(name, form, size, task):
+    try:
+        verified(name, task, expected_parameters(task, size), form, size)
+    except UnavailableError as reason:
+        pytest.skip(str(reason))
+
+
+def test_the_fastest_form_over_mini_batches_is_chosen(task, monkeypatch):
+    """A form that only takes full batches is left out."""
+
+    class Slow(PyTorch):
+        def learn_rows(self, rows):
+            time.sleep(0.02)
+            return super().learn_rows(rows)
+
+    pytest.importorskip("torch")
+    monkeypatch.setitem(PEERS, "made up", {"full": PyTorchCSR, "slow": Slow, "fast": PyTorchByHand})
+    chosen, form, tried = best_form("made up", task, expected_parameters(task, 64), 64)
+    assert (type(chosen), form, tried["full"].skipped) == (PyTorchByHand, "fast", "this form takes no mini-batches")
+    assert tried["slow"].seconds > 0.02 > tried["fast"].seconds  # of one step
 
 
 def test_batches_change():
-    rows = mini_batches.batches(10, 3)
+    rows = batches(10, 3)
     epoch, following = (np.concatenate([next(rows) for _ in range(3)]) for _ in range(2))
     assert len(set(epoch)) == len(set(following)) == 9
     assert list(epoch) != list(following)
@@ -186,8 +200,8 @@ def test_steps_in_parts_are_the_same_steps(name, task):
     """To the bit. Afterwards, the backend and the checks are as before."""
     backend, before = get_backend(name), dict(vars(contract))
     plain, parts = Ours(backend, task), mini_batches.InParts(backend, task)
-    take_steps(plain.learn_rows, mini_batches.batches(len(task.images), 32), 3)
-    parts.turn(mini_batches.batches(len(task.images), 32), 3)
+    take_steps(plain.learn_rows, batches(len(task.images), 32), 3)
+    parts.turn(batches(len(task.images), 32), 3)
     for ours, theirs in zip(parts.parameters(), plain.parameters(), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     assert dict(vars(contract)) == before
@@ -234,9 +248,12 @@ def test_a_slightly_wrong_step_is_detected(task):
         verified("numpy", task, expected)
 
 
-@pytest.mark.parametrize("name", ["numpy", "PyTorch", "PyTorch by hand", "JAX"])
-def test_mini_batches(name, task):
-    whole, parts = available(name, task), available(name, task._replace(images=task.images[:9], labels=task.labels[:9]))
+@pytest.mark.parametrize(("name", "form"), [("numpy", None), *PEERS_TO_TEST])
+def test_mini_batches(name, form, task):
+    few = task._replace(images=task.images[:9], labels=task.labels[:9])
+    whole, parts = available(name, task, form), available(name, few, form)
+    if not isinstance(parts, Learner):
+        pytest.skip("this form takes no mini-batches")
     assert parts.learn(task.images, task.labels) == pytest.approx(whole.step(), rel=1e-6)
     for ours, theirs in zip(whole.parameters(), parts.parameters()):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)
@@ -400,7 +417,7 @@ def test_training_ends_at_the_target_or_is_given_up(monkeypatch, accuracies, eva
         "EVALUATE_EVERY": 5,
         "GIVE_UP_AFTER": 20,
         "time": clock,
-        "competitor": lambda name, task: learner,
+        "competitor": lambda name, task, form: learner,
     }.items():
         monkeypatch.setattr(time_to_accuracy, name, value)
     images = np.arange(10, dtype=np.uint8)[:, None]

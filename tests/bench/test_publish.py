@@ -145,13 +145,15 @@ def test_every_form_stands_relative_to_the_fastest_in_its_run(tmp_path):
             "JAX": {"scan": Form(), "call": Form(skipped="no memory")},
         }
         result = head_to_head.Result({}, Comparison("", {"PyTorch": [1.0]}), tried)
-        write(tmp_path / "here" / f"run-{number}.json", Run({"head_to_head": Section(CONDITIONS, result)}))
+        batches = mini_batches.Result({}, {}, tried={1: {128: {"PyTorch": forms}}})
+        sections = {"head_to_head": Section(CONDITIONS, result), "mini_batches": Section(CONDITIONS, batches)}
+        write(tmp_path / "here" / f"run-{number}.json", Run(sections))
     assert cells(form_table(tmp_path).splitlines())[2:] == [
-        ["PyTorch", "MKL", "1.00 to 2.00", "1 of 2 runs"],
-        ["PyTorch", "oneDNN", "1.00 to 1.50", "1 of 2 runs"],
-        ["PyTorch", "other", "skipped: no such CPU", ""],
-        ["JAX", "scan", "the only one that runs", ""],
-        ["JAX", "call", "skipped: no memory", ""],
+        ["PyTorch", "MKL", *["1.00 to 2.00", "1 of 2 runs"] * 2],
+        ["PyTorch", "oneDNN", *["1.00 to 1.50", "1 of 2 runs"] * 2],
+        ["PyTorch", "other", "skipped: no such CPU", "", "", ""],
+        ["JAX", "scan", "the only one that runs", "", "", ""],
+        ["JAX", "call", "skipped: no memory", "", "", ""],
     ]
 
 
