@@ -10,8 +10,7 @@ few.
 import itertools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -20,7 +19,7 @@ from rich.progress import track
 
 from bench.measure.interleave import interleave
 from bench.measure.records import Comparison, Rounds
-from bench.peers import REST, best_form, competitor, expected_parameters
+from bench.peers import PEERS, REST, best_form, competitor, expected_parameters
 from bench.peers.task import Learner, Task, UnavailableError, shuffled_batches
 from bench.publish.style import colour, in_seconds, label
 from model.data import Dataset, limited
@@ -50,6 +49,8 @@ class Recipe(NamedTuple):
     batch_size: int
     learning_rate: float
     threads: int
+    form: str | None = None
+    """Of a peer; None takes its first one."""
 
 
 class Evaluation(NamedTuple):
@@ -92,8 +93,6 @@ class Result:
     """NumPy's curves at pure Python's time per image: extrapolated, so not part of the comparison."""
     skipped: dict[str, str]
     """Why a competitor was not timed."""
-    forms: dict[str, str] = field(default_factory=dict)
-    """The form of each competitor that was fastest over mini-batches of `BATCH_SIZES[1]` images on all threads."""
     kind: Literal["time_to_accuracy"] = "time_to_accuracy"
 
 
@@ -103,23 +102,16 @@ def measure(dataset: Dataset, quick: bool) -> Result:
     trials: dict[str, list[Trial]] = {}
     recipes: dict[str, Recipe] = {}
     skipped: dict[str, str] = {}
-    forms: dict[str, str] = {}
     with thread_pool(available_cores()) as parallel_map:
         for name in track(NAMES, "choosing recipes", transient=True):
             try:
-                forms[name] = form_for_batches(name, dataset, parallel_map)
-                tried = partial(reach, name, held_out(dataset), parallel_map=parallel_map, form=forms[name])
-                trials[name] = try_recipes(tried, recipes_of(name, quick))
+                candidates = recipes_of(name, dataset, parallel_map, quick)
+                trials[name] = try_recipes(name, held_out(dataset), parallel_map, candidates)
                 recipes[name] = fastest(trials[name])
             except UnavailableError as reason:
                 skipped[name] = str(reason)
         curves: dict[str, list[Curve]] = {name: [] for name in recipes}
-        runners = {
-            name: _run_after_run(
-                partial(reach, name, dataset, recipe, parallel_map=parallel_map, form=forms[name]), curves[name]
-            )
-            for name, recipe in recipes.items()
-        }
+        runners = {name: _run_after_run(name, dataset, recipes[name], parallel_map, curves[name]) for name in recipes}
         seconds = interleave(runners, rounds, rest=REST)
         recipes["naive"] = min(trials["numpy"], key=lambda trial: trial.images or np.inf).recipe
         naive = naive_curves(dataset, recipes["naive"], parallel_map)
@@ -137,32 +129,16 @@ def measure(dataset: Dataset, quick: bool) -> Result:
         curves={name: drawn[-min(rounds, DRAWN) :] for name, drawn in curves.items()},
         naive=naive,
         skipped=skipped,
-        forms=forms,
     )
 
 
-def form_for_batches(name: str, dataset: Dataset, parallel_map: Callable) -> str:
-    """The verified form of a competitor that is fastest over mini-batches on all threads.
-
-    Raises
-    ------
-    UnavailableError
-        If none can run here.
-    """
-    few, size = limited(dataset, min(IMAGES_FOR_FORMS, len(dataset.train_images))), BATCH_SIZES[1]
-    task = Task(MLP(), few.train_images, few.train_labels, LEARNING_RATES[0], available_cores(), parallel_map)
-    return best_form(name, task, expected_parameters(task, size), size)[1]
-
-
-def reach(
-    name: str, dataset: Dataset, recipe: Recipe, seed: int, parallel_map: Callable, form: str | None = None
-) -> Curve:
+def reach(name: str, dataset: Dataset, recipe: Recipe, seed: int, parallel_map: Callable) -> Curve:
     """Train until the accuracy on the test images of `dataset` reaches the target, or for 60,000 images."""
     start = time.perf_counter()
     task = Task(
         MLP(seed=seed), dataset.test_images, dataset.test_labels, recipe.learning_rate, recipe.threads, parallel_map
     )
-    learner = competitor(name, task, form)
+    learner = competitor(name, task, recipe.form)
     assert isinstance(learner, Learner)
     curve: Curve = []
     images = 0
@@ -184,28 +160,41 @@ def held_out(dataset: Dataset) -> Dataset:
     return Dataset(dataset.name, images[:count], labels[:count], images[count:], labels[count:])
 
 
-def recipes_of(name: str, quick: bool) -> list[Recipe]:
-    """Recipes to try. Ours always use one thread for a small batch; for PyTorch, one thread and all are tried."""
-    threads = {1, available_cores()} if name in ON_ONE_THREAD_TOO else {available_cores()}
+def recipes_of(name: str, dataset: Dataset, parallel_map: Callable, quick: bool) -> list[Recipe]:
+    """Recipes to try, with a peer's fastest form on each number of threads.
+
+    Ours always use one thread for a small batch, and JAX all; for PyTorch, one thread and all are tried.
+
+    Raises
+    ------
+    UnavailableError
+        If no form can run here.
+    """
+    counts = sorted({1, available_cores()} if name in ON_ONE_THREAD_TOO else {available_cores()})
+    forms = {count: form_in_batches(name, dataset, count, parallel_map) if name in PEERS else None for count in counts}
     pairs = itertools.product(
         BATCH_SIZES[1:2] if quick else BATCH_SIZES, LEARNING_RATES[1:3] if quick else LEARNING_RATES
     )
-    return [Recipe(batch_size, rate, count) for batch_size, rate in pairs for count in sorted(threads)]
+    return [Recipe(batch_size, rate, count, forms[count]) for batch_size, rate in pairs for count in counts]
 
 
-def try_recipes(train_once: Callable[[Recipe, int], Curve], recipes: list[Recipe]) -> list[Trial]:
-    """Try every recipe from two random starts, interleaved, and the three most promising ones from `TRIALS`.
+def form_in_batches(name: str, dataset: Dataset, threads: int, parallel_map: Callable) -> str:
+    """The verified form of a peer that is fastest over mini-batches."""
+    few, size = limited(dataset, min(IMAGES_FOR_FORMS, len(dataset.train_images))), BATCH_SIZES[1]
+    task = Task(MLP(), few.train_images, few.train_labels, LEARNING_RATES[0], threads, parallel_map)
+    return best_form(name, task, expected_parameters(task, size), size)[1]
 
-    `train_once` takes a recipe and the seed of the random start.
-    """
+
+def try_recipes(name: str, dataset: Dataset, parallel_map: Callable, recipes: list[Recipe]) -> list[Trial]:
+    """Try every recipe from two random starts, interleaved, and the three most promising ones from `TRIALS`."""
     for shape in {(recipe.batch_size, recipe.threads): recipe for recipe in recipes}.values():
-        train_once(shape, 0)  # compiles
+        reach(name, dataset, shape, 0, parallel_map)  # compiles
     curves: dict[Recipe, list[Curve]] = {recipe: [] for recipe in recipes}
 
     def train(tried: list[Recipe], seeds: range) -> None:
         for seed in seeds:
             for recipe in tried:
-                curves[recipe].append(train_once(recipe, seed))
+                curves[recipe].append(reach(name, dataset, recipe, seed, parallel_map))
 
     train(recipes, range(FIRST_TRIALS))
     best = sorted(recipes, key=lambda recipe: max(_seconds(curve) for curve in curves[recipe]))[:PROMISING]
@@ -238,9 +227,11 @@ def fastest(trials: list[Trial]) -> Recipe:
     return trial.recipe
 
 
-def _run_after_run(train_once: Callable[[int], Curve], curves: list[Curve]) -> Callable:
+def _run_after_run(
+    name: str, dataset: Dataset, recipe: Recipe, parallel_map: Callable, curves: list[Curve]
+) -> Callable:
     """A function that trains from the next random start and appends the curve to `curves`."""
-    return lambda: curves.append(train_once(len(curves)))
+    return lambda: curves.append(reach(name, dataset, recipe, len(curves), parallel_map))
 
 
 def naive_curves(dataset: Dataset, recipe: Recipe, parallel_map: Callable) -> list[Curve]:
