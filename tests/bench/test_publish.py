@@ -37,7 +37,7 @@ from bench.publish.tables import (
 )
 from bench.studies import STUDIES, epochs, head_to_head, ladder, memory, mini_batches, roofline, study, time_to_accuracy
 from tests.support.claims import CLAIMED
-from tests.support.systems import needs_posix
+from tests.support.systems import forks, needs_posix
 
 ENVIRONMENT = {"cpu": "a CPU", "cores": 2, "python": "3", "packages": {}, "variables": {}, "blas": []}
 CONDITIONS = Conditions("2026-01-01T00:00:00", "MNIST", False, "abc", 0.1, 0.0, 1.0, None, ENVIRONMENT)
@@ -640,6 +640,7 @@ def test_ctrl_c_leaves_the_complete_runs(complete):
 
 @pytest.mark.slow
 @needs_posix
+@forks
 def test_a_full_disk_costs_no_table_and_no_complete_run(complete):
     """No file may be larger than 300 bytes."""
 

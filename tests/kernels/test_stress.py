@@ -17,6 +17,7 @@ from kernels.numpy_backend import NumpyBackend
 from model.data import Dataset
 from model.mlp import MLP
 from model.training import train
+from tests.support.systems import forks
 
 THREADS = 8
 SECONDS = 120  # for what takes one or two
@@ -88,21 +89,6 @@ def first_calls(name):
     backend = get_backend(name)
     with threadpool_limits(1, user_api="blas"):
         return in_threads(lambda _: work(backend, 0))
-
-
-def forks(test):
-    """From Python 3.12 on, os.fork warns in a process with threads, if only those of a BLAS that sleep, and JAX does
-    too, where it is installed. What they warn of is what is tested here: nothing of ours that was used before the fork
-    keeps the child from using it again.
-    """
-    cannot = "fork" not in multiprocessing.get_all_start_methods()
-    for mark in (
-        pytest.mark.filterwarnings("ignore:.*JAX is multithreaded:RuntimeWarning"),
-        pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning"),
-        pytest.mark.skipif(cannot, reason="this system cannot fork"),
-    ):
-        test = mark(test)
-    return test
 
 
 @forks

@@ -1,5 +1,6 @@
 """Features that some operating systems lack: tests that need them are skipped, with the reason."""
 
+import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -16,6 +17,21 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="
 needs_long_double = pytest.mark.skipif(
     np.finfo(np.longdouble).eps >= np.finfo(np.float64).eps, reason="longdouble is no wider than float64 here"
 )
+
+
+def forks(test):
+    """From Python 3.12 on, a fork warns in a process with threads, if only those of a BLAS that sleep, and JAX does
+    too, where it is installed. What they warn of is either what is tested, that nothing of ours which was used before
+    the fork keeps the child from using it again, or harmless, as the child only starts another program.
+    """
+    cannot = "fork" not in multiprocessing.get_all_start_methods()
+    for mark in (
+        pytest.mark.filterwarnings("ignore:.*JAX is multithreaded:RuntimeWarning"),
+        pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning"),
+        pytest.mark.skipif(cannot, reason="this system cannot fork"),
+    ):
+        test = mark(test)
+    return test
 
 
 def peak_memory() -> int:
