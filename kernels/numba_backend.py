@@ -160,7 +160,7 @@ FEW_BLOCK_BYTES = 32 * 1024
 
 # A single row of A needs no tiles. Its result stays in L1, and this many vectors of it at a time take STREAMS rows of
 # B. So B is read from left to right. On Zen 3, 1 x 784 times 784 x 128 and 1 x 2000 times 2000 x 2000 take 0.95 to 1.0
-# times the time of OpenBLAS. Tiles of 8 vectors took 1.2 times.
+# times the time of OpenBLAS (the kernel alone, not `matmul`). Tiles of 8 vectors took 1.2 times.
 ONE_VECTORS = 4
 
 # It would not amortize packing a B whose columns are contiguous: on Zen 3, that would take 2.8 times the time of
