@@ -12,7 +12,7 @@ from bench.publish.folder import Folder
 from bench.publish.style import in_seconds, short
 from model.extras.figure import BOUND_COLOUR, OTHER_COLOURS, figure_file, print_small, title
 
-OPENBLAS, MKL, BIG = "OpenBLAS", "MKL", "big products, OpenBLAS"
+OPENBLAS, MKL, ONEDNN, BIG = "OpenBLAS", "MKL", "oneDNN", "big products, OpenBLAS"
 FRAMEWORKS = ("PyTorch", "PyTorch by hand", "torch.compile", "JAX", "scikit-learn")
 FASTEST = "the fastest framework"
 
@@ -248,7 +248,7 @@ CLAIMS = (
             ("shard-backward", "(784×1024)(1024×128)", 1024 * FLOP_OF_IMAGE),
             ("1024", "1024³", 2 * 1024**3),
         )
-        for base, one in ((OPENBLAS, True), (OPENBLAS, False), (MKL, True))
+        for base, one in ((OPENBLAS, True), (OPENBLAS, False), (MKL, True), (ONEDNN, True))
     ),
     Claim("ladder-compiled", "compiled", "loops", "ladder, MLP product, 1 thread", _climb("MLP")),
     *(

@@ -78,10 +78,10 @@ class Result:
 def measure(dataset: Dataset, quick: bool) -> Result:
     """Time the big products on one thread and, with rows split over threads, on all; then the sweep.
 
-    On one thread MKL takes part, too, if PyTorch brings it. On several, its idle threads would disturb the next timing.
+    On one thread MKL and oneDNN take part, too, if PyTorch brings them.
+    On several, their idle threads would disturb the next timing.
     """
     libraries, skipped = torch_libraries()
-    mkl = {name: library for name, library in libraries.items() if name == MKL}
     rounds = 3 if quick else 8
     comparisons = []
     for shape, (left, right, transposed) in track(PRODUCTS.items(), "products", transient=True):
@@ -93,7 +93,7 @@ def measure(dataset: Dataset, quick: bool) -> Result:
                 ours = _split_product(a, b, threads, pool)
                 competitors: dict[str, Callable[[], Any]] = {NUMBA: ours, OPENBLAS: partial(np.matmul, a, b)}
                 if threads == 1:
-                    competitors |= {name: library(a, b) for name, library in mkl.items()}
+                    competitors |= {name: library(a, b) for name, library in libraries.items()}
                 expected = a @ b
                 for name, run in competitors.items():
                     result = np.concatenate(run()) if name == NUMBA else np.asarray(run())
