@@ -33,6 +33,7 @@ from bench.peers.pytorch import (
     PyTorchMediumPrecision,
     PyTorchOneDNN,
 )
+from bench.peers.pytorch_shards import PyTorchInShards
 from bench.peers.scikit_learn import ScikitLearn
 from bench.peers.scipy_csr import SciPyCSR
 from bench.peers.task import (
@@ -60,7 +61,7 @@ def _in_our_shards(backend: Callable) -> Callable[[Task], Competitor]:
 
 PEERS: dict[str, dict[str, Callable[[Task], Competitor]]] = {
     "PyTorch": {"MKL": PyTorch, "oneDNN": PyTorchOneDNN},
-    "PyTorch by hand": {"all at once": PyTorchByHand},
+    "PyTorch by hand": {"all at once": PyTorchByHand, "in our shards": PyTorchInShards},
     "torch.compile": {"loss": CompiledPyTorch, "whole step": CompiledStep, "parts of 2,000": CompiledParts},
     "JAX": {"one call": JAX, "scan over parts of 1,000": JAXScan},
     "scikit-learn": {"partial_fit": ScikitLearn},

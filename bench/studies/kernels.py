@@ -13,10 +13,11 @@ from bench.measure.interleave import interleave
 from bench.measure.records import Comparison
 from bench.publish.style import colour, ordered, plain_ticks, right_labels, short
 from bench.studies.epochs import short_name
+from bench.studies.roofline import peak
 from kernels import backend_names, get_backend
 from kernels.backend import Backend
 from model.data import Dataset
-from model.extras.figure import figure_file, print_small, title
+from model.extras.figure import BOUND_COLOUR, figure_file, print_small, title
 from model.mlp import MLP
 from model.shards import SHARD
 from model.threads import thread_pool
@@ -67,22 +68,26 @@ class Result:
     """Seconds per image on each backend, by kernel."""
     flop: dict[str, int]
     """FLOP per image, by kernel, counting multiplications by zero."""
+    peak_gflop_per_second: float | None = None
+    """Of one thread; None in older results."""
     kind: Literal["kernels"] = "kernels"
 
 
 def measure(
     dataset: Dataset, quick: bool, names: Sequence[str] | None = None, kernels: Sequence[str] = tuple(KERNELS)
 ) -> Result:
-    """Time kernels on backends, by default all of both; for each kernel, the backends are interleaved."""
-    per_image = {}
+    """Time kernels on backends, by default all of both; for each kernel, the backends and the peak are interleaved."""
+    per_image, peaks = {}, []
+    run_peak, peak_flop = peak(1)
     with thread_pool(1):
         for kernel in kernels:
             calls, counts = {}, {}
             for name in names or backend_names():
                 calls[name], counts[name] = checked_call(get_backend(name), kernel, dataset)
-            seconds = interleave(calls, 6 if quick else 40)
+            seconds = interleave({**calls, "peak": run_peak}, 6 if quick else 40)
+            peaks.append(peak_flop / seconds["peak"].min() / 1e9)  # a bound, so its best round counts
             per_image[kernel] = Comparison.of(kernel, {name: seconds[name] / counts[name] for name in calls})
-    return Result(per_image, {kernel: KERNELS[kernel].flop for kernel in kernels})
+    return Result(per_image, {kernel: KERNELS[kernel].flop for kernel in kernels}, float(max(peaks)))
 
 
 def checked_call(backend: Backend, name: str, dataset: Dataset) -> tuple[Callable[[], Any], int]:
@@ -144,8 +149,15 @@ def draw(result: Result, small_print: str, file: Path) -> None:
         axes.set(xscale="log", xlabel="GFLOP/s, counting multiplications by zero (log scale)")
         axes.set(yticks=range(len(result.per_image)), ylim=(len(result.per_image) - 0.4, -0.6))
         axes.set_yticklabels(result.per_image)
+        if result.peak_gflop_per_second:
+            axes.axvline(result.peak_gflop_per_second, color=BOUND_COLOUR, linestyle="--", linewidth=1)
+            text = f"peak FMA throughput, {short(result.peak_gflop_per_second)}"
+            place = result.peak_gflop_per_second, 1.005
+            axes.annotate(
+                text, place, xycoords=("data", "axes fraction"), ha="center", fontsize=7.5, color=BOUND_COLOUR
+            )
         plain_ticks(axes.xaxis)
         right_labels(axes, [text for _, text in labels], fontsize=6.5, places=[y for y, _ in labels])
-        axes.legend(loc="lower right", frameon=False, fontsize=8)
+        axes.legend(loc="lower right", bbox_to_anchor=(0.8, 0), frameon=False, fontsize=8)
         title(figure, "Each kernel on one thread, counting multiplications by zero")
         print_small(figure, small_print)
