@@ -17,6 +17,7 @@ from bench.measure.records import Machine, RecordError, Section, read, write
 from bench.publish.folder import MACHINE, RUN, check_machine, existing_run, read_folder, save
 from bench.publish.report import write_report
 from bench.studies import DATASETS, EVERY_RUN, STUDIES, study
+from model.cli.console import fail
 from model.data import DataError, limited, load_dataset
 from model.extras.environment import environment
 from model.extras.files import make_folder, parse_path
@@ -199,8 +200,6 @@ def main() -> None:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except usage_error as error:
-        message = error.format_message()
+        fail(error.format_message())
     except (DataError, RecordError, ValueError, OSError) as error:
-        message = str(error)
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+        fail(str(error))

@@ -41,4 +41,9 @@ def print_status(line: str) -> None:
 def fail(message: str) -> NoReturn:
     """Print an error and exit with code 2."""
     print_status(f"error: {message}")
+    try:
+        print(end="", flush=True)
+    except OSError:  # on exit, Python would try to flush stdout again, report that too, and change the code to 120
+        with contextlib.suppress(OSError):
+            sys.stdout.close()
     sys.exit(2)

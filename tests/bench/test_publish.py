@@ -610,6 +610,17 @@ def test_without_the_compiler_a_study_ends_in_one_line(tmp_path, monkeypatch):
     assert re.fullmatch(r"error: NUMBA_DISABLE_JIT is set, .*: unset it\n", result.stderr), result.stderr
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
+def test_a_full_disk_is_one_line(monkeypatch):
+    """Python buffers stdout, unless PYTHONUNBUFFERED is set."""
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "bench", "--help"]
+        result = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert result.returncode == 2
+    assert re.fullmatch(r"error: .*No space left on device\n", result.stderr), result.stderr
+
+
 @pytest.fixture
 def complete(tmp_path):
     """Yields a folder with a complete run and a quick one; asserts afterwards that both are unchanged."""

@@ -229,8 +229,9 @@ def few(digits28, tmp_path):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
-def test_the_files_are_written_before_anything_is_printed(few, tmp_path):
-    """Stdout is closed, or on a full disk."""
+def test_the_files_are_written_before_anything_is_printed(few, tmp_path, monkeypatch):
+    """Stdout is closed, or on a full disk. Python buffers it, unless PYTHONUNBUFFERED is set."""
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     train = ("train", *few, "--epochs", 1, "--json", tmp_path / "history.json")
     reproduce = ("reproduce", *few, "--backend", "numpy", "--starts", 1, "--output", tmp_path)
     for command in (train, reproduce):
