@@ -1,5 +1,6 @@
 """``python -m kernels.ladder``: time the steps and show their inner loops."""
 
+import contextlib
 import sys
 from typing import Annotated, Any, NoReturn
 
@@ -15,6 +16,11 @@ errors = Console(stderr=True)
 def fail(message: str) -> NoReturn:
     """Print an error on one line of stderr and exit with code 2."""
     errors.print(f"error: {message}", soft_wrap=True, markup=False, highlight=False)
+    try:
+        print(end="", flush=True)
+    except OSError:  # on exit, Python would try to flush stdout again, report that too, and change the code to 120
+        with contextlib.suppress(OSError):
+            sys.stdout.close()
     sys.exit(2)
 
 

@@ -93,7 +93,9 @@ def test_without_the_compiler_there_is_one_line(module, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
-def test_a_full_disk_is_one_line():
+def test_a_full_disk_is_one_line(monkeypatch):
+    """Python buffers stdout, unless PYTHONUNBUFFERED is set."""
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     command = [sys.executable, "-m", "kernels.ladder", "packed", "--size", "64"]
     with open("/dev/full", "w") as full:
         result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
