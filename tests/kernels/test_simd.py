@@ -16,17 +16,13 @@ from numba.extending import intrinsic
 from kernels import get_backend, numba_backend, simd
 from kernels.numba_backend import (
     DOT_VECTORS,
-    EDGE_BYTES,
-    FEW_BYTES,
     FEW_ROWS,
     KC,
-    KC_TRANSPOSED,
     MR,
     NC_BYTES,
     ONE_VECTORS,
     PACK_ROWS,
     PAGE,
-    STREAMS,
     TILE_BYTES,
 )
 from tests.support.guarded import Guarded, every_dtype, every_place, integers, needs_mprotect
@@ -40,17 +36,31 @@ ROOT = Path(__file__).parents[2]
 # Inside their arrays ----------------------------------------------------------------------------------------
 
 
-def shapes(dtype):
+def shapes(module, dtype):
     """(m, k, n) with 0, 1, and one more or less than a multiple of the block, in each dimension."""
-    width, edge = TILE_BYTES // dtype().itemsize, EDGE_BYTES // dtype().itemsize
+    mr, few, streams = module.MR, module.FEW_ROWS, module.STREAMS
+    width, edge, page = (size // dtype().itemsize for size in (module.TILE_BYTES, module.EDGE_BYTES, module.PAGE))
     columns = [0, 1, edge + 1, width, 2 * width - 1]
-    yield from itertools.product([0, 1, MR - 1, 2 * MR + 1], [0, 1, 5], columns)
-    yield from [(PACK_ROWS + 1, 33, width + 3), (2 * width + 1, 7, 10), (10, KC + 1, 10)]
-    yield (2 * MR + 1, KC_TRANSPOSED + 1, 3 * width + edge + 1)  # three panels share the packed A
-    yield from [(rows, 2 * KC, 2 * FEW_BYTES // dtype().itemsize + edge + 1) for rows in (1, FEW_ROWS - 1)]
-    yield (1, 2 * STREAMS + 3, (2 * ONE_VECTORS * simd.REGISTER_BYTES + EDGE_BYTES) // dtype().itemsize + 1)
-    page = PAGE // dtype().itemsize
-    yield from [(page, STREAMS + 3, 3 * width + 1), (FEW_ROWS + 1, 2 * STREAMS + 3, page + 1)]
+    yield from itertools.product([0, 1, mr - 1, 2 * mr + 1], [0, 1, 5], columns)
+    yield from [(module.PACK_ROWS + 1, 33, width + 3), (2 * width + 1, 7, 10), (10, module.KC + 1, 10)]
+    yield (2 * mr + 1, module.KC_TRANSPOSED + 1, 3 * width + edge + 1)  # three panels share the packed A
+    yield from [(rows, 2 * module.KC, 2 * module.FEW_BYTES // dtype().itemsize + edge + 1) for rows in (1, few - 1)]
+    yield (1, 2 * streams + 3, (2 * module.ONE_VECTORS + 1) * module.REGISTER_BYTES // dtype().itemsize + edge + 1)
+    yield from [(page, streams + 3, 3 * width + 1), (few + 1, 2 * streams + 3, page + 1)]
+
+
+def assert_matmul_stays_inside(module, layout_a, layout_b, place, dtype):
+    for m, k, n in shapes(module, dtype):
+        a = Guarded(integers((m, k), dtype, 1), layout_a, place)
+        b = Guarded(integers((k, n), dtype, 2), layout_b, place)
+        layout_bias = "misaligned" if layout_b == "misaligned" else "row-major"
+        bias = Guarded(integers(n, dtype, 3), layout_bias, place)
+        out = Guarded(np.full((m, n), np.nan, dtype), place=place)
+        module.matmul(a.read_only(), b.read_only(), bias.read_only(), out.array)
+        for argument in a, b, bias:
+            argument.assert_unchanged()
+        out.assert_canaries_live()
+        np.testing.assert_array_equal(out.array, a.array @ b.array + bias.array)
 
 
 @needs_mprotect
@@ -59,17 +69,7 @@ def shapes(dtype):
 @pytest.mark.parametrize("layout_b", LAYOUTS)
 @pytest.mark.parametrize("layout_a", LAYOUTS)
 def test_matmul_stays_inside_its_arrays(layout_a, layout_b, place, dtype):
-    for m, k, n in shapes(dtype):
-        a = Guarded(integers((m, k), dtype, 1), layout_a, place)
-        b = Guarded(integers((k, n), dtype, 2), layout_b, place)
-        layout_bias = "misaligned" if layout_b == "misaligned" else "row-major"
-        bias = Guarded(integers(n, dtype, 3), layout_bias, place)
-        out = Guarded(np.full((m, n), np.nan, dtype), place=place)
-        numba_backend.matmul(a.read_only(), b.read_only(), bias.read_only(), out.array)
-        for argument in a, b, bias:
-            argument.assert_unchanged()
-        out.assert_canaries_live()
-        np.testing.assert_array_equal(out.array, a.array @ b.array + bias.array)
+    assert_matmul_stays_inside(numba_backend, layout_a, layout_b, place, dtype)
 
 
 @needs_mprotect
@@ -110,27 +110,31 @@ def test_subtract_stays_inside_its_arrays(layout, place, dtype):
         np.testing.assert_array_equal(parameter.array, before - gradient.array / 2)
 
 
-@needs_mprotect
-@every_dtype
-@every_place
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_softmax_grad_stays_inside_its_arrays(layout, place, dtype):
+def assert_softmax_grad_stays_inside(module, layout, place, dtype):
     for rows, classes in itertools.product([0, 1, 2, 7], [1, 2, 9, 10, 17, 100]):
         logits = Guarded(integers((rows, classes), dtype), layout, place)
         labels = Guarded(np.arange(rows) % classes, "strided" if layout == "strided" else "row-major", place)
         out = Guarded(np.full((rows, classes), np.nan, dtype), place=place)
         expected = get_backend("numpy").softmax_grad(logits.array, labels.array)
         if logits.array.flags.c_contiguous:  # what the kernel takes; the backend copies others
-            loss, correct = numba_backend.softmax_grad(logits.read_only(), labels.read_only(), out.array)
+            loss, correct = module.softmax_grad(logits.read_only(), labels.read_only(), out.array)
             np.testing.assert_allclose(out.array, expected[2], rtol=1e-5, atol=1e-6)
         else:
-            loss, correct, gradient = get_backend("numba").softmax_grad(logits.read_only(), labels.read_only())
+            loss, correct, gradient = module.NumbaBackend().softmax_grad(logits.read_only(), labels.read_only())
             np.testing.assert_allclose(gradient, expected[2], rtol=1e-5, atol=1e-6)
         logits.assert_unchanged()
         labels.assert_unchanged()
         out.assert_canaries_live()
         np.testing.assert_allclose(loss, expected[0], rtol=1e-5, atol=1e-6)
         assert correct == expected[1]
+
+
+@needs_mprotect
+@every_dtype
+@every_place
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_softmax_grad_stays_inside_its_arrays(layout, place, dtype):
+    assert_softmax_grad_stays_inside(numba_backend, layout, place, dtype)
 
 
 @every_dtype
@@ -378,6 +382,25 @@ def test_products_for_other_cpus_have_the_same_bits(other, dtype):
         for layout_a, layout_b in itertools.product("CF", "CF"):
             product = other.NumbaBackend().matmul(np.asarray(a, order=layout_a), np.asarray(b, order=layout_b), bias)
             np.testing.assert_array_equal(product, expected, err_msg=f"{m} x {k} x {n}, {layout_a}{layout_b}")
+
+
+@pytest.mark.slow
+@needs_mprotect
+@every_dtype
+@every_place
+@pytest.mark.parametrize("layout_b", ["row-major", "transposed"])
+@pytest.mark.parametrize("layout_a", ["row-major", "transposed"])
+def test_matmul_for_other_cpus_stays_inside_its_arrays(other, layout_a, layout_b, place, dtype):
+    """Rows or columns are contiguous: other strides take one of these paths."""
+    assert_matmul_stays_inside(other, layout_a, layout_b, place, dtype)
+
+
+@pytest.mark.slow
+@needs_mprotect
+@every_dtype
+@every_place
+def test_softmax_grad_for_other_cpus_stays_inside_its_arrays(other, place, dtype):
+    assert_softmax_grad_stays_inside(other, "row-major", place, dtype)
 
 
 @pytest.mark.slow
