@@ -207,11 +207,11 @@ def draw(runs: list[Result], small_print: str, file: Path) -> None:
         threads: {size: _over_runs([run.steps[threads][size] for run in runs]) for size in steps}
         for threads, steps in runs[-1].steps.items()
     }
-    with figure_file(file, figsize=(8, 4)) as figure:
+    with figure_file(file, figsize=(8, 5)) as figure:
         panels = figure.subplots(1, len(every), sharey=True, squeeze=False)[0]
         drawn = [times for steps in every.values() for each in steps.values() for times in each.values()]
         lowest, highest = min(times.low for times in drawn), max(times.high for times in drawn)
-        panels[0].set(yscale="log", ylim=(1e6 * lowest / 1.3, 1.3e6 * highest))
+        panels[0].set(yscale="log", ylim=(1e6 * lowest / 1.3, 2.5e6 * highest))
         for axes, (threads, steps) in zip(panels, every.items()):
             _draw_panel(axes, steps)
             axes.set_title(f"{threads} thread{'s' * (threads > 1)}", fontsize=9, fontweight="normal")

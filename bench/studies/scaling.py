@@ -374,7 +374,8 @@ def draw_axis(axes: Axes, result: Result, axis: str, backends: Axis) -> None:
         axes.plot(x, dense / rate, color="#CCCCCC", linewidth=0.6, zorder=0)
     axes.plot(x, floor, color=BOUND_COLOUR, linestyle="--", linewidth=1)
     ends: list[tuple[str, float, float, str]] = [("peak", right, floor[-1], BOUND_COLOUR)]
-    for name, row in backends.items():
+    for name, unordered in backends.items():
+        row = sorted(unordered, key=lambda point: point.at)
         at, seconds, low, high = np.array([(point.at, point.median, point.low, point.high) for point in row]).T
         if at[-1] == last or len(row) == 1:
             anchor = -1 if exponent == 1 else 0
