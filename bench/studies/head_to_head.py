@@ -49,7 +49,7 @@ class Result:
 def measure(dataset: Dataset, quick: bool) -> Result:
     """Verify every form of every competitor, then time steps of the fastest forms, interleaved.
 
-    This takes about 80 seconds, half of them for torch.compile's compilations; a quick run takes 50.
+    This takes two to three minutes, half of them for torch.compile's compilations.
     """
     threads = available_cores()
     competitors: dict[str, Competitor] = {}

@@ -75,9 +75,9 @@ class Result:
 
 
 def measure(dataset: Dataset, quick: bool) -> Result:
-    """Verify the first steps of every competitor, then time steps, interleaved; two minutes, or one if `quick`.
+    """Verify the first steps of every competitor, then time steps, interleaved; two to three minutes.
 
-    Half of that is for torch.compile's compilations.
+    Half of that is for the compilations of torch.compile and JAX, which a quick run needs, too.
     """
     counts = sorted({1, available_cores()})
     measured = {threads: in_fresh_process(_on_threads, dataset, threads, quick, cores=threads) for threads in counts}

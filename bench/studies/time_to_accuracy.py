@@ -97,7 +97,7 @@ class Result:
 
 
 def measure(dataset: Dataset, quick: bool) -> Result:
-    """Choose a recipe for each competitor, then time all, interleaved; two minutes, or half a minute if `quick`."""
+    """Choose a recipe for each competitor, then time all, interleaved; four minutes, or two if `quick`."""
     rounds = 2 if quick else 12
     trials: dict[str, list[Trial]] = {}
     recipes: dict[str, Recipe] = {}
