@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
 from bench import commands
@@ -53,6 +54,16 @@ def test_timed_mini_batches_match_the_trainer(digits28, size):
         scaling.mini_batches(parallel_map, "numpy", timed, few, size, count=-(-50 // size))()
     for ours, theirs in zip(timed.parameters, mlp.parameters):
         np.testing.assert_array_equal(ours, theirs)
+
+
+def test_points_of_an_axis_are_joined_from_left_to_right():
+    """Peers' steps over all images are measured first."""
+    row = [scaling.Measured([seconds], at=at) for at, seconds in ((60_000, 0.1), (1, 9.0), (64, 0.5))]
+    axes = Figure().subplots()
+    result = scaling.Result({}, 60_000, 784, 2, [1, 2], {1: 1.0, 2: 2.0})
+    scaling.draw_axis(axes, result, "batch size", {"JAX": row})
+    joined = [line.get_xdata().tolist() for line in axes.lines if len(line.get_xdata()) == 3]
+    assert joined == [[1, 64, 60_000]]
 
 
 def test_batches_of_the_scaling_study_change():
