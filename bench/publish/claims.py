@@ -10,9 +10,10 @@ import numpy as np
 from bench.measure.records import Comparison, Ratio, Run, Section
 from bench.publish.folder import Folder
 from bench.publish.style import in_seconds, short
+from bench.studies.epochs import BIG_PRODUCTS
+from bench.studies.products import MKL, ONEDNN, OPENBLAS
 from model.extras.figure import BOUND_COLOUR, OTHER_COLOURS, figure_file, print_small, title
 
-OPENBLAS, MKL, ONEDNN, BIG = "OpenBLAS", "MKL", "oneDNN", "big products, OpenBLAS"
 FRAMEWORKS = ("PyTorch", "PyTorch by hand", "torch.compile", "JAX", "scikit-learn")
 FASTEST = "the fastest framework"
 
@@ -204,11 +205,11 @@ STEP, TO_ACCURACY = "a full-batch step", "mini-batches to the published accuracy
 CLAIMS = (
     Claim("numpy-naive", "numpy", "naive", STEP, _epoch),
     Claim("numba-numpy", "numba", "numpy", STEP, _step, _step_bound("numba")),
-    Claim("numba-big", "numba", BIG, "a step", _step, _step_bound("numba")),
+    Claim("numba-big", "numba", BIG_PRODUCTS, "a step", _step, _step_bound("numba")),
     Claim("numba-framework", "numba", FASTEST, STEP, _step, _step_bound("numba")),
     Claim("sparse-numpy", "sparse", "numpy", STEP, _step, _step_bound("sparse")),
     Claim("sparse-numba", "sparse", "numba", STEP, _step, _step_bound("sparse")),
-    Claim("sparse-big", "sparse", BIG, "a step", _step, _step_bound("sparse")),
+    Claim("sparse-big", "sparse", BIG_PRODUCTS, "a step", _step, _step_bound("sparse")),
     Claim("sparse-framework", "sparse", FASTEST, STEP, _step, _step_bound("sparse")),
     Claim("sparse-scipy", "sparse", "SciPy CSR", STEP, _step, _step_bound("sparse")),
     Claim("sparse-torch-csr", "sparse", "PyTorch CSR", STEP, _step, _step_bound("sparse")),

@@ -78,8 +78,8 @@ class Result:
 def measure(dataset: Dataset, quick: bool) -> Result:
     """Time the big products on one thread and, with rows split over threads, on all; then the sweep.
 
-    On one thread MKL and oneDNN take part, too, if PyTorch brings them.
-    On several, their idle threads would disturb the next timing.
+    On one thread MKL and oneDNN take part, too, if PyTorch brings them. On several, their idle threads would disturb
+    the next timing.
     """
     libraries, skipped = torch_libraries()
     rounds = 3 if quick else 8
