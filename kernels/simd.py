@@ -201,6 +201,12 @@ class Vectors:
         arguments = [pointer, _INT32(1), mask, self.constant(0)]
         return self._call("masked.load", self.type, arguments, suffix=".p0")
 
+    def load_bytes(self, pointer: ir.Value) -> ir.Value:
+        """The vector of as many unsigned bytes from `pointer` on, as floats."""
+        bytes_pointer = self._builder.bitcast(pointer, ir.VectorType(_BYTE, self.lanes).as_pointer())
+        integers = ir.VectorType(ir.IntType(self._bits), self.lanes)
+        return self._builder.uitofp(self._builder.zext(self._builder.load(bytes_pointer, align=1), integers), self.type)
+
     def store(self, vector: ir.Value, pointer: ir.Value, mask: ir.Value | None = None, *, column: int = 0) -> None:
         """Write `vector` where :meth:`load` would read it; lanes that are off in `mask` are not accessed."""
         pointer = self._vector_pointer(pointer, column)

@@ -252,8 +252,7 @@ def check_product_inside(module, layout, dtype, place):
             Guarded(integers(columns, dtype), layout, place),
         )
         out = Guarded(np.full((n + 1, columns), np.nan, dtype), place=place)
-        quotients = Guarded(module.QUOTIENTS[np.dtype(dtype)], place=place)
-        arguments = b, bias, quotients, *encoding
+        arguments = b, bias, *encoding
         module.product(*(argument.read_only() for argument in arguments), out.array)
         for argument in arguments:
             argument.assert_unchanged()
