@@ -69,6 +69,15 @@ class Tuning(NamedTuple):
     A panel that stays in L1, and a B that leaves room in L2, pay off more."""
     transposed_depth: int
     """Steps of k in a block, where k runs down the columns of a row-major array: x.T dz, for example."""
+    few_vectors: int
+    """Vectors in a row of a tile for at most FEW_ROWS rows of A."""
+    few_block_bytes: int
+    """Bytes of B that such tiles read at a time, in rows from left to right. Starting a small block takes longer than
+    its arithmetic; a large one leaves L1."""
+    one_rows: int
+    """Rows of B that a single row of A takes at a time: as many streams as the hardware prefetcher can track."""
+    one_vectors: int
+    """Vectors of the result that a single row of A has in registers at a time."""
     packs_a: bool = False
     """Whether such an A is packed, one row of tiles at a time. In place, each step of k is on a different page, and
     with rows of 4 KB all of them map to the same L1 set."""
@@ -81,7 +90,9 @@ class Tuning(NamedTuple):
 # SSE and AVX2: 12 accumulators, two vectors of B and two elements of A. Timed with AVX2 on Zen 3 only, where
 # - packing A takes x.T dz from 1.2 times the time of OpenBLAS to 0.95 to 1.0; prefetching it instead did nothing;
 # - the wide block takes x y from 1.05 to 1.0 times at 1024 x 1024 x 1024, and x.T y from 1.02 to 0.96 times;
-# - shallow blocks take 32 x 2000 times 2000 x 2000 from 1.2 to 1.1 times, and 32 x 784 times 784 x 128 from 1.2 to 1.0.
+# - shallow blocks take 32 x 2000 times 2000 x 2000 from 1.2 to 1.1 times, and 32 x 784 times 784 x 128 from 1.2 to 1.0;
+# - a single row takes 1 x 784 times 784 x 128 and 1 x 2000 times 2000 x 2000 in 0.95 to 1.0 times (without the checks
+#   of `Backend.matmul`).
 AVX2 = Tuning(
     rows=6,
     vectors=2,
@@ -90,6 +101,10 @@ AVX2 = Tuning(
     row_bytes=4096,
     shallow_depth=512,
     transposed_depth=512,
+    few_vectors=4,
+    few_block_bytes=32 * 1024,
+    one_rows=8,
+    one_vectors=4,
     packs_a=True,
     prefetches_results=True,
 )
@@ -98,8 +113,26 @@ AVX2 = Tuning(
 # by llvm-mca only; never timed on ARM.
 NEON = AVX2._replace(vectors=4, prefetches_results=False)
 
-# AVX-512 on Zen 4 and 5, which read x.T in place at no cost. A block of 400 KB stays in an L2 cache of 512 KB.
-ZEN_512 = Tuning(rows=6, vectors=4, edge_vectors=1, chain=6, row_bytes=512, shallow_depth=800, transposed_depth=800)
+# AVX-512 on Zen 4 and 5. A block of 400 KB stays in an L2 cache of 512 KB. On Zen 5,
+# - prefetching x.T takes x.T dz, over 60,000 images, from 0.92 times the time of OpenBLAS to 0.81;
+# - shallow blocks take x.T y from 1.2 to 1.1 times at 2048 x 2048 x 2048, where columns are a power of two bytes apart;
+# - wide tiles and large blocks take 8 x 784 times 784 x 128 from 1.3 to 0.85 times, compared with the choices for AVX2;
+# - more rows and vectors at a time take 1 x 784 times 784 x 128 from 0.9 to 0.8 times, 1 x 2000 times 2000 x 2000 from
+#   1.3 to 1.1 (without the checks of `Backend.matmul`).
+ZEN_512 = Tuning(
+    rows=6,
+    vectors=4,
+    edge_vectors=1,
+    chain=6,
+    row_bytes=512,
+    shallow_depth=800,
+    transposed_depth=512,
+    few_vectors=8,
+    few_block_bytes=512 * 1024,
+    one_rows=16,
+    one_vectors=8,
+    prefetches_a=True,
+)
 
 # AVX-512 on Intel. The numbers come from a prototype of the 14-row tile on an Emerald Rapids; this code itself has yet
 # to run there. x W1 took 0.80 times the time of OpenBLAS, against 0.88 with 6 x 4 tiles. x.T dz took 0.82, against 1.2
@@ -148,25 +181,26 @@ STREAMS = 8
 # this takes 1024 x 784, transposed, times 784 x 128 from 1.1 to 1.0 times the time of OpenBLAS.
 PACKED_TILES = 8
 
-# With at most this many rows of A, the product is bound by reading B. So B is read only once, STREAMS rows at a time:
-# on Zen 3, 8 rows beat 32. Tiles have as many accumulators as elsewhere, but are wider and lower. Software prefetch of
-# the next panels only hurt. A narrow B, of 128 columns say, is read FEW_BLOCK_BYTES at a time: with only 8 rows,
-# starting a block would take longer than its arithmetic.
+# With at most this many rows of A, the product is bound by reading B. So B is read only once, STREAMS rows at a time or
+# more. Tiles have as many accumulators as elsewhere, but are wider and lower. Software prefetch of the next panels only
+# hurt.
 FEW_ROWS = 8
 FEW_MR = 3
-FEW_VECTORS = 4
+FEW_VECTORS = TUNING.few_vectors
 FEW_BYTES = FEW_VECTORS * REGISTER_BYTES
-FEW_BLOCK_BYTES = 32 * 1024
+FEW_BLOCK_BYTES = TUNING.few_block_bytes
 
-# A single row of A needs no tiles. Its result stays in L1, and this many vectors of it at a time take STREAMS rows of
-# B. So B is read from left to right. On Zen 3, 1 x 784 times 784 x 128 and 1 x 2000 times 2000 x 2000 take 0.95 to 1.0
-# times the time of OpenBLAS (the kernel alone, not `matmul`). Tiles of 8 vectors took 1.2 times.
-ONE_VECTORS = 4
+# A single row of A needs no tiles. Its result stays in L1, and B is read from left to right. On Zen 3, tiles of
+# 8 vectors took 1.2 times as long.
+ONE_ROWS = TUNING.one_rows
+ONE_VECTORS = TUNING.one_vectors
 
-# It would not amortize packing a B whose columns are contiguous: on Zen 3, that would take 2.8 times the time of
-# OpenBLAS. So a few vectors of columns at a time are transposed in registers. This takes 0.95 to 1.2 times for
-# 2000 x 2000, and 1.5 for 784 x 128. Two vectors make two independent chains of multiply-adds. Four are slower: they
-# read AVX2's B from 32 places at once, more than the hardware prefetcher can track.
+# Few rows do not amortize packing a B whose columns are contiguous: with one row on Zen 3, that would take 2.8 times
+# the time of OpenBLAS. So a few vectors of columns at a time are transposed in registers. For one row on Zen 3, this
+# takes 0.95 to 1.2 times for 2000 x 2000, and 1.5 for 784 x 128. On Zen 5 with AVX-512, it takes two rows from 3.0 to
+# 1.3 times for 784 x 128, and from 0.4 to 0.2 times for 2000 x 2000. Two vectors make two independent chains of
+# multiply-adds for each row. Four are slower: they read AVX2's B from 32 places at once, more than the hardware
+# prefetcher can track.
 DOT_VECTORS = 2
 
 
@@ -222,7 +256,7 @@ def few_tiles(typing_context, a, i, rows, panels, start, stop, bias, out, j, fir
 def add_rows(typing_context, a, b, p, rows, out):
     """Add the product of a single row of A and `rows` rows of B, from row `p` on, to the result.
 
-    There are STREAMS rows, or one, each contiguous. ONE_VECTORS vectors of the result are in registers at a time.
+    There are ONE_ROWS rows, or one, each contiguous. ONE_VECTORS vectors of the result are in registers at a time.
     """
 
     def emit(context, builder, signature, arguments):
@@ -231,7 +265,7 @@ def add_rows(typing_context, a, b, p, rows, out):
         vectors = Vectors(context, builder, signature.args[0].dtype)
         columns = out.shape[1]
         whole = builder.and_(columns, p.type(-ONE_VECTORS * vectors.lanes))
-        for count in STREAMS, 1:
+        for count in ONE_ROWS, 1:
             with builder.if_then(builder.icmp_signed("==", rows, p.type(count))):
                 x = [vectors.broadcast(a.at(0, builder.add(p, p.type(r)))) for r in range(count)]
                 for start, stop, width in (p.type(0), whole, ONE_VECTORS), (whole, columns, 1):
@@ -250,32 +284,36 @@ def add_rows(typing_context, a, b, p, rows, out):
 
 
 @intrinsic
-def dot_tile(typing_context, a, b, out, j):
-    """Add the product of a single row of A and DOT_VECTORS vectors of columns of B to the result, from column `j` on.
+def dot_tile(typing_context, a, i, rows, b, out, j):
+    """Add the product of a few rows of A and DOT_VECTORS vectors of columns of B to the result, from (`i`, `j`) on.
 
-    `a` is contiguous, and so are the columns of `b`, as long as a multiple of a vector. Square blocks are transposed in
-    registers.
+    There are at most FEW_MR rows. Each is contiguous, and so are the columns of `b`, as long as a multiple of a vector.
+    Square blocks are transposed in registers.
     """
 
     def emit(context, builder, signature, arguments):
-        a, b, out = (View.of(context, builder, signature.args[n], arguments[n]) for n in range(3))
-        j = arguments[3]
+        a, b, out = (View.of(context, builder, signature.args[n], arguments[n]) for n in (0, 3, 4))
+        _, i, rows, _, _, j = arguments
         vectors = Vectors(context, builder, signature.args[0].dtype)
         lanes = vectors.lanes
         size = j.type(REGISTER_BYTES // lanes)  # strides known at compile time need no multiplication
-        a = View(builder, a.at(), (), [a.strides[0], size])
-        b = View(builder, b.at(), b.shape, [size, b.strides[1]])
-        totals = [vectors.variable(vectors.load(out.at(0, j), column=c)) for c in range(DOT_VECTORS)]
-        with cgutils.for_range_slice(builder, j.type(0), b.shape[0], j.type(lanes), j.type) as (k, _):
-            for c, total in enumerate(totals):
-                block = b.part(k, builder.add(j, j.type(c * lanes)))
-                for r, row in enumerate(vectors.transposed(block)):
-                    x = vectors.broadcast(a.at(0, builder.add(k, j.type(r))))
-                    builder.store(vectors.fma(x, row, builder.load(total)), total)
-        for c, total in enumerate(totals):
-            vectors.store(builder.load(total), out.at(0, j), column=c)
+        a = View(builder, a.at(i), (), [a.strides[0], size])
+        b = View(builder, b.at(0, j), b.shape, [size, b.strides[1]])
+        out = View(builder, out.at(i, j), (), out.strides)
+        for count in range(1, FEW_MR + 1):
+            with builder.if_then(builder.icmp_signed("==", rows, j.type(count))):
+                grid = list(itertools.product(range(count), range(DOT_VECTORS)))
+                totals = {(r, c): vectors.variable(vectors.load(out.at(r), column=c)) for r, c in grid}
+                with cgutils.for_range_slice(builder, j.type(0), b.shape[0], j.type(lanes), j.type) as (k, _):
+                    for c in range(DOT_VECTORS):
+                        for step, row in enumerate(vectors.transposed(b.part(k, c * lanes))):
+                            for r in range(count):
+                                x = vectors.broadcast(a.at(r, builder.add(k, j.type(step))))
+                                builder.store(vectors.fma(x, row, builder.load(totals[r, c])), totals[r, c])
+                for (r, c), total in totals.items():
+                    vectors.store(builder.load(total), out.at(r), column=c)
 
-    return types.void(a, b, out, j), emit
+    return types.void(a, i, rows, b, out, j), emit
 
 
 def _emit_tiles(context, builder, signature, arguments, most, width, ragged=False, packing=None):
@@ -303,7 +341,7 @@ def _emit_tiles(context, builder, signature, arguments, most, width, ragged=Fals
                         [builder.select(first, j.type(0), out.strides[0])],
                     )
                     target, ahead, masks, has_room = out.part(i, column), None, [None] * width, None
-                    if packing and TUNING.prefetches_a:
+                    if packing and TUNING.prefetches_a and view.strides[1] is not size:
                         ahead = _next_block(builder, a, i, panels, p)
                     if packing and TUNING.prefetches_results:
                         for r, byte in itertools.product(range(MR), range(0, TILE_BYTES, CACHE_LINE)):
@@ -342,7 +380,7 @@ def _layouts(builder, a, size, is_full):
 def _next_block(builder, a, i, panels, p):
     """The tile's share of the next block of A, for prefetching: one address for each step of k.
 
-    If A is row-major, the hardware prefetcher does the job, and all addresses are the same.
+    If A is row-major, all addresses are the same: the hardware prefetcher does the job.
     """
     count, k = panels.shape[:2]
     rows = i.type(MR)
@@ -371,6 +409,7 @@ def _emit_sums(builder, vectors, a, panel, before, rows, masks, ahead):
     with cgutils.for_range(builder, panel.shape[0]) as loop:
         if ahead:
             vectors.prefetch(ahead.at(loop.index), level=2)
+            compiler_barrier(builder, "convergent")  # unrolled twice, it would spill registers
         a_at = [parts[r // TUNING.chain].at(r % TUNING.chain, loop.index) for r in range(rows)]
         b_at = panel.at(loop.index)
         if rows < len(masks):  # wide and low: keep A in registers, and load one vector of B at a time
@@ -505,10 +544,14 @@ def matmul(a, b, bias, out):
             result[j].fill(bias[j])
     else:
         left, right, result = a, b, out
-    if len(left) == 1:
+    has_columns = right.strides[0] == right.itemsize != right.strides[1]
+    if len(left) == 1 or (len(left) <= FEW_ROWS and has_columns):
         if not swap:
-            result[0] = bias
-        add_one(left, right, result)
+            result[:] = bias
+        if has_columns:
+            add_contiguous_columns(left, right, result)
+        else:
+            add_contiguous_rows(left, right if right.strides[1] == right.itemsize else right.copy(), result)
     else:
         add_blocks(left, right, bias, result, not swap)
     if swap:
@@ -566,7 +609,7 @@ def add_few(a, b, bias, out, first):
     width = FEW_BYTES // b.itemsize
     edge = n - n % width
     panels = panels_of(b[:, :edge], width, m)
-    step = -(-m // -(-m // FEW_MR)) if m else 1  # tiles of equal height, give or take a row
+    step = few_tile_rows(m)
     for p in range(len(panels)):
         for i in range(0, m, step):
             few_tiles(a, i, min(step, m - i), panels, p, p + 1, bias, out, 0, first)
@@ -574,38 +617,37 @@ def add_few(a, b, bias, out, first):
 
 
 @njit
-def add_one(a, b, out):
-    """Add A B to `out`, for a single row of A."""
-    if b.strides[1] == b.itemsize:
-        add_contiguous_rows(a, b, out)
-    elif b.strides[0] == b.itemsize:
-        add_contiguous_columns(a, b, out)
-    else:
-        add_contiguous_rows(a, b.copy(), out)
+def few_tile_rows(m):
+    """Rows of a tile if there are `m`, at most FEW_ROWS: tiles of equal height, give or take a row."""
+    return -(-m // -(-m // FEW_MR)) if m else 1
 
 
 @njit
 def add_contiguous_rows(a, b, out):
-    """Like `add_one`, where the rows of B are contiguous."""
-    whole = len(b) - len(b) % STREAMS
-    for p in range(0, whole, STREAMS):
-        add_rows(a, b, p, STREAMS, out)
+    """Add A B to `out`, for a single row of A. The rows of B are contiguous."""
+    whole = len(b) - len(b) % ONE_ROWS
+    for p in range(0, whole, ONE_ROWS):
+        add_rows(a, b, p, ONE_ROWS, out)
     for p in range(whole, len(b)):
         add_rows(a, b, p, 1, out)
 
 
 @njit
 def add_contiguous_columns(a, b, out):
-    """Like `add_one`, where the columns of B are contiguous."""
+    """Add A B to `out`, for at most FEW_ROWS rows of A. The columns of B are contiguous."""
     a = a.copy()
-    k, n = b.shape
+    m, (k, n) = len(a), b.shape
     lanes = REGISTER_BYTES // b.itemsize
     width = DOT_VECTORS * lanes
     deep, edge = k - k % lanes, n - n % width
+    step = few_tile_rows(m)
     for j in range(0, edge, width):
-        dot_tile(a, b[:deep], out, j)
-    add_contiguous_rows(a[:, deep:], b[deep:, :edge].copy(), out[:, :edge])
-    add_contiguous_rows(a, b[:, edge:].copy(), out[:, edge:])
+        for i in range(0, m, step):
+            dot_tile(a, i, min(step, m - i), b[:deep], out, j)
+    last_rows, last_columns = b[deep:, :edge].copy(), b[:, edge:].copy()
+    for i in range(m):
+        add_contiguous_rows(a[i : i + 1, deep:], last_rows, out[i : i + 1, :edge])
+        add_contiguous_rows(a[i : i + 1], last_columns, out[i : i + 1, edge:])
 
 
 @njit

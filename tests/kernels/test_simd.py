@@ -16,6 +16,7 @@ from numba.extending import intrinsic
 from kernels import get_backend, numba_backend, simd
 from kernels.numba_backend import (
     DOT_VECTORS,
+    FEW_MR,
     FEW_ROWS,
     KC,
     MR,
@@ -39,13 +40,14 @@ ROOT = Path(__file__).parents[2]
 def shapes(module, dtype):
     """(m, k, n) with 0, 1, and one more or less than a multiple of the block, in each dimension."""
     mr, few, streams = module.MR, module.FEW_ROWS, module.STREAMS
+    one_vectors = 2 * module.ONE_VECTORS + 1
     width, edge, page = (size // dtype().itemsize for size in (module.TILE_BYTES, module.EDGE_BYTES, module.PAGE))
     columns = [0, 1, edge + 1, width, 2 * width - 1]
     yield from itertools.product([0, 1, mr - 1, 2 * mr + 1], [0, 1, 5], columns)
     yield from [(module.PACK_ROWS + 1, 33, width + 3), (2 * width + 1, 7, 10), (10, module.KC + 1, 10)]
     yield (2 * mr + 1, module.KC_TRANSPOSED + 1, 3 * width + edge + 1)  # three panels share the packed A
     yield from [(rows, 2 * module.KC, 2 * module.FEW_BYTES // dtype().itemsize + edge + 1) for rows in (1, few - 1)]
-    yield (1, 2 * streams + 3, (2 * module.ONE_VECTORS + 1) * module.REGISTER_BYTES // dtype().itemsize + edge + 1)
+    yield (1, 2 * module.ONE_ROWS + 3, one_vectors * module.REGISTER_BYTES // dtype().itemsize + edge + 1)
     yield from [(page, streams + 3, 3 * width + 1), (few + 1, 2 * streams + 3, page + 1)]
 
 
@@ -192,11 +194,12 @@ def test_products_are_right_around_the_ends_of_blocks(layout, dtype):
 
 
 @every_dtype
-def test_a_single_row_times_contiguous_columns(dtype):
+@pytest.mark.parametrize("rows", [1, 2, FEW_MR + 1, FEW_ROWS])
+def test_few_rows_times_contiguous_columns(rows, dtype):
     lanes = simd.REGISTER_BYTES // dtype().itemsize
     width = DOT_VECTORS * lanes
     for k, n in itertools.product([lanes - 1, lanes, 3 * lanes + 1, KC + 1], [width - 1, width, 3 * width + 1]):
-        a, b, bias = integers((1, k), dtype, 1), integers((k, n), dtype, 2), integers(n, dtype, 3)
+        a, b, bias = integers((rows, k), dtype, 1), integers((k, n), dtype, 2), integers(n, dtype, 3)
         product = get_backend("numba").matmul(a, np.asfortranarray(b), bias)
         np.testing.assert_array_equal(product, a @ b + bias, err_msg=f"{k} x {n}")
 
@@ -212,13 +215,17 @@ def test_rounding_errors_are_those_of_fused_multiply_adds(dtype):
 
 
 @every_dtype
-@pytest.mark.parametrize("layout", ["C", "F"])
-def test_bits_of_a_row_do_not_depend_on_other_rows(layout, dtype):
+@pytest.mark.parametrize("columns", [10, 200])
+@pytest.mark.parametrize("layout_b", ["C", "F"])
+@pytest.mark.parametrize("layout_a", ["C", "F"])
+def test_bits_of_a_row_do_not_depend_on_other_rows(layout_a, layout_b, columns, dtype):
     generator = np.random.default_rng(0)
-    a, b, bias = (generator.standard_normal(shape).astype(dtype) for shape in [(150, 900), (900, 10), 10])
-    whole = get_backend("numba").matmul(np.asarray(a, order=layout), b, bias)
+    shapes = (150, 900), (900, columns), columns
+    a, b, bias = (generator.standard_normal(shape).astype(dtype) for shape in shapes)
+    b = np.asarray(b, order=layout_b)
+    whole = get_backend("numba").matmul(np.asarray(a, order=layout_a), b, bias)
     for start, stop in [(0, 1), (1, 8), (3, 80), (20, 150)]:
-        part = get_backend("numba").matmul(np.asarray(a[start:stop], order=layout), b, bias)
+        part = get_backend("numba").matmul(np.asarray(a[start:stop], order=layout_a), b, bias)
         np.testing.assert_array_equal(part, whole[start:stop])
 
 
@@ -373,7 +380,7 @@ def test_products_for_other_cpus_have_the_same_bits(other, dtype):
         (other.PACK_ROWS + 1, 2 * deep + 3, width + 3),
         (2 * width + 1, deep + 1, 10),
         (other.FEW_ROWS - 1, 2 * other.KC, 2 * other.FEW_BYTES // dtype().itemsize + edge + 1),
-        (1, 37, 3 * width + edge + 1),
+        *((rows, 37, 3 * width + edge + 1) for rows in range(1, other.FEW_ROWS + 1)),
         (other.PAGE // dtype().itemsize, other.STREAMS + 3, 3 * width + 1),
     ]
     for m, k, n in sizes:
