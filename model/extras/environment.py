@@ -1,4 +1,4 @@
-"""The environment of a run: CPU, caches, versions, commit, and environment variables that affect timings."""
+"""The environment of a run: CPU, versions, commit, and environment variables that affect timings."""
 
 import importlib.metadata
 import os
@@ -21,15 +21,13 @@ VARIABLES = ("OPENBLAS_", "MKL_", "OMP_", "GOMP_", "NUMBA_", "VECLIB_", "XLA_", 
 
 
 def environment() -> dict[str, Any]:
-    """CPU, cores, caches in bytes, versions, commit, and the environment variables that affect timings."""
+    """CPU, cores, versions, commit, and the environment variables that affect timings."""
     from llvmlite import binding  # imported here, as training on NumPy does not need it
 
     cpu = cpuinfo.get_cpu_info()
     return {
         "cpu": cpu.get("brand_raw", platform.processor()),
         "cores": available_cores(),
-        "l2_cache_bytes": cpu.get("l2_cache_size"),
-        "l3_cache_bytes": cpu.get("l3_cache_size"),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "blas": [
