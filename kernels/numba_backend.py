@@ -111,7 +111,7 @@ AVX2 = Tuning(
 
 # NEON: 24 accumulators. Longer chains make LLVM use post-indexed loads (LD1R), which take a multiply-add unit. Judged
 # by llvm-mca only; never timed on ARM.
-NEON = AVX2._replace(vectors=4, prefetches_results=False)
+NEON = AVX2._replace(vectors=4, few_vectors=8, prefetches_results=False)
 
 # AVX-512 on Zen 4 and 5. A block of 400 KB stays in an L2 cache of 512 KB. On Zen 5,
 # - prefetching x.T takes x.T dz, over 60,000 images, from 0.92 times the time of OpenBLAS to 0.81;
