@@ -373,7 +373,8 @@ def draw(folders: list[Folder], file: Path) -> None:
         axes.legend(
             loc="upper center", bbox_to_anchor=(0.2, -0.55 / (0.27 * len(rows))), ncols=3, frameon=False, fontsize=7
         )
-        title(figure, "The claims on every machine, with the range over its runs")
+        everywhere = sum(all(each.holds for each in cells(claim, folders).values()) for claim in rows)
+        title(figure, f"{everywhere} of these {len(rows)} claims hold on every machine where they were measured")
         print_small(
             figure,
             "Ratios of medians over interleaved rounds. Dot: median of the runs; hollow where undecided. Bar: their "

@@ -60,6 +60,28 @@ def ratio_over_runs(runs: Sequence[Comparison], name: str, base: str) -> Span:
     return span([run.median(name) / run.median(base) for run in runs if name in run and base in run])
 
 
+def times_over_runs(runs: Sequence[Comparison], names: Sequence[str], base: str) -> str:
+    """The range of each ratio over the runs, in words: × the time of numpy: numba 0.81–0.82, sparse 0.26–0.28."""
+    words = []
+    for name in names:
+        ratio = ratio_over_runs(runs, name, base)
+        ends = dict.fromkeys(f"{end:.2f}" if end < 100 else short(end) for end in (ratio.low, ratio.high))
+        words.append(f"{short_name(name)} {'–'.join(ends)}")
+    return f"× the time of {short_name(base)}: {', '.join(words)}"
+
+
+def beside_numpy(runs: Sequence[Comparison], others: Sequence[str]) -> str:
+    """Times relative to NumPy's, as above: of the other backends, and of the fastest of `others`."""
+    ours = [name for name in backend_names() if name in runs[-1] and name != "numpy"]
+    fastest = sorted(others, key=lambda name: over_runs(runs, name).median)[:1]
+    return times_over_runs(runs, [*ours, *fastest], "numpy")
+
+
+def short_name(name: str) -> str:
+    """A name, shortened to fit beside an axis."""
+    return name if len(name) <= 28 else f"{name[:27]}…"
+
+
 def label(
     axes: Axes,
     text: str,

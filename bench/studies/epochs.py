@@ -21,9 +21,9 @@ from bench.publish.style import (
     ordered,
     over_runs,
     plain_ticks,
-    ratio_over_runs,
     right_labels,
-    short,
+    short_name,
+    times_over_runs,
 )
 from kernels import backend_names, get_backend
 from kernels.backend import Backend
@@ -150,21 +150,9 @@ def draw(runs: list[Result], small_print: str, file: Path) -> None:
         print_small(figure, small_print)
 
 
-def short_name(name: str) -> str:
-    """A name, shortened to fit beside an axis."""
-    return name if len(name) <= 28 else f"{name[:27]}…"
-
-
 def _title(runs: list[Result], names: list[str]) -> str:
     """The range over the runs of each backend's time relative to NumPy's."""
     base = "numpy" if "numpy" in names else names[0]
     others = [name for name in names if name != base]
     what = f"An epoch of {runs[-1].images:,} images"
-    if not others:
-        return what
-    words = []
-    for name in others:
-        ratio = ratio_over_runs([run.epochs for run in runs], name, base)
-        ends = dict.fromkeys(f"{end:.2f}" if end < 100 else short(end) for end in (ratio.low, ratio.high))
-        words.append(f"{short_name(name)} {'–'.join(ends)}")
-    return f"{what}, × the time of {short_name(base)}: {', '.join(words)}"
+    return f"{what}, {times_over_runs([run.epochs for run in runs], others, base)}" if others else what

@@ -12,7 +12,7 @@ from bench.peers.c_csr import COMMAND
 from bench.peers.ours import compile_seconds
 from bench.peers.pytorch import mkl_code_path
 from bench.peers.task import Competitor, Task, UnavailableError
-from bench.publish.style import colour, in_seconds, label, over_runs, right_labels
+from bench.publish.style import beside_numpy, colour, in_seconds, label, over_runs, right_labels
 from bench.studies.epochs import BIG_PRODUCTS, big_products
 from kernels import backend_names
 from model.data import Dataset
@@ -112,8 +112,15 @@ def draw(runs: list[Result], small_print: str, file: Path) -> None:
             tick.set_fontweight("bold" if name in backend_names() else "normal")
         axes.set_xlim(0, 1.05 * max(times.high for times in every.values()))
         right_labels(axes, [in_seconds(every[name].median) for name in rows], places=list(rows.values()))
-        title(figure, "Seconds of a full-batch step")
+        title(figure, _title(runs))
         print_small(figure, small_print)
+
+
+def _title(runs: list[Result]) -> str:
+    """The range over the runs of the backends' times and of the fastest dense package's, relative to NumPy's."""
+    steps = [run.steps for run in runs]
+    packages = [name for name in runs[-1].forms["dense"] if name not in backend_names()]
+    return f"A full-batch step, {beside_numpy(steps, packages)}"
 
 
 def _inexact(result: Result) -> str:

@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 
 from bench.measure.interleave import interleave
 from bench.measure.records import Comparison
-from bench.publish.style import colour, ordered, plain_ticks, right_labels, short
-from bench.studies.epochs import short_name
+from bench.publish.style import colour, ordered, plain_ticks, right_labels, short, short_name
 from bench.studies.roofline import peak
 from kernels import backend_names, get_backend
 from kernels.backend import Backend
@@ -159,5 +158,17 @@ def draw(result: Result, small_print: str, file: Path) -> None:
         plain_ticks(axes.xaxis)
         right_labels(axes, [text for _, text in labels], fontsize=6.5, places=[y for y, _ in labels])
         axes.legend(loc="lower right", bbox_to_anchor=(0.8, 0), frameon=False, fontsize=8)
-        title(figure, "Each kernel on one thread, counting multiplications by zero")
+        title(figure, _title(result))
         print_small(figure, small_print)
+
+
+def _title(result: Result) -> str:
+    """The share of the peak at which each backend multiplies, for the first of the kernels."""
+    kernel, comparison = next(iter(result.per_image.items()))
+    if not result.peak_gflop_per_second:
+        return "Each kernel on one thread, counting multiplications by zero"
+    at_peak = result.flop[kernel] / 1e9 / result.peak_gflop_per_second
+    shares = [
+        f"{short_name(name)} {short(100 * at_peak / comparison.median(name))} %" for name in ordered(comparison.seconds)
+    ]
+    return f"Relative to the peak, counting multiplications by zero, {kernel}: {', '.join(shares)}"

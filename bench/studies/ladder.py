@@ -156,8 +156,18 @@ def draw(runs: list[Result], small_print: str, file: Path) -> None:
             plain_ticks(axes.xaxis)
             right_labels(axes, [" / ".join(map(short, rates[step])) for step in steps], fontsize=7)
         panels[0].legend(loc="lower left", frameon=False, fontsize=7)
-        title(figure, "GFLOP/s of each step, on one thread and on all")
+        title(figure, _title(runs))
         print_small(figure, f"Right of each panel: GFLOP/s on one thread / on all.\n{small_print}")
+
+
+def _title(runs: list[Result]) -> str:
+    """The rates of the first and the last step on one thread, and OpenBLAS's, at the first product."""
+    climb = runs[-1].climbs[0]
+    times = _over_runs(runs, climb)
+    first, last, blas = (short(1 / times[name].median) for name in (climb.steps[0], climb.steps[-1], BLAS))
+    words = "on one thread" if climb.threads == 1 else f"on {climb.threads} threads"
+    bounds = f"{first} GFLOP/s in {climb.steps[0]}, {last} in {climb.steps[-1]}, {blas} in {BLAS}"
+    return f"{climb.product} product {words}: {bounds}"
 
 
 def _over_runs(runs: list[Result], climb: Climb) -> dict[str, Span]:

@@ -31,7 +31,7 @@ from bench.measure.records import Comparison
 from bench.peers import REST, Form, best_form, expected_parameters, turn
 from bench.peers.ours import Ours
 from bench.peers.task import Task, UnavailableError, batches, steps_in_a_turn, take_steps
-from bench.publish.style import Span, colour, end_labels, over_runs, plain_ticks
+from bench.publish.style import Span, beside_numpy, colour, end_labels, over_runs, plain_ticks
 from kernels import backend as contract
 from kernels import get_backend
 from kernels.backend import Backend
@@ -42,7 +42,9 @@ from model.threads import available_cores, thread_pool
 from model.training import descend
 
 SIZES = (1, 8, 32, 128, 512, 2_048)
-NAMES = ("numpy", "numba", "sparse", "PyTorch", "PyTorch by hand", "torch.compile", "JAX")
+PACKAGES = ("PyTorch", "PyTorch by hand", "torch.compile", "JAX")
+NAMES = ("numpy", "numba", "sparse", *PACKAGES)
+TITLE_SIZE = 128  # a common batch size, and the one in the claims
 LEARNING_RATE = 0.1
 IMAGES = 20_000  # to draw batches from: 63 MB of floats, more than most caches; to copy all takes frameworks a second
 
@@ -216,8 +218,18 @@ def draw(runs: list[Result], small_print: str, file: Path) -> None:
             _draw_panel(axes, steps)
             axes.set_title(f"{threads} thread{'s' * (threads > 1)}", fontsize=9, fontweight="normal")
         panels[0].set_ylabel("microseconds per step")
-        title(figure, "Microseconds per step against the batch size")
+        title(figure, _title(runs))
         print_small(figure, small_print)
+
+
+def _title(runs: list[Result]) -> str:
+    """The range over the runs of the backends' times and of the fastest package's, relative to NumPy's, at one size."""
+    threads, sizes = next(iter(runs[-1].steps.items()))
+    size = TITLE_SIZE if TITLE_SIZE in sizes else max(sizes)
+    steps = [run.steps[threads][size] for run in runs]
+    packages = [name for name in PACKAGES if name in steps[-1]]
+    words = f"A step over {size} images on {threads} thread{'s' * (threads > 1)}"
+    return f"{words}, {beside_numpy(steps, packages)}"
 
 
 def _over_runs(runs: list[Comparison]) -> dict[str, Span]:

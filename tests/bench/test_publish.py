@@ -23,7 +23,7 @@ from bench.publish import claims, tables
 from bench.publish.figures import draw_all
 from bench.publish.folder import Folder, check_machine, existing_run, read_all, read_folder, save
 from bench.publish.report import CAPTIONS, write_report
-from bench.publish.style import over_runs, ratio_over_runs, small_print
+from bench.publish.style import beside_numpy, over_runs, ratio_over_runs, small_print
 from bench.publish.tables import (
     PUBLISHED_RESULTS,
     ROOT,
@@ -456,6 +456,12 @@ def test_a_span_is_of_medians_over_runs():
     alone = runs[0].rounds["numba"]
     assert over_runs(runs[:1], "numba") == (1.0, alone.low, alone.high)
     assert alone.low < alone.high
+
+
+def test_titles_compare_the_backends_and_the_fastest_package_with_numpy():
+    seconds = [{"numpy": 2.0, "numba": 1.0, "JAX": 3.0, "PyTorch": 9.0}, {"numpy": 2.0, "numba": 1.5, "JAX": 3.0}]
+    runs = [Comparison("", {name: [median] * 6 for name, median in each.items()}) for each in seconds]
+    assert beside_numpy(runs, ["PyTorch", "JAX"]) == "× the time of numpy: numba 0.50–0.75, JAX 1.50"
 
 
 def test_names_of_any_length_and_script_are_drawn(tmp_path):
