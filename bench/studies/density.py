@@ -131,6 +131,6 @@ def _title(result: Result) -> str:
     """How sparse compares with the fastest dense backend on the data set, and where it takes as long."""
     fastest = min(result.dense, key=lambda name: result.dense[name].median)
     ratio, crossing = result.dataset_rounds.median / result.dense[fastest].median, break_even(result, fastest)
-    words = f"; as long at {crossing:.0f} %" if crossing < 100 else ""
-    place = f"{result.dataset}'s {result.dataset_percent:.0f} % of non-zero pixels"
-    return f"On {place}, sparse takes {ratio:.2f} × the time of {fastest}{words}"
+    words = f"; at {crossing:.0f} %, the same" if crossing < 100 else ""
+    pixels = f"{result.dataset}, {result.dataset_percent:.0f} % non-zero"
+    return f"{pixels}: sparse takes {ratio:.2f} × the time of {fastest}{words}"

@@ -171,4 +171,4 @@ def _title(result: Result) -> str:
     shares = [
         f"{short_name(name)} {short(100 * at_peak / comparison.median(name))} %" for name in ordered(comparison.seconds)
     ]
-    return f"Relative to the peak, counting multiplications by zero, {kernel}: {', '.join(shares)}"
+    return f"The {kernel} relative to the peak, zeros counted: {', '.join(shares)}"
