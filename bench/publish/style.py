@@ -71,10 +71,14 @@ def times_over_runs(runs: Sequence[Comparison], names: Sequence[str], base: str)
 
 
 def beside_numpy(runs: Sequence[Comparison], others: Sequence[str]) -> str:
-    """Times relative to NumPy's, as above: of the other backends, and of the fastest of `others`."""
-    ours = [name for name in backend_names() if name in runs[-1] and name != "numpy"]
+    """Times relative to NumPy's, as above: of the other backends, and of the fastest of `others`.
+
+    Without NumPy, relative to the first backend's.
+    """
+    ours = sorted((name for name in backend_names() if name in runs[-1]), key=lambda name: name != "numpy")
     fastest = sorted(others, key=lambda name: over_runs(runs, name).median)[:1]
-    return times_over_runs(runs, [*ours, *fastest], "numpy")
+    base, *rest = [*ours, *fastest]
+    return times_over_runs(runs, rest, base)
 
 
 def short_name(name: str) -> str:
