@@ -127,10 +127,24 @@ def test_bfloat16_is_skipped_without_instructions_for_it(form, task, monkeypatch
         competitor("PyTorch bfloat16", task, form)
 
 
+def test_medium_precision_is_skipped_where_only_the_rounding_of_float32_differs(task, monkeypatch):
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr("bench.peers.pytorch.get_cpu_info", lambda: {"flags": ["avx512_bf16"]})
+    forward = torch.nn.Linear.forward
+
+    def by_another_library(layer, x):
+        is_medium = torch.get_float32_matmul_precision() == "medium"
+        return forward(layer, x) * (1 + 2.0**-20 * is_medium)
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", by_another_library)
+    with pytest.raises(UnavailableError, match="PyTorch multiplies in float32 here"):
+        competitor("PyTorch bfloat16", task, "medium precision")
+
+
 def test_medium_precision_ends_with_the_step(task, monkeypatch):
     torch = pytest.importorskip("torch")
     monkeypatch.setattr("bench.peers.pytorch.get_cpu_info", lambda: {"flags": ["avx512_bf16"]})
-    monkeypatch.setattr(torch, "equal", lambda *tensors: False)  # also where products stay in float32
+    monkeypatch.setattr("bench.peers.pytorch.FLOAT32_DIFFERENCE", 0)  # also where products stay in float32
     before, seen = torch.get_float32_matmul_precision(), []
     peer = competitor("PyTorch bfloat16", task, "medium precision")
 
