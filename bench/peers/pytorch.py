@@ -139,8 +139,8 @@ def _bfloat16_loss(torch: ModuleType, network: Any, images: Any, labels: Any) ->
 
 
 FLOAT32_DIFFERENCE = 2.0**-16
-"""Two products in float32 differ by less, relative to the largest element: between the unit roundoffs of float32, 2^-24,
-and of bfloat16, 2^-9."""
+"""Two products in float32 differ by less, relative to the largest element: between the unit roundoffs of float32,
+2^-24, and of bfloat16, 2^-9."""
 
 
 class PyTorchMediumPrecision(PyTorchBFloat16):
