@@ -15,7 +15,7 @@ class NumpyBackend(Backend):
 
     def _matmul(self, a: NDArray, b: NDArray, bias: NDArray | None) -> NDArray:
         # NumPy's matmul computes an outer product, as in a batch of one image, without BLAS: ten times slower.
-        out = a @ b if a.shape[1] != 1 else np.dot(a, b)
+        out = a @ b if a.shape[1] != 1 else a.dot(b)
         if bias is not None:
             out += bias
         return out

@@ -1,6 +1,5 @@
 """SciPy's compressed sparse rows (CSR)."""
 
-import numpy as np
 from scipy.sparse import csr_array
 
 from kernels.numpy_backend import NumpyBackend
@@ -14,11 +13,3 @@ class SciPyCSR(NumpyBackend):
 
     def _prepare(self, images, dtype):
         return csr_array(super()._prepare(images, dtype))
-
-    def _matmul(self, a, b, bias):
-        if isinstance(a, np.ndarray):
-            return super()._matmul(a, b, bias)
-        out = a @ b  # NumPy's functions do not take sparse matrices
-        if bias is not None:
-            out += bias
-        return out
