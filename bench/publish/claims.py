@@ -11,10 +11,11 @@ from bench.measure.records import Comparison, Ratio, Run, Section
 from bench.publish.folder import Folder
 from bench.publish.style import in_seconds, short
 from bench.studies.epochs import BIG_PRODUCTS
+from bench.studies.mini_batches import PACKAGES
 from bench.studies.products import MKL, ONEDNN, OPENBLAS
 from model.extras.figure import BOUND_COLOUR, OTHER_COLOURS, figure_file, print_small, title
 
-FRAMEWORKS = ("PyTorch", "PyTorch by hand", "torch.compile", "JAX", "scikit-learn")
+FRAMEWORKS = (*PACKAGES, "scikit-learn")
 FASTEST = "the fastest framework"
 
 MAIN, BATCHES, PRODUCTS = "claims", "batch-claims", "product-claims"

@@ -60,25 +60,19 @@ def ratio_over_runs(runs: Sequence[Comparison], name: str, base: str) -> Span:
     return span([run.median(name) / run.median(base) for run in runs if name in run and base in run])
 
 
-def times_over_runs(runs: Sequence[Comparison], names: Sequence[str], base: str) -> str:
-    """The range of each ratio over the runs, in words: × the time of numpy: numba 0.81–0.82, sparse 0.26–0.28."""
+def beside_numpy(runs: Sequence[Comparison], names: Sequence[str], packages: Sequence[str] = ()) -> str:
+    """The range over the runs of times relative to NumPy's, in words: of `names`, and of the fastest of `packages`.
+
+    Without NumPy, they are relative to the time of the first name.
+    """
+    fastest = sorted(packages, key=lambda name: over_runs(runs, name).median)[:1]
+    base, *others = sorted([*names, *fastest], key=lambda name: name != "numpy")
     words = []
-    for name in names:
+    for name in others:
         ratio = ratio_over_runs(runs, name, base)
         ends = dict.fromkeys(f"{end:.2f}" if end < 100 else short(end) for end in (ratio.low, ratio.high))
         words.append(f"{short_name(name)} {'–'.join(ends)}")
     return f"× the time of {short_name(base)}: {', '.join(words)}"
-
-
-def beside_numpy(runs: Sequence[Comparison], others: Sequence[str]) -> str:
-    """Times relative to NumPy's, as above: of the other backends, and of the fastest of `others`.
-
-    Without NumPy, relative to the first backend's.
-    """
-    ours = sorted((name for name in backend_names() if name in runs[-1]), key=lambda name: name != "numpy")
-    fastest = sorted(others, key=lambda name: over_runs(runs, name).median)[:1]
-    base, *rest = [*ours, *fastest]
-    return times_over_runs(runs, rest, base)
 
 
 def short_name(name: str) -> str:

@@ -15,6 +15,7 @@ from threadpoolctl import ThreadpoolController
 from bench.measure.interleave import interleave
 from bench.measure.records import Comparison
 from bench.publish.style import (
+    beside_numpy,
     bound,
     colour,
     in_seconds,
@@ -23,7 +24,6 @@ from bench.publish.style import (
     plain_ticks,
     right_labels,
     short_name,
-    times_over_runs,
 )
 from kernels import backend_names, get_backend
 from kernels.backend import Backend
@@ -152,7 +152,5 @@ def draw(runs: list[Result], small_print: str, file: Path) -> None:
 
 def _title(runs: list[Result], names: list[str]) -> str:
     """The range over the runs of each backend's time relative to NumPy's."""
-    base = "numpy" if "numpy" in names else names[0]
-    others = [name for name in names if name != base]
     what = f"An epoch of {runs[-1].images:,} images"
-    return f"{what}, {times_over_runs([run.epochs for run in runs], others, base)}" if others else what
+    return f"{what}, {beside_numpy([run.epochs for run in runs], names)}" if len(names) > 1 else what

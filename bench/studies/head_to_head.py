@@ -119,8 +119,9 @@ def draw(runs: list[Result], small_print: str, file: Path) -> None:
 def _title(runs: list[Result]) -> str:
     """The range over the runs of the backends' times and of the fastest dense package's, relative to NumPy's."""
     steps = [run.steps for run in runs]
-    packages = [name for name in runs[-1].forms["dense"] if name not in backend_names()]
-    return f"A full-batch step, {beside_numpy(steps, packages)}"
+    ours = [name for name in backend_names() if name in steps[-1]]
+    packages = [name for name in runs[-1].forms["dense"] if name not in ours]
+    return f"A full-batch step, {beside_numpy(steps, ours, packages)}"
 
 
 def _inexact(result: Result) -> str:

@@ -43,7 +43,8 @@ from model.training import descend
 
 SIZES = (1, 8, 32, 128, 512, 2_048)
 PACKAGES = ("PyTorch", "PyTorch by hand", "torch.compile", "JAX")
-NAMES = ("numpy", "numba", "sparse", *PACKAGES)
+BACKENDS = ("numpy", "numba", "sparse")
+NAMES = (*BACKENDS, *PACKAGES)
 TITLE_SIZE = 128  # a common batch size, and the one in the claims
 LEARNING_RATE = 0.1
 IMAGES = 20_000  # to draw batches from: 63 MB of floats, more than most caches; to copy all takes frameworks a second
@@ -227,9 +228,9 @@ def _title(runs: list[Result]) -> str:
     threads, sizes = next(iter(runs[-1].steps.items()))
     size = TITLE_SIZE if TITLE_SIZE in sizes else max(sizes)
     steps = [run.steps[threads][size] for run in runs]
-    packages = [name for name in PACKAGES if name in steps[-1]]
+    ours, packages = ([name for name in names if name in steps[-1]] for names in (BACKENDS, PACKAGES))
     words = f"A step over {size} images on {threads} thread{'s' * (threads > 1)}"
-    return f"{words}, {beside_numpy(steps, packages)}"
+    return f"{words}, {beside_numpy(steps, ours, packages)}"
 
 
 def _over_runs(runs: list[Comparison]) -> dict[str, Span]:

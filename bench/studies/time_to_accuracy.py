@@ -22,6 +22,7 @@ from bench.measure.records import Comparison, Rounds
 from bench.peers import PEERS, REST, best_form, competitor, expected_parameters
 from bench.peers.task import Learner, Task, UnavailableError, shuffled_batches
 from bench.publish.style import colour, in_seconds, label
+from bench.studies.mini_batches import NAMES
 from model.data import Dataset, limited
 from model.extras.figure import BOUND_COLOUR, figure_file, print_small, title
 from model.mlp import MLP
@@ -33,7 +34,6 @@ EVALUATE_EVERY = 2500
 GIVE_UP_AFTER = 60_000
 BATCH_SIZES = (32, 64, 128)
 LEARNING_RATES = (0.3, 0.5, 0.7, 1.0)
-NAMES = ("numpy", "numba", "sparse", "PyTorch", "PyTorch by hand", "torch.compile", "JAX")
 ON_ONE_THREAD_TOO = ("PyTorch", "PyTorch by hand", "torch.compile")
 IMAGES_FOR_FORMS = 6_000
 FIRST_TRIALS = 2

@@ -461,7 +461,9 @@ def test_a_span_is_of_medians_over_runs():
 def test_titles_compare_the_backends_and_the_fastest_package_with_numpy():
     seconds = [{"numpy": 2.0, "numba": 1.0, "JAX": 3.0, "PyTorch": 9.0}, {"numpy": 2.0, "numba": 1.5, "JAX": 3.0}]
     runs = [Comparison("", {name: [median] * 6 for name, median in each.items()}) for each in seconds]
-    assert beside_numpy(runs, ["PyTorch", "JAX"]) == "× the time of numpy: numba 0.50–0.75, JAX 1.50"
+    assert (
+        beside_numpy(runs, ["numba", "numpy"], ["PyTorch", "JAX"]) == "× the time of numpy: numba 0.50–0.75, JAX 1.50"
+    )
 
 
 def test_names_of_any_length_and_script_are_drawn(tmp_path):
