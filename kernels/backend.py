@@ -35,9 +35,13 @@ class Backend(ABC):
     ----------
     too_slow_for_full_batches : bool
         Whether an epoch over all images takes many minutes, as it does in pure Python.
+    images_at_once : int
+        Maximum number of images that a caller with many thousands should pass in one call: few enough that a layer's
+        results stay in L2, enough to amortize the calls from Python.
     """
 
     too_slow_for_full_batches = False
+    images_at_once = 1024
 
     def __repr__(self) -> str:
         return f"get_backend({self.name!r})"

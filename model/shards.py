@@ -1,8 +1,8 @@
 """Sums over images in a fixed order: the same bits on any number of threads.
 
-A batch is cut into **shards**, contiguous ranges of up to 1,024 images that depend only on its size. Each goes through
-the network as a whole, and their sums are added in a fixed binary tree. Floating-point addition is not associative, but
-this way threads only change who computes a sum, never the order of its additions.
+A batch is cut into **shards**, contiguous ranges of images that depend only on its size and the backend. Each goes
+through the network as a whole, and their sums are added in a fixed binary tree. Floating-point addition is not
+associative, but this way threads only change who computes a sum, never the order of its additions.
 """
 
 import itertools
@@ -18,9 +18,12 @@ from kernels.backend import Backend
 from model.mlp import MLP
 from model.threads import exhaust
 
-SHARD = 1024
-"""Maximum number of images in a shard: few enough that a layer's result fits in L2, and that a second thread helps in
-batches of little more than a thousand images. On Zen 3, full batches with larger shards are no faster."""
+SHARD = Backend.images_at_once
+"""Maximum number of images in a shard, of up to ENOUGH_SHARDS, on any backend: few enough that a second thread helps in
+batches of little more than a thousand images."""
+
+ENOUGH_SHARDS = 32
+"""With this many shards, a backend may have larger ones."""
 
 
 class Sums(NamedTuple):
@@ -164,7 +167,8 @@ class Shards:
         self.parallel_map = parallel_map
         self.count = len(images)
         memory = memory or Memory()
-        self.shards = [Shard(backend, images[part], labels[part], dtype, memory) for part in shard_ranges(self.count)]
+        ranges = shard_ranges(self.count, backend.images_at_once)
+        self.shards = [Shard(backend, images[part], labels[part], dtype, memory) for part in ranges]
         exhaust(parallel_map(Shard.prepare, self.shards))
 
     def gradient(self, mlp: MLP, on_images: Callable[[int], None] = lambda images: None) -> Sums:
@@ -182,15 +186,21 @@ class Shards:
         return mean(self.parallel_map(lambda shard: shard.loss(mlp), self.shards), self.count)
 
 
-def shard_ranges(count: int) -> list[slice]:
-    """The range of each shard of `count` images. The number of shards is the smallest power of two that suffices.
+def shard_ranges(count: int, most: int = SHARD) -> list[slice]:
+    """The range of each shard of `count` images.
 
-    60,000 images make 64 shards, a million make 1,024: enough for every core of a large machine. Shards are as equal as
-    possible, so a power of two of threads or workers gets equal shares.
+    The number of shards is the smallest power of two for which they have at most SHARD images, or, beyond ENOUGH_SHARDS
+    of them, at most `most`. 60,000 images make 64 shards, a million make 1,024: enough for every core of a large
+    machine. Shards are as equal as possible, so a power of two of threads or workers gets equal shares.
     """
-    shards = 2 ** (math.ceil(count / SHARD) - 1).bit_length()
+    shards = max(_shards(count, most), min(_shards(count, SHARD), ENOUGH_SHARDS))
     bounds = [count * shard // shards for shard in range(shards + 1)]
     return [slice(*pair) for pair in itertools.pairwise(bounds)]
+
+
+def _shards(count: int, most: int) -> int:
+    """The smallest power of two of shards that holds `count` images, at most `most` in each."""
+    return 2 ** (math.ceil(count / most) - 1).bit_length()
 
 
 def mean(sums: Iterable[tuple[float, int]], count: int) -> tuple[float, float]:

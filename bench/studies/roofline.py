@@ -133,8 +133,8 @@ def products(backend: Backend, images: NDArray[np.uint8]) -> dict[str, Product]:
     """The forward product, x W1 + b1, and the backward product, x.T dz, of a backend."""
     rng = np.random.default_rng(0)
     weights, bias = MLP().layers[0]
-    upstream = rng.standard_normal((SHARD, len(bias)), np.float32)
-    shards = [backend.prepare(images[rows]) for rows in shard_ranges(len(images))]
+    upstream = rng.standard_normal((max(SHARD, backend.images_at_once), len(bias)), np.float32)
+    shards = [backend.prepare(images[rows]) for rows in shard_ranges(len(images), backend.images_at_once)]
 
     def forward() -> None:
         for x in shards:

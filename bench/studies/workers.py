@@ -258,7 +258,8 @@ def calculation(result: Result, workers: int, images: float) -> dict[str, float]
     """
     few, many = result.traffic[0], result.traffic[-1]
     task = max(0.0, many.overhead - few.overhead) / (many.tasks - few.tasks)
-    threads = min(len(shard_ranges(int(images))), workers * result.threads)
+    shards = shard_ranges(int(images), get_backend("sparse").images_at_once)
+    threads = min(len(shards), workers * result.threads)
     levels = math.ceil(math.log(workers, FAN_IN)) if workers > 1 else 0
     per_image = 1e-6 * result.growth[-1].microseconds * result.threads
     return {

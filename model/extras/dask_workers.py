@@ -174,7 +174,7 @@ class Part:
         expected: dict[str, str],
     ) -> None:
         self.images, self.labels = images, labels
-        self.ranges = shard_ranges(count)
+        self.ranges = shard_ranges(count, get_backend(backend).images_at_once)
         self.nodes = subtrees(*shards, (0, len(self.ranges)))
         self.numbers = shards
         self.backend = backend
@@ -326,15 +326,15 @@ class Cluster:
         """A `Batch` on the workers for `train`; each worker process has this memory budget."""
         return Parts(self, backend, images, labels, dtype, memory)
 
-    def digests(self, array: NDArray) -> bytes:
-        """The digests of the shards of an array, for `model.data.sha256`. Workers hash memory-mapped files.
+    def digests(self, array: NDArray, ranges: list[slice] | None = None) -> bytes:
+        """The digests of ranges of rows, or of those of `model.data.sha256`. Workers hash memory-mapped files.
 
         A worker hashes the shards that its neighbour will read and hash again, which detects copies that differ. The
         client also hashes a few shards, in case the workers share a file that differs from its own.
         """
         if not isinstance(array, np.memmap):
             return digests(array)
-        ranges = shard_ranges(len(array))
+        ranges = ranges or shard_ranges(len(array))
         dealt = deal(len(ranges), self.threads())
         workers = list(dealt)
         futures = []
@@ -397,7 +397,7 @@ class Parts:
     ) -> None:
         self.cluster = cluster
         self.count = len(images)
-        self.ranges = shard_ranges(self.count)
+        self.ranges = shard_ranges(self.count, backend.images_at_once)
         self.form = backend.name, dtype, memory.limit, cluster.expected
         self.sent: list[Future] = []
         self.sources = [self._source(array) for array in (images, labels)]
@@ -490,7 +490,7 @@ class Parts:
     def _source(self, array: NDArray) -> Callable[[int, int], Any]:
         """A function from a range of shards to a worker's share of an array."""
         if isinstance(array, np.memmap):
-            hashes = self.cluster.digests(array)
+            hashes = self.cluster.digests(array, self.ranges)
 
             def hashed(first: int, last: int) -> Hashed:
                 rows = slice(self.ranges[first].start, self.ranges[last - 1].stop)

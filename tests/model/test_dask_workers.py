@@ -199,12 +199,13 @@ def test_any_number_of_workers_gives_the_bits_of_one_process(processes, alone, t
 
 
 @pytest.mark.slow
-def test_workers_give_the_bits_of_one_process_on_whole_data(processes, full_batch_backend, digits28):
-    """On three workers, whose ranges of the 64 shards are several subtrees each."""
+def test_workers_give_the_bits_of_one_process_on_whole_data(processes, full_batch_backend, digits28, tmp_path):
+    """From files, on three workers, whose ranges of the 64 shards (on sparse 32) are several subtrees each."""
     processes.have(3)
     batches = Cluster(processes.client).batch
+    write_idx(tmp_path, digits28)
     seen = []
-    ours = trained(full_batch_backend, digits28, (784, 128, 10), batches=batches, on_images=seen.append)
+    ours = trained(full_batch_backend, load_idx(tmp_path), (784, 128, 10), batches=batches, on_images=seen.append)
     assert_equal(ours, trained(full_batch_backend, digits28, (784, 128, 10)))
     assert sum(seen) == 2 * 60_000
 
@@ -467,7 +468,7 @@ def test_a_file_that_workers_lack_or_that_differs(processes, tmp_path, digits28,
         patch.setattr(dask_workers, "shard_digest", lambda array: bytes(32))
         with pytest.raises(ClusterError, match=r"idx3-ubyte of a worker differs from the client's"):
             trained(NumpyBackend(), mapped, batches=cluster.batch)
-        patch.setattr(Cluster, "digests", lambda cluster, array: bytes(32))
+        patch.setattr(Cluster, "digests", lambda cluster, array, ranges: bytes(32))
         with pytest.raises(ClusterError, match=r"idx3-ubyte of worker tcp://\S+ differs from that of other workers"):
             trained(NumpyBackend(), mapped, batches=cluster.batch)
     for file in tmp_path.iterdir():

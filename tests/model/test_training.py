@@ -143,16 +143,27 @@ def test_shuffling_depends_on_the_seed(tiny):
 
 
 @pytest.mark.parametrize(
-    ("count", "expected"),
-    [(1, 1), (2, 1), (1024, 1), (1025, 2), (2049, 4), (10_000, 16), (60_000, 64), (65_537, 128), (10**6, 1024)],
+    ("most", "numbers"),
+    [
+        (500, {1: 1, 500: 1, 501: 2, 2000: 4, 60_000: 128}),
+        (SHARD, {1: 1, 2: 1, 1024: 1, 1025: 2, 2049: 4, 10_000: 16, 60_000: 64, 65_537: 128, 10**6: 1024}),
+        (2048, {1024: 1, 1025: 2, 10_000: 16, 32_768: 32, 60_000: 32, 65_537: 64, 10**6: 512}),
+    ],
 )
-def test_shards_cover_everything_once_and_evenly(count, expected):
-    shards = shard_ranges(count)
-    assert [index for shard in shards for index in range(count)[shard]] == list(range(count))
-    assert len(shards) == expected
-    sizes = [shard.stop - shard.start for shard in shards]
-    assert max(sizes) - min(sizes) <= 1
-    assert max(sizes) <= SHARD
+def test_shards_cover_everything_once_and_evenly(most, numbers):
+    for count, expected in numbers.items():
+        shards = shard_ranges(count, most)
+        assert [index for shard in shards for index in range(count)[shard]] == list(range(count))
+        assert len(shards) == expected
+        sizes = [shard.stop - shard.start for shard in shards]
+        assert max(sizes) - min(sizes) <= 1
+        assert max(sizes) <= most
+
+
+def test_a_backend_has_shards_of_its_own_size():
+    images = np.zeros((40_000, 1), np.uint8)
+    for name, expected in (("numpy", 64), ("sparse", 32)):
+        assert len(Shards(map, get_backend(name), images, images[:, 0], np.dtype(np.float32)).shards) == expected
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
