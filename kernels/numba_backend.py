@@ -198,10 +198,14 @@ ONE_VECTORS = TUNING.one_vectors
 # Few rows do not amortize packing a B whose columns are contiguous: with one row on Zen 3, that would take 2.8 times
 # the time of OpenBLAS. So a few vectors of columns at a time are transposed in registers. For one row on Zen 3, this
 # takes 0.95 to 1.2 times for 2000 x 2000, and 1.5 for 784 x 128. On Zen 5 with AVX-512, it takes two rows from 3.0 to
-# 1.3 times for 784 x 128, and from 0.4 to 0.2 times for 2000 x 2000. Two vectors make two independent chains of
-# multiply-adds for each row. Four are slower: they read AVX2's B from 32 places at once, more than the hardware
-# prefetcher can track.
+# 1.3 times for 784 x 128, and from 0.4 to 0.2 times for 2000 x 2000.
+#
+# Up to DOT_MR rows take two vectors, for two independent chains of multiply-adds in each row. Four are slower: they
+# read AVX2's B from 32 places at once, more than the hardware prefetcher can track. More rows have chains enough with
+# one vector, and registers for no more. On Zen 5, this takes 8 x 784 times 784 x 128 from 1.8 to 1.4 times with
+# AVX-512, and from 1.0 to 0.86 with AVX2, compared with DOT_MR rows at a time.
 DOT_VECTORS = 2
+DOT_MR = 3
 
 
 # Micro-kernels ----------------------------------------------------------------------------------------------
@@ -284,28 +288,29 @@ def add_rows(typing_context, a, b, p, rows, out):
 
 
 @intrinsic
-def dot_tile(typing_context, a, i, rows, b, out, j):
-    """Add the product of a few rows of A and DOT_VECTORS vectors of columns of B to the result, from (`i`, `j`) on.
+def dot_tile(typing_context, a, b, out, j):
+    """Add the product of A and DOT_VECTORS vectors of columns of B (one, beyond DOT_MR rows) to the result.
 
-    There are at most FEW_MR rows. Each is contiguous, and so are the columns of `b`, as long as a multiple of a vector.
-    Square blocks are transposed in registers.
+    The first column is `j`. There are at most FEW_ROWS rows. Each is contiguous, and so are the columns of `b`, as long
+    as a multiple of a vector. Square blocks are transposed in registers.
     """
 
     def emit(context, builder, signature, arguments):
-        a, b, out = (View.of(context, builder, signature.args[n], arguments[n]) for n in (0, 3, 4))
-        _, i, rows, _, _, j = arguments
+        a, b, out = (View.of(context, builder, signature.args[n], arguments[n]) for n in range(3))
+        j = arguments[3]
         vectors = Vectors(context, builder, signature.args[0].dtype)
         lanes = vectors.lanes
         size = j.type(REGISTER_BYTES // lanes)  # strides known at compile time need no multiplication
-        a = View(builder, a.at(i), (), [a.strides[0], size])
+        a = View(builder, a.at(), a.shape, [a.strides[0], size])
         b = View(builder, b.at(0, j), b.shape, [size, b.strides[1]])
-        out = View(builder, out.at(i, j), (), out.strides)
-        for count in range(1, FEW_MR + 1):
-            with builder.if_then(builder.icmp_signed("==", rows, j.type(count))):
-                grid = list(itertools.product(range(count), range(DOT_VECTORS)))
+        out = View(builder, out.at(0, j), (), out.strides)
+        for count in range(1, FEW_ROWS + 1):
+            with builder.if_then(builder.icmp_signed("==", a.shape[0], j.type(count))):
+                width = DOT_VECTORS if count <= DOT_MR else 1
+                grid = list(itertools.product(range(count), range(width)))
                 totals = {(r, c): vectors.variable(vectors.load(out.at(r), column=c)) for r, c in grid}
                 with cgutils.for_range_slice(builder, j.type(0), b.shape[0], j.type(lanes), j.type) as (k, _):
-                    for c in range(DOT_VECTORS):
+                    for c in range(width):
                         for step, row in enumerate(vectors.transposed(b.part(k, c * lanes))):
                             for r in range(count):
                                 x = vectors.broadcast(a.at(r, builder.add(k, j.type(step))))
@@ -313,7 +318,7 @@ def dot_tile(typing_context, a, i, rows, b, out, j):
                 for (r, c), total in totals.items():
                     vectors.store(builder.load(total), out.at(r), column=c)
 
-    return types.void(a, i, rows, b, out, j), emit
+    return types.void(a, b, out, j), emit
 
 
 def _emit_tiles(context, builder, signature, arguments, most, width, ragged=False, packing=None):
@@ -638,12 +643,10 @@ def add_contiguous_columns(a, b, out):
     a = a.copy()
     m, (k, n) = len(a), b.shape
     lanes = REGISTER_BYTES // b.itemsize
-    width = DOT_VECTORS * lanes
+    width = lanes * (DOT_VECTORS if m <= DOT_MR else 1)
     deep, edge = k - k % lanes, n - n % width
-    step = few_tile_rows(m)
     for j in range(0, edge, width):
-        for i in range(0, m, step):
-            dot_tile(a, i, min(step, m - i), b[:deep], out, j)
+        dot_tile(a, b[:deep], out, j)
     last_rows, last_columns = b[deep:, :edge].copy(), b[:, edge:].copy()
     for i in range(m):
         add_contiguous_rows(a[i : i + 1, deep:], last_rows, out[i : i + 1, :edge])
