@@ -80,20 +80,20 @@ class Tuning(NamedTuple):
     """Vectors of the result that a single row of A has in registers at a time."""
     packs_a: bool = False
     """Whether such an A is packed, one row of tiles at a time. In place, each step of k is on a different page, and
-    with rows of 4 KB all of them map to the same L1 set."""
+    with rows of 4 KB all of them map to the same L1 set. If A is prefetched as well, only such rows are packed."""
     prefetches_a: bool = False
     """Whether the next block of such an A is prefetched, one line at each step of k, spread evenly over the tiles."""
     prefetches_results: bool = False
     """Whether the results of the next tile are prefetched."""
 
 
-# SSE and AVX2: 12 accumulators, two vectors of B and two elements of A. Timed with AVX2 on Zen 3 only, where
-# - packing A takes x.T dz from 1.2 times the time of OpenBLAS to 0.95 to 1.0; prefetching it instead did nothing;
-# - the wide block takes x y from 1.05 to 1.0 times at 1024 x 1024 x 1024, and x.T y from 1.02 to 0.96 times;
-# - shallow blocks take 32 x 2000 times 2000 x 2000 from 1.2 to 1.1 times, and 32 x 784 times 784 x 128 from 1.2 to 1.0;
-# - a single row takes 1 x 784 times 784 x 128 and 1 x 2000 times 2000 x 2000 in 0.95 to 1.0 times (without the checks
+# AVX2 on Zen 3: 12 accumulators, two vectors of B and two elements of A.
+# - Packing A takes x.T dz from 1.2 times the time of OpenBLAS to 0.95 to 1.0; prefetching it instead did nothing;
+# - The wide block takes x y from 1.05 to 1.0 times at 1024 x 1024 x 1024, and x.T y from 1.02 to 0.96 times;
+# - Shallow blocks take 32 x 2000 times 2000 x 2000 from 1.2 to 1.1 times, and 32 x 784 times 784 x 128 from 1.2 to 1.0;
+# - A single row takes 1 x 784 times 784 x 128 and 1 x 2000 times 2000 x 2000 in 0.95 to 1.0 times (without the checks
 #   of `Backend.matmul`).
-AVX2 = Tuning(
+ZEN_3 = Tuning(
     rows=6,
     vectors=2,
     edge_vectors=2,
@@ -109,9 +109,14 @@ AVX2 = Tuning(
     prefetches_results=True,
 )
 
+# SSE and AVX2 elsewhere. On Zen 5, restricted to AVX2, prefetching A instead of packing it takes x.T dz from 1.03 times
+# the time of OpenBLAS to 0.97, and over 60,000 images from 0.99 to 0.94. On an Emerald Rapids, restricted as well, a
+# prototype went from 1.17 to 0.97.
+AVX2 = ZEN_3._replace(transposed_depth=256, prefetches_a=True)
+
 # NEON: 24 accumulators. Longer chains make LLVM use post-indexed loads (LD1R), which take a multiply-add unit. Judged
 # by llvm-mca only; never timed on ARM.
-NEON = AVX2._replace(vectors=4, few_vectors=8, prefetches_results=False)
+NEON = ZEN_3._replace(vectors=4, few_vectors=8, prefetches_results=False)
 
 # AVX-512 on Zen 4 and 5. A block of 400 KB stays in an L2 cache of 512 KB. On Zen 5,
 # - prefetching x.T takes x.T dz, over 60,000 images, from 0.92 times the time of OpenBLAS to 0.81;
@@ -145,7 +150,7 @@ SKYLAKE = RAPIDS._replace(rows=12, chain=4)
 def _tuning() -> Tuning:
     """Not tuned at run time: good choices differ by less than the noise. Only its name tells Intel from Zen."""
     if REGISTER_BYTES < 64:
-        return AVX2 if REGISTERS == 16 else NEON
+        return NEON if REGISTERS > 16 else ZEN_3 if CPU in ("znver1", "znver2", "znver3") else AVX2
     return ZEN_512 if CPU.startswith("znver") else RAPIDS if "rapids" in CPU else SKYLAKE
 
 
@@ -163,7 +168,7 @@ KC = 800
 KC_SHALLOW = TUNING.shallow_depth
 KC_TRANSPOSED = TUNING.transposed_depth
 NC_BYTES = TUNING.row_bytes
-PACKS_A = TUNING.packs_a
+PACKS_A, PREFETCHES_A = TUNING.packs_a, TUNING.prefetches_a
 
 # B is packed if at least this many rows of A amortize it. If each row of B is on its own page, more than FEW_ROWS are
 # enough: an unpacked panel would need more dTLB entries than there are. On Zen 3, this takes 32 x 1024 times
@@ -348,7 +353,7 @@ def _emit_tiles(context, builder, signature, arguments, most, width, ragged=Fals
                         [builder.select(first, j.type(0), out.strides[0])],
                     )
                     target, ahead, masks, has_room = out.part(i, column), None, [None] * width, None
-                    if packing and TUNING.prefetches_a and view.strides[1] is not size:
+                    if packing and PREFETCHES_A and view.strides[1] is not size:
                         ahead = _next_block(builder, a, i, panels, p)
                     if packing and TUNING.prefetches_results:
                         for r, byte in itertools.product(range(MR), range(0, TILE_BYTES, CACHE_LINE)):
@@ -599,8 +604,10 @@ def add_block(a, b, bias, out, first):
     width = TILE_BYTES // b.itemsize
     edge = n - n % width
     panels = panels_of(b[:, :edge], width, m)
-    is_packed = PACKS_A and len(panels) > 2 and a.strides[0] == a.itemsize != a.strides[1]
-    ahead, depth = (PACKED_TILES, STREAMS) if a.strides[1] % PAGE == 0 else (1, max(len(b), 1))
+    on_one_set = a.strides[1] % PAGE == 0
+    is_packed = PACKS_A and (on_one_set or not PREFETCHES_A)
+    is_packed = is_packed and len(panels) > 2 and a.strides[0] == a.itemsize != a.strides[1]
+    ahead, depth = (PACKED_TILES, STREAMS) if on_one_set else (1, max(len(b), 1))
     packed = np.empty((ahead, len(b) + REGISTER_BYTES if is_packed else 0, MR), b.dtype)
     for i in range(0, m, MR):
         t = i // MR % ahead

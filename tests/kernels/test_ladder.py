@@ -124,8 +124,8 @@ def test_a_cpu_without_a_model(cpu):
         triple_of(newest_analyzer(), cpu)
 
 
-# AVX2; AVX-512 on old and new Intel, and on AMD; NEON.
-CPUS = [(TRIPLES[0], cpu) for cpu in ("haswell", "skylake-avx512", "sapphirerapids", "znver4")]
+# AVX2 and AVX-512 on Intel, old and new, and on AMD; NEON.
+CPUS = [(TRIPLES[0], cpu) for cpu in ("haswell", "znver3", "skylake-avx512", "sapphirerapids", "znver4")]
 CPUS.append((TRIPLES[1], "neoverse-n1"))
 
 

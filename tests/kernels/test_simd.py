@@ -351,6 +351,7 @@ def test_products_are_right_on_a_cpu_with_narrower_vectors(settings, register_by
 OTHERS = {
     "SSE": {"REGISTER_BYTES": 16, "REGISTERS": 16, "CPU": "generic"},
     "NEON": {"REGISTER_BYTES": 16, "REGISTERS": 32, "CPU": "generic"},
+    "AVX2 on Zen 3": {"REGISTER_BYTES": 32, "REGISTERS": 16, "CPU": "znver3"},
     "AVX-512 on Intel": {"REGISTER_BYTES": 64, "REGISTERS": 32, "CPU": "skylake-avx512"},
     "AVX-512 on newer Intel": {"REGISTER_BYTES": 64, "REGISTERS": 32, "CPU": "sapphirerapids"},
     "AVX-512 on Zen": {"REGISTER_BYTES": 64, "REGISTERS": 32, "CPU": "znver4"},
