@@ -80,7 +80,7 @@ class Tuning(NamedTuple):
     """Vectors of the result that a single row of A has in registers at a time."""
     packs_a: bool = False
     """Whether such an A is packed, one row of tiles at a time. In place, each step of k is on a different page, and
-    with rows of 4 KB all of them map to the same L1 set. If A is prefetched as well, only such rows are packed."""
+    with rows of 4 KB all of them map to the same L1 set. If A is prefetched as well, it is packed only then."""
     prefetches_a: bool = False
     """Whether the next block of such an A is prefetched, one line at each step of k, spread evenly over the tiles."""
     prefetches_results: bool = False
@@ -88,9 +88,9 @@ class Tuning(NamedTuple):
 
 
 # AVX2 on Zen 3: 12 accumulators, two vectors of B and two elements of A.
-# - Packing A takes x.T dz from 1.2 times the time of OpenBLAS to 0.95 to 1.0; prefetching it instead did nothing;
-# - The wide block takes x y from 1.05 to 1.0 times at 1024 x 1024 x 1024, and x.T y from 1.02 to 0.96 times;
-# - Shallow blocks take 32 x 2000 times 2000 x 2000 from 1.2 to 1.1 times, and 32 x 784 times 784 x 128 from 1.2 to 1.0;
+# - Packing A takes x.T dz from 1.2 times the time of OpenBLAS to 0.95 to 1.0; prefetching it instead did nothing.
+# - The wide block takes x y from 1.05 to 1.0 times at 1024 x 1024 x 1024, and x.T y from 1.02 to 0.96 times.
+# - Shallow blocks take 32 x 2000 times 2000 x 2000 from 1.2 to 1.1 times, and 32 x 784 times 784 x 128 from 1.2 to 1.0.
 # - A single row takes 1 x 784 times 784 x 128 and 1 x 2000 times 2000 x 2000 in 0.95 to 1.0 times (without the checks
 #   of `Backend.matmul`).
 ZEN_3 = Tuning(
@@ -178,9 +178,9 @@ PAGE = 4096  # bytes
 
 # Rows of B that are read from left to right at a time: as many streams as the hardware prefetcher can track. Where each
 # row is on its own page, packing one panel after the other would read a single line of each page: on Zen 3, 32 x 2000
-# times 2000 x 2000 would take 10 to 20 % longer. The prefetcher does not follow a row to the next page, so software
-# prefetches the next rows: on Zen 5, 16 x 2000 times 2000 x 2000 takes 0.89 times the time without with AVX2, 0.93 with
-# AVX-512.
+# times 2000 x 2000 would take 10 to 20 % longer. Software prefetches the next rows, which are on other pages: on
+# Zen 5, this takes 16 x 2000 times 2000 x 2000 from 1.04 to 0.92 times the time of OpenBLAS with AVX2, and from 0.90 to
+# 0.83 with AVX-512.
 STREAMS = 8
 
 # Rows of tiles that A is packed for at a time if its columns are a multiple of 4 KB apart. All of them map to the same
@@ -208,8 +208,8 @@ ONE_VECTORS = TUNING.one_vectors
 # 1.3 times for 784 x 128, and from 0.4 to 0.2 times for 2000 x 2000.
 #
 # Up to DOT_MR rows take two vectors, for two independent chains of multiply-adds in each row. Four are slower: they
-# read AVX2's B from 32 places at once, more than the hardware prefetcher can track. More rows have chains enough with
-# one vector, and registers for no more. On Zen 5, this takes 8 x 784 times 784 x 128 from 1.8 to 1.4 times with
+# read AVX2's B from 32 places at once, more than the hardware prefetcher can track. More rows have enough chains with
+# one vector, and registers for no more: on Zen 5, this takes 8 x 784 times 784 x 128 from 2.2 to 1.7 times with
 # AVX-512, and from 1.0 to 0.86 with AVX2, compared with DOT_MR rows at a time.
 DOT_VECTORS = 2
 DOT_MR = 3

@@ -574,8 +574,8 @@ def line_start(memory):
 class SparseBackend(NumbaBackend):
     """Products with images as above; everything else comes from the numba backend."""
 
-    # Zeros cost nothing, but calls from Python and adding up gradients do. On Zen 5, full batches take 0.93 to 0.97
-    # times the time with 1,024, while dense ones take 1.00 to 1.03 times.
+    # Next to products without zeros, Python and the sums of gradients weigh more. On Zen 5, full batches take 0.93 to
+    # 0.97 times the time that they take with 1,024 at once; on the dense backends, 1.00 to 1.03 times.
     images_at_once = 2048
 
     def _prepare(self, images: NDArray[np.uint8], dtype: np.dtype) -> SparseMatrix:

@@ -19,11 +19,11 @@ from model.mlp import MLP
 from model.threads import exhaust
 
 SHARD = Backend.images_at_once
-"""Maximum number of images in a shard, of up to ENOUGH_SHARDS, on any backend: few enough that a second thread helps in
-batches of little more than a thousand images."""
+"""Maximum number of images in a shard, unless a backend prefers another: few enough that a layer's result fits in L2,
+and that a second thread helps in batches of little more than a thousand images."""
 
 ENOUGH_SHARDS = 32
-"""With this many shards, a backend may have larger ones."""
+"""Only batches of at least this many shards have larger ones, where the backend prefers them."""
 
 
 class Sums(NamedTuple):
