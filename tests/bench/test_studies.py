@@ -219,9 +219,12 @@ def test_files_for_workers_hold_the_data_set(digits28, tmp_path):
         np.testing.assert_array_equal(written, expected)
 
 
-@pytest.mark.parametrize(("processes", "threads", "levels"), [(1, 2, 0), (4, 8, 1), (16, 32, 2), (4000, 4096, 4)])
+@pytest.mark.parametrize(("processes", "threads", "levels"), [(1, 2, 0), (4, 8, 1), (16, 32, 2), (4000, 2048, 4)])
 def test_estimate_for_more_workers(processes, threads, levels):
-    """On two threads a million images take a second, so one thread takes 2 µs per image; a task takes 0.5 ms."""
+    """On two threads a million images take a second, so one thread takes 2 µs per image; a task takes 0.5 ms.
+
+    Three million images make 2,048 shards, so no more threads are of use.
+    """
     traffic = [workers.Traffic(1, 0, 2, 0.01), workers.Traffic(16, 0, 20, 0.019)]
     result = workers.Result(2, 400_000, 1e9, traffic, [workers.Growth(10**6, 1.0, 0)], [])
     calculated = workers.calculation(result, processes, 3e6)
