@@ -68,6 +68,8 @@ class CCSR(NumpyBackend):
         If there is no C compiler.
     """
 
+    images_at_once = 2048  # as many as the sparse backend takes
+
     def __init__(self) -> None:
         if not shutil.which("cc"):
             raise UnavailableError("there is no C compiler named cc")

@@ -20,6 +20,8 @@ class MKLCSR(NumpyBackend):
         If sparse_dot_mkl or MKL is missing.
     """
 
+    images_at_once = 2048  # as many as the sparse backend takes
+
     def __init__(self) -> None:
         for library in Path(sys.prefix, "lib").glob("libmkl_rt.so*"):  # where pip installs it, off the search path
             os.environ.setdefault("MKL_RT", str(library))

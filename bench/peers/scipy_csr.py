@@ -11,5 +11,7 @@ class SciPyCSR(NumpyBackend):
     For a shard, the transposed view (compressed columns) is as fast as a transpose converted to CSR.
     """
 
+    images_at_once = 2048  # as many as the sparse backend takes
+
     def _prepare(self, images, dtype):
         return csr_array(super()._prepare(images, dtype))
