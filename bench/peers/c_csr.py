@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from scipy.sparse import csr_array
 
+from bench.peers.scipy_csr import SciPyCSR
 from bench.peers.task import UnavailableError
-from kernels.numpy_backend import NumpyBackend
 
 # No -ffast-math: GCC then links start-up code that sets flush-to-zero, so every other kernel would lose its denormals.
 COMMAND = "cc -O3 -march=native -ffp-contract=fast -shared -fPIC"
@@ -59,7 +59,7 @@ class Rows:
         return self.shape[0]
 
 
-class CCSR(NumpyBackend):
+class CCSR(SciPyCSR):
     """The NumPy backend with image products in C, run in our shards.
 
     Raises
@@ -68,14 +68,12 @@ class CCSR(NumpyBackend):
         If there is no C compiler.
     """
 
-    images_at_once = 2048  # as many as the sparse backend takes
-
     def __init__(self) -> None:
         if not shutil.which("cc"):
             raise UnavailableError("there is no C compiler named cc")
 
     def _prepare(self, images, dtype):
-        return Rows(csr_array(super()._prepare(images, dtype)))
+        return Rows(super()._prepare(images, dtype))
 
     def _matmul(self, a, b, bias):
         if not isinstance(a, Rows):

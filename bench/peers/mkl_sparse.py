@@ -4,14 +4,12 @@ import os
 import sys
 from pathlib import Path
 
-from scipy.sparse import csr_array
-
 from bench.peers.c_csr import Rows
+from bench.peers.scipy_csr import SciPyCSR
 from bench.peers.task import package
-from kernels.numpy_backend import NumpyBackend
 
 
-class MKLCSR(NumpyBackend):
+class MKLCSR(SciPyCSR):
     """The NumPy backend with image products by single-threaded MKL, run in our shards.
 
     Raises
@@ -20,8 +18,6 @@ class MKLCSR(NumpyBackend):
         If sparse_dot_mkl or MKL is missing.
     """
 
-    images_at_once = 2048  # as many as the sparse backend takes
-
     def __init__(self) -> None:
         for library in Path(sys.prefix, "lib").glob("libmkl_rt.so*"):  # where pip installs it, off the search path
             os.environ.setdefault("MKL_RT", str(library))
@@ -29,7 +25,7 @@ class MKLCSR(NumpyBackend):
         self.mkl.mkl_set_num_threads(1)
 
     def _prepare(self, images, dtype):
-        return Rows(csr_array(super()._prepare(images, dtype)))
+        return Rows(super()._prepare(images, dtype))
 
     def _matmul(self, a, b, bias):
         if not isinstance(a, Rows):
