@@ -15,8 +15,8 @@ from numba.extending import intrinsic
 
 from kernels import get_backend, numba_backend, simd
 from kernels.numba_backend import (
+    DOT_MR,
     DOT_VECTORS,
-    FEW_MR,
     FEW_ROWS,
     KC,
     MR,
@@ -195,7 +195,7 @@ def test_products_are_right_around_the_ends_of_blocks(layout, dtype):
 
 
 @every_dtype
-@pytest.mark.parametrize("rows", [1, 2, FEW_MR + 1, FEW_ROWS])
+@pytest.mark.parametrize("rows", [1, 2, DOT_MR, DOT_MR + 1, FEW_ROWS])
 def test_few_rows_times_contiguous_columns(rows, dtype):
     lanes = simd.REGISTER_BYTES // dtype().itemsize
     width = DOT_VECTORS * lanes
