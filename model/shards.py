@@ -189,9 +189,10 @@ class Shards:
 def shard_ranges(count: int, most: int = SHARD) -> list[slice]:
     """The range of each shard of `count` images.
 
-    The number of shards is the smallest power of two for which they have at most SHARD images, or, beyond ENOUGH_SHARDS
-    of them, at most `most`. 60,000 images make 64 shards, a million make 1,024: enough for every core of a large
-    machine. Shards are as equal as possible, so a power of two of threads or workers gets equal shares.
+    The number of shards is the smallest power of two for which each has at most `most` images. Where those would be
+    fewer than ENOUGH_SHARDS, shards of more than SHARD images are halved until there are that many, to occupy more
+    threads. With SHARD in each, 60,000 images make 64 shards, and a million make 1,024: enough for every core of a
+    large machine. Shards are as equal as possible, so a power of two of threads or workers gets equal shares.
     """
     shards = max(_shards(count, most), min(_shards(count, SHARD), ENOUGH_SHARDS))
     bounds = [count * shard // shards for shard in range(shards + 1)]

@@ -31,7 +31,7 @@ from kernels.sparse_backend import aligned_empty
 from model.data import Dataset
 from model.extras.figure import BOUND_COLOUR, figure_file, print_small, title
 from model.mlp import MLP
-from model.shards import SHARD, shard_ranges
+from model.shards import shard_ranges
 from model.threads import thread_pool
 
 # The machine's bounds ----------------------------------------------------------------------------------------------
@@ -133,8 +133,8 @@ def products(backend: Backend, images: NDArray[np.uint8]) -> dict[str, Product]:
     """The forward product, x W1 + b1, and the backward product, x.T dz, of a backend."""
     rng = np.random.default_rng(0)
     weights, bias = MLP().layers[0]
-    upstream = rng.standard_normal((max(SHARD, backend.images_at_once), len(bias)), np.float32)
     shards = [backend.prepare(images[rows]) for rows in shard_ranges(len(images), backend.images_at_once)]
+    upstream = rng.standard_normal((max(map(len, shards)), len(bias)), np.float32)
 
     def forward() -> None:
         for x in shards:
