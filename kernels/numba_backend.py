@@ -203,16 +203,12 @@ ONE_ROWS = TUNING.one_rows
 ONE_VECTORS = TUNING.one_vectors
 
 # Few rows do not amortize packing a B whose columns are contiguous: with one row on Zen 3, that would take 2.8 times
-# the time of OpenBLAS. So a few vectors of columns at a time are transposed in registers. For one row on Zen 3, this
-# takes 0.95 to 1.2 times for 2000 x 2000, and 1.5 for 784 x 128. On Zen 5 with AVX-512, it takes two rows from 3.0 to
-# 1.3 times for 784 x 128, and from 0.4 to 0.2 times for 2000 x 2000.
-#
-# Up to DOT_MR rows take two vectors, for two independent chains of multiply-adds in each row. Four are slower: they
-# read AVX2's B from 32 places at once, more than the hardware prefetcher can track. More rows have enough chains with
-# one vector, and registers for no more: on Zen 5, this takes 8 x 784 times 784 x 128 from 2.2 to 1.7 times with
-# AVX-512, and from 1.0 to 0.86 with AVX2, compared with DOT_MR rows at a time.
+# the time of OpenBLAS. So a few vectors of columns at a time are transposed in registers. Up to DOT_MR rows take two
+# vectors: each broadcast serves both. Four would read AVX2's B from 32 places at once, more than the hardware
+# prefetcher can track. More rows have registers for one vector only: with two, 8 x 784 times 784 x 128 would take 1.5
+# times as long on Zen 5 with AVX2, and 1.1 times with AVX-512.
 DOT_VECTORS = 2
-DOT_MR = 3
+DOT_MR = 6
 
 
 # Micro-kernels ----------------------------------------------------------------------------------------------
@@ -317,11 +313,12 @@ def dot_tile(typing_context, a, b, out, j):
                 grid = list(itertools.product(range(count), range(width)))
                 totals = {(r, c): vectors.variable(vectors.load(out.at(r), column=c)) for r, c in grid}
                 with cgutils.for_range_slice(builder, j.type(0), b.shape[0], j.type(lanes), j.type) as (k, _):
-                    for c in range(width):
-                        for step, row in enumerate(vectors.transposed(b.part(k, c * lanes))):
-                            for r in range(count):
-                                x = vectors.broadcast(a.at(r, builder.add(k, j.type(step))))
-                                builder.store(vectors.fma(x, row, builder.load(totals[r, c])), totals[r, c])
+                    columns = zip(*(vectors.transposed(b.part(k, c * lanes)) for c in range(width)), strict=True)
+                    for step, row in enumerate(columns):
+                        for r in range(count):
+                            x = vectors.broadcast(a.at(r, builder.add(k, j.type(step))))
+                            for c in range(width):
+                                builder.store(vectors.fma(x, row[c], builder.load(totals[r, c])), totals[r, c])
                 for (r, c), total in totals.items():
                     vectors.store(builder.load(total), out.at(r), column=c)
 
@@ -652,17 +649,21 @@ def add_contiguous_rows(a, b, out):
 @njit
 def add_contiguous_columns(a, b, out):
     """Add A B to `out`, for at most FEW_ROWS rows of A. The columns of B are contiguous."""
-    a = a.copy()
+    a = a if a.strides[1] == a.itemsize else a.copy()
     m, (k, n) = len(a), b.shape
     lanes = REGISTER_BYTES // b.itemsize
     width = lanes * (DOT_VECTORS if m <= DOT_MR else 1)
     deep, edge = k - k % lanes, n - n % width
     for j in range(0, edge, width):
         dot_tile(a, b[:deep], out, j)
-    last_rows, last_columns = b[deep:, :edge].copy(), b[:, edge:].copy()
-    for i in range(m):
-        add_contiguous_rows(a[i : i + 1, deep:], last_rows, out[i : i + 1, :edge])
-        add_contiguous_rows(a[i : i + 1], last_columns, out[i : i + 1, edge:])
+    if deep < k:
+        rest = b[deep:, :edge].copy()
+        for i in range(m):
+            add_contiguous_rows(a[i : i + 1, deep:], rest, out[i : i + 1, :edge])
+    if edge < n:
+        rest = b[:, edge:].copy()
+        for i in range(m):
+            add_contiguous_rows(a[i : i + 1], rest, out[i : i + 1, edge:])
 
 
 @njit

@@ -19,7 +19,7 @@ import secrets
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -263,38 +263,54 @@ class Vectors:
             distance //= 2
         return vector
 
-    def transposed(self, block: View) -> list[ir.Value]:
-        """The rows of a square block, whose columns are contiguous.
+    def transposed(self, block: View) -> Iterator[ir.Value]:
+        """The rows of a square block, whose columns are contiguous. Code is emitted as the rows are asked for.
 
-        No shuffle moves data between 16-byte lanes, which takes AVX2 several instructions or a slow one. So 16 bytes of
-        each column are loaded into the lane where they belong, and transposed there by perfect shuffles (Stone 1971).
+        A shuffle that moves data between 16-byte lanes takes AVX2 several instructions or a slow one. So half a vector
+        of each column is loaded into the half where it belongs, then 16-byte lanes are transposed by perfect shuffles
+        (Stone 1971). With AVX-512, half a vector has two lanes: a last shuffle separates their rows.
         """
         size = 128 // self._bits  # floats in 16 bytes
+        half = max(size, self.lanes // 2)
         columns = []
         for start in range(0, self.lanes, size):
             # x86 adds one, two or four strides within an address. More columns would each need a pointer of its own.
             base = opaque(self._builder, block.part(0, start))
             columns += [base.part(0, c) for c in range(size)]
-        rows = []
-        for start in range(0, self.lanes, size):
-            vectors = [self._side_by_side([column.at(start) for column in columns[r::size]]) for r in range(size)]
-            for _ in range(size.bit_length() - 1):
-                pairs = zip(vectors[: size // 2], vectors[size // 2 :], strict=True)
-                vectors = [self._interleave(*pair, half) for pair in pairs for half in (0, size // 2)]
-            rows += vectors
-        return rows
+        for start in range(0, self.lanes, half):
+            pointers = [column.at(start) for column in columns]
+            if half == size:
+                yield from self._unpacked(pointers, half)
+            else:
+                first, second = (self._unpacked(part, half) for part in (pointers[:half], pointers[half:]))
+                for parity in 0, 1:
+                    for pair in zip(first, second, strict=True):
+                        yield self._every_other_lane(*pair, parity)
 
-    def _side_by_side(self, pointers: Sequence[ir.Value]) -> ir.Value:
-        """A vector of 16 bytes from each pointer."""
-        kind = ir.VectorType(self._float, 128 // self._bits)
+    def _unpacked(self, pointers: Sequence[ir.Value], size: int) -> list[ir.Value]:
+        """Load `size` floats from each pointer, and transpose each 16-byte lane of the vectors."""
+        count = 128 // self._bits
+        vectors = [self._side_by_side(pointers[r::count], size) for r in range(count)]
+        for _ in range(count.bit_length() - 1):
+            pairs = zip(vectors[: count // 2], vectors[count // 2 :], strict=True)
+            vectors = [self._interleave(*pair, half) for pair in pairs for half in (0, count // 2)]
+        return vectors
+
+    def _side_by_side(self, pointers: Sequence[ir.Value], size: int) -> ir.Value:
+        """A vector of `size` floats from each pointer."""
+        kind = ir.VectorType(self._float, size)
         pieces = [
             self._builder.load(self._builder.bitcast(pointer, kind.as_pointer()), align=1) for pointer in pointers
         ]
-        while len(pieces) > 1:
-            numbers = list(range(2 * pieces[0].type.count))
-            order = ir.VectorType(_INT32, len(numbers))(numbers)
-            pieces = [self._builder.shuffle_vector(*pair, order) for pair in zip(pieces[::2], pieces[1::2])]
-        return pieces[0]
+        if len(pieces) == 1:
+            return pieces[0]
+        return self._builder.shuffle_vector(*pieces, ir.VectorType(_INT32, self.lanes)(list(range(self.lanes))))
+
+    def _every_other_lane(self, a: ir.Value, b: ir.Value, first: int) -> ir.Value:
+        """The 16-byte lanes `first`, `first` + 2, ... of `a`, then those of `b`."""
+        size = 128 // self._bits
+        numbers = [n for n in range(2 * self.lanes) if n // size % 2 == first]
+        return self._builder.shuffle_vector(a, b, ir.VectorType(_INT32, self.lanes)(numbers))
 
     def _interleave(self, a: ir.Value, b: ir.Value, start: int) -> ir.Value:
         """Alternate floats of `a` and `b`, from `start` on, separately in each 16-byte lane."""
