@@ -3,7 +3,7 @@
 The product follows Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (2008), in the terms of
 BLIS (Van Zee and van de Geijn, 2015). The *micro-kernel* keeps a *tile* of the result, `MR` rows by `TILE_VECTORS`
 vectors, in registers for the whole loop over k. Each step loads one row of the panel, broadcasts one element of A for
-each row of the tile, and multiplies and adds: 24 multiply-adds for 10 loads on Zen with AVX-512. Around it, B is cut
+each row of the tile, and multiplies and adds: 28 multiply-adds for 16 loads on Zen 5 with AVX-512. Around it, B is cut
 into blocks that stay in the L2 or L3 cache. *Packing* copies a block into contiguous *panels*, each as wide as a tile.
 
 Goto packs A as well. Here its elements are only ever broadcast, so A can be read in place, with any strides. The hard
@@ -53,8 +53,7 @@ class Tuning(NamedTuple):
     """How the product is cut for a kind of CPU."""
 
     rows: int
-    """Rows of a tile. The tile, a row of the panel and an element of A must fit in the registers. Not 8: where the rows
-    of A are a multiple of 4 KB apart, all of them map to the same L1 set, and 8 would cause conflict misses."""
+    """Rows of a tile. The tile, a row of the panel and an element of A must fit in the registers."""
     vectors: int
     """Vectors in a row of a tile."""
     edge_vectors: int
@@ -118,13 +117,12 @@ AVX2 = ZEN_3._replace(transposed_depth=256, prefetches_a=True)
 # by llvm-mca only; never timed on ARM.
 NEON = ZEN_3._replace(vectors=4, few_vectors=8, prefetches_results=False)
 
-# AVX-512 on Zen 4 and 5. A block of 400 KB stays in an L2 cache of 512 KB. On Zen 5,
+# AVX-512 on Zen 4. A block of 400 KB stays in an L2 cache of 512 KB. Chosen on Zen 5, with its own tiles as well, where
 # - prefetching x.T takes x.T dz, over 60,000 images, from 0.92 times the time of OpenBLAS to 0.81;
-# - shallow blocks take x.T y from 1.2 to 1.1 times at 2048 x 2048 x 2048, where columns are a power of two bytes apart;
 # - wide tiles and large blocks take 8 x 784 times 784 x 128 from 1.3 to 0.85 times, compared with the choices for AVX2;
 # - more rows and vectors at a time take 1 x 784 times 784 x 128 from 0.9 to 0.8 times, 1 x 2000 times 2000 x 2000 from
 #   1.3 to 1.1 (without the checks of `Backend.matmul`).
-ZEN_512 = Tuning(
+ZEN_4 = Tuning(
     rows=6,
     vectors=4,
     edge_vectors=1,
@@ -139,11 +137,15 @@ ZEN_512 = Tuning(
     prefetches_a=True,
 )
 
+# AVX-512 on Zen 5. Compared with Zen 4's tiles, each page of x.T serves more multiply-adds: x.T y takes 1.0 instead of
+# 1.2 times the time of OpenBLAS at 2048 x 2048 x 2048, and 0.94 instead of 0.98 at 1024 x 1024 x 1024.
+ZEN_5 = ZEN_4._replace(rows=14, vectors=2, transposed_depth=400)
+
 # AVX-512 on Intel. The numbers come from a prototype of the 14-row tile on an Emerald Rapids; this code itself has yet
 # to run there. x W1 took 0.80 times the time of OpenBLAS, against 0.88 with 6 x 4 tiles. x.T dz took 0.82, against 1.2
 # without prefetching and 1.4 in deep blocks. On older cores, such as Skylake and Ice Lake, LLVM hoists the loads of A
 # so early that 14 rows spill registers, at half the speed by llvm-mca.
-RAPIDS = ZEN_512._replace(rows=14, vectors=2, transposed_depth=64, prefetches_a=True)
+RAPIDS = ZEN_5._replace(transposed_depth=64)
 SKYLAKE = RAPIDS._replace(rows=12, chain=4)
 
 
@@ -151,7 +153,9 @@ def _tuning() -> Tuning:
     """Not tuned at run time: good choices differ by less than the noise. Only its name tells Intel from Zen."""
     if REGISTER_BYTES < 64:
         return NEON if REGISTERS > 16 else ZEN_3 if CPU in ("znver1", "znver2", "znver3") else AVX2
-    return ZEN_512 if CPU.startswith("znver") else RAPIDS if "rapids" in CPU else SKYLAKE
+    if CPU.startswith("znver"):
+        return ZEN_4 if CPU == "znver4" else ZEN_5
+    return RAPIDS if "rapids" in CPU else SKYLAKE
 
 
 TUNING = _tuning()
@@ -159,6 +163,10 @@ MR = TUNING.rows
 TILE_VECTORS, EDGE_VECTORS = TUNING.vectors, TUNING.edge_vectors
 TILE_BYTES = TILE_VECTORS * REGISTER_BYTES
 EDGE_BYTES = EDGE_VECTORS * REGISTER_BYTES
+
+# Rows of a tile where the rows of A are a multiple of 4 KB apart. All of them map to the same L1 set, which has 12 ways
+# on Zen 5 and recent Intel CPUs: 14 rows take 1024 x 1024 x 1024 from 0.94 times the time of OpenBLAS to 1.0.
+MR_ON_ONE_SET = min(MR, 12)
 
 # Rows of the narrower tile: at least as many accumulators as multiply-adds can be in flight.
 EDGE_MR = 12 // EDGE_VECTORS
@@ -606,14 +614,21 @@ def add_block(a, b, bias, out, first):
     is_packed = is_packed and len(panels) > 2 and a.strides[0] == a.itemsize != a.strides[1]
     ahead, depth = (PACKED_TILES, STREAMS) if on_one_set else (1, max(len(b), 1))
     packed = np.empty((ahead, len(b) + REGISTER_BYTES if is_packed else 0, MR), b.dtype)
-    for i in range(0, m, MR):
-        t = i // MR % ahead
+    step = tile_rows(m, MR if a.strides[0] % PAGE else MR_ON_ONE_SET)
+    for i in range(0, m, step):
+        t = i // step % ahead
         if is_packed and t == 0:
             for start in range(0, len(b), depth):
-                for row in range(i, min(i + ahead * MR, m), MR):
-                    pack_a(a[:, start : start + depth], row, packed[(row - i) // MR, start:])
-        tiles(a, i, min(MR, m - i), packed[t], is_packed, panels, 0, len(panels), bias, out, 0, first)
+                for row in range(i, min(i + ahead * step, m), step):
+                    pack_a(a[:, start : start + depth], row, packed[(row - i) // step, start:])
+        tiles(a, i, min(step, m - i), packed[t], is_packed, panels, 0, len(panels), bias, out, 0, first)
     add_edge(a, b, bias, out, edge, first)
+
+
+@njit
+def tile_rows(m, most):
+    """Rows of a tile if A has `m` and a tile at most `most`: tiles of equal height, give or take a row."""
+    return -(-m // -(-m // most)) if m else 1
 
 
 @njit
@@ -623,17 +638,11 @@ def add_few(a, b, bias, out, first):
     width = FEW_BYTES // b.itemsize
     edge = n - n % width
     panels = panels_of(b[:, :edge], width, m)
-    step = few_tile_rows(m)
+    step = tile_rows(m, FEW_MR)
     for p in range(len(panels)):
         for i in range(0, m, step):
             few_tiles(a, i, min(step, m - i), panels, p, p + 1, bias, out, 0, first)
     add_edge(a, b, bias, out, edge, first)
-
-
-@njit
-def few_tile_rows(m):
-    """Rows of a tile if there are `m`, at most FEW_ROWS: tiles of equal height, give or take a row."""
-    return -(-m // -(-m // FEW_MR)) if m else 1
 
 
 @njit

@@ -43,12 +43,13 @@ def shapes(module, dtype):
     one_vectors = 2 * module.ONE_VECTORS + 1
     width, edge, page = (size // dtype().itemsize for size in (module.TILE_BYTES, module.EDGE_BYTES, module.PAGE))
     columns = [0, 1, edge + 1, width, 2 * width - 1]
-    yield from itertools.product([0, 1, mr - 1, 2 * mr + 1], [0, 1, 5], columns)
+    yield from itertools.product([0, 1, mr - 1, mr, 2 * mr + 1], [0, 1, 5], columns)
     yield from [(module.PACK_ROWS + 1, 33, width + 3), (2 * width + 1, 7, 10), (10, module.KC + 1, 10)]
-    yield (2 * mr + 1, module.KC_TRANSPOSED + 1, 3 * width + edge + 1)  # three panels share the packed A
+    # Three panels share the packed A, in whole tiles and in lower ones of equal height.
+    yield from [(m, module.KC_TRANSPOSED + 1, 3 * width + edge + 1) for m in (2 * mr, 2 * mr + 1)]
     yield from [(rows, 2 * module.KC, 2 * module.FEW_BYTES // dtype().itemsize + edge + 1) for rows in (1, few - 1)]
     yield (1, 2 * module.ONE_ROWS + 3, one_vectors * module.REGISTER_BYTES // dtype().itemsize + edge + 1)
-    yield from [(page, streams + 3, 3 * width + 1), (few + 1, 2 * streams + 3, page + 1)]
+    yield from [(page, streams + 3, 3 * width + 1), (few + 1, 2 * streams + 3, page + 1), (2 * mr, page, width + 1)]
 
 
 def assert_matmul_stays_inside(module, layout_a, layout_b, place, dtype):
@@ -355,7 +356,8 @@ OTHERS = {
     "AVX2 on Zen 3": {"REGISTER_BYTES": 32, "REGISTERS": 16, "CPU": "znver3"},
     "AVX-512 on Intel": {"REGISTER_BYTES": 64, "REGISTERS": 32, "CPU": "skylake-avx512"},
     "AVX-512 on newer Intel": {"REGISTER_BYTES": 64, "REGISTERS": 32, "CPU": "sapphirerapids"},
-    "AVX-512 on Zen": {"REGISTER_BYTES": 64, "REGISTERS": 32, "CPU": "znver4"},
+    "AVX-512 on Zen 4": {"REGISTER_BYTES": 64, "REGISTERS": 32, "CPU": "znver4"},
+    "AVX-512 on Zen 5": {"REGISTER_BYTES": 64, "REGISTERS": 32, "CPU": "znver5"},
 }
 
 
@@ -377,13 +379,14 @@ def test_products_for_other_cpus_have_the_same_bits(other, dtype):
     mr, deep = other.MR, max(other.KC_TRANSPOSED, other.STREAMS)
     width, edge = (size // dtype().itemsize for size in (other.TILE_BYTES, other.EDGE_BYTES))
     sizes = [
-        *itertools.product([1, mr - 1, 2 * mr + 1], [0, 5], [1, edge + 1, 2 * width - 1]),
-        (2 * mr + 1, deep + 1, 3 * width + edge + 1),
+        *itertools.product([1, mr - 1, mr, 2 * mr + 1], [0, 5], [1, edge + 1, 2 * width - 1]),
+        *((m, deep + 1, 3 * width + edge + 1) for m in (2 * mr, 2 * mr + 1)),
         (other.PACK_ROWS + 1, 2 * deep + 3, width + 3),
         (2 * width + 1, deep + 1, 10),
         (other.FEW_ROWS - 1, 2 * other.KC, 2 * other.FEW_BYTES // dtype().itemsize + edge + 1),
         *((rows, 37, 3 * width + edge + 1) for rows in range(1, other.FEW_ROWS + 1)),
         (other.PAGE // dtype().itemsize, other.STREAMS + 3, 3 * width + 1),
+        (2 * mr, other.PAGE // dtype().itemsize, width + 1),
     ]
     for m, k, n in sizes:
         a, b, bias = (generator.standard_normal(shape).astype(dtype) for shape in [(m, k), (k, n), n])
