@@ -117,7 +117,7 @@ AVX2 = ZEN_3._replace(transposed_depth=256, prefetches_a=True)
 # by llvm-mca only; never timed on ARM.
 NEON = ZEN_3._replace(vectors=4, few_vectors=8, prefetches_results=False)
 
-# AVX-512 on Zen 4. A block of 400 KB stays in an L2 cache of 512 KB. Chosen on Zen 5, with its own tiles as well, where
+# AVX-512 on Zen 4, judged on Zen 5. A block of 400 KB stays in an L2 cache of 512 KB. On Zen 5,
 # - prefetching x.T takes x.T dz, over 60,000 images, from 0.92 times the time of OpenBLAS to 0.81;
 # - wide tiles and large blocks take 8 x 784 times 784 x 128 from 1.3 to 0.85 times, compared with the choices for AVX2;
 # - more rows and vectors at a time take 1 x 784 times 784 x 128 from 0.9 to 0.8 times, 1 x 2000 times 2000 x 2000 from
