@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import sys
 from concurrent.futures import ProcessPoolExecutor
 
@@ -16,8 +17,10 @@ from tests.support.runs import mini_batch_run
 
 
 def pytest_configure(config):
-    """Warnings are errors in our tests, but not in users' benchmarks."""
+    """Warnings are errors in our tests, but not in users' benchmarks; Ctrl-C works."""
     config.addinivalue_line("filterwarnings", "error")
+    # A shell's background job ignores Ctrl-C, and so would the processes that tests start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if sys.platform == "darwin":  # NumPy before 2.3 on Accelerate warns of overflow in products that have none
         config.addinivalue_line("filterwarnings", "ignore:.*encountered in matmul:RuntimeWarning")
 
