@@ -5,6 +5,7 @@ import functools
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,11 @@ def _end_when_truncated() -> Any:
     return handler  # the cache keeps it alive
 
 
+_ENDING = threading.Lock()  # acquired once, and never released
+
+
 def _end(number: int) -> None:
+    _ENDING.acquire()  # another thread that reads the file waits here until the process has ended
     short = [file for file, end in _mapped.items() if not file.exists() or file.stat().st_size < end]
     line = f"error: {short[0] if short else 'a mapped file'} was truncated while in use: restore the complete file\n"
     os.write(2, b"\n" * sys.stderr.isatty() + line.encode())

@@ -1,0 +1,21 @@
+import subprocess
+import sys
+
+TWO_THREADS = """
+import os, threading, time
+from model.extras import mapping
+
+def write_slowly(*arguments):  # it releases the GIL, as os.write does
+    write(*arguments)
+    time.sleep(0.2)
+
+write, os.write = os.write, write_slowly
+for _ in range(2):
+    threading.Thread(target=mapping._end, args=(7,)).start()
+"""
+
+
+def test_two_threads_that_read_a_truncated_file_report_it_once():
+    result = subprocess.run([sys.executable, "-c", TWO_THREADS], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2
+    assert result.stderr.count("error:") == 1
