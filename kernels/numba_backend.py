@@ -869,26 +869,27 @@ class NumbaBackend(Backend):
     def _matmul(self, a: Any, b: NDArray, bias: NDArray | None) -> NDArray:
         out = np.empty((a.shape[0], b.shape[1]), a.dtype)
         bias = np.zeros(b.shape[1], b.dtype) if bias is None else np.ascontiguousarray(bias)
-        matmul(a, b, bias, out)
+        matmul[b.dtype](a, b, bias, out)
         return out
 
     def _relu(self, z: NDArray) -> NDArray:
         out = np.empty(z.shape, z.dtype)
-        relu(np.ascontiguousarray(z), out)
+        relu[z.dtype](np.ascontiguousarray(z), out)
         return out
 
     def _relu_grad(self, upstream: NDArray, activations: NDArray) -> NDArray:
         out = np.empty(upstream.shape, upstream.dtype)
-        relu_grad(np.ascontiguousarray(upstream), np.ascontiguousarray(activations), out)
+        relu_grad[upstream.dtype](np.ascontiguousarray(upstream), np.ascontiguousarray(activations), out)
         return out
 
     def _softmax_grad(self, logits: NDArray, labels: NDArray[np.integer]) -> tuple[float, int, NDArray]:
         out = np.empty(logits.shape, logits.dtype)
-        loss, correct = softmax_grad(np.ascontiguousarray(logits), np.ascontiguousarray(labels, np.int64), out)
+        logits, labels = np.ascontiguousarray(logits), np.ascontiguousarray(labels, np.int64)
+        loss, correct = softmax_grad[logits.dtype](logits, labels, out)
         return loss, correct, out
 
     def _update(self, parameter: NDArray, gradient: NDArray, factor: float) -> None:
         if parameter.flags.carray and gradient.flags.carray:
-            subtract(np.asarray(parameter).reshape(-1), np.asarray(gradient).reshape(-1), factor)
+            subtract[parameter.dtype](np.asarray(parameter).reshape(-1), np.asarray(gradient).reshape(-1), factor)
         else:
             super()._update(parameter, gradient, factor)

@@ -402,14 +402,14 @@ def integers_in(dtype: types.Float) -> types.Array:
     return types.Array(types.int64, 1, "A", readonly=True, aligned=False)
 
 
-class Kernel:
+class Kernel(dict[np.dtype, Callable]):
     """A function that is compiled, or loaded from the cache on disk, once for each float type.
 
     It releases the GIL, and is thread-safe.
 
-    A call goes straight to the machine code: Numba's dispatch on the types of four arrays takes longer than all the
-    rest of a call. So only the size of array elements is checked. Arrays must have the dimensions, layout and dtype
-    that `parameters` say.
+    ``kernel[dtype]`` is the machine code, and is called like the function. Numba's dispatch on the types of four arrays
+    takes longer than all the rest of a call. So only the size of array elements is checked. Arrays must have the
+    dimensions, layout and dtype that `parameters` say.
 
     Raises
     ------
@@ -420,6 +420,7 @@ class Kernel:
     def __init__(
         self, function: Callable, parameters: Sequence[Callable], returns: types.Type, options: dict[str, Any]
     ):
+        super().__init__()
         _require_compiler()
         functools.update_wrapper(self, function)
         self.function = function
@@ -427,15 +428,20 @@ class Kernel:
         self._returns = returns
         self._options: dict[str, Any] = {"nogil": True, "error_model": "numpy"} | options
         self._source = _read(function)
-        self._compiled: dict[np.dtype, Callable] = {}
         self._dispatchers: list[Any] = []  # they own the machine code
 
     def __call__(self, array: np.ndarray, *arguments: Any) -> Any:
-        """Call the version for the dtype of the first argument."""
-        compiled = self._compiled.get(array.dtype)
-        if compiled is None:
-            compiled = self._compile(array.dtype)
-        return compiled(array, *arguments)
+        """Call the version for the dtype of the first argument. This takes 0.2 µs more than ``kernel[dtype]``."""
+        return self[array.dtype](array, *arguments)
+
+    def __missing__(self, dtype: np.dtype) -> Callable:
+        with _COMPILING, event.install_timer("numba:compile", _SECONDS.append):
+            if dtype not in self:
+                dispatcher = self._dispatcher(dtype, is_cached=True)
+                (version,) = dispatcher.overloads.values()
+                self._dispatchers.append(dispatcher)
+                self[dtype] = version.entry_point
+        return self[dtype]
 
     def assembly(self, dtype: np.dtype) -> str:
         """Assembly for a float type. This compiles again, as Numba has no assembly of cached code."""
@@ -444,15 +450,6 @@ class Kernel:
     def ir(self, dtype: np.dtype) -> str:
         """LLVM IR for a float type, optimized as Numba's settings say."""
         return next(iter(self._dispatcher(dtype, is_cached=False).inspect_llvm().values()))
-
-    def _compile(self, dtype: np.dtype) -> Callable:
-        with _COMPILING, event.install_timer("numba:compile", _SECONDS.append):
-            if dtype not in self._compiled:
-                dispatcher = self._dispatcher(dtype, is_cached=True)
-                (version,) = dispatcher.overloads.values()
-                self._dispatchers.append(dispatcher)
-                self._compiled[dtype] = version.entry_point
-        return self._compiled[dtype]
 
     def _dispatcher(self, dtype: np.dtype, is_cached: bool) -> Any:
         # Numba re-reads the environment only inside compile(): too late for the check and the cache key.

@@ -148,11 +148,13 @@ def encode(images: NDArray[np.uint8]) -> tuple[NonZeros, NonZeros]:
     masks = np.empty((strips, blocks, BLOCK), np.uint64)
     transposed_masks = np.empty((strips, blocks, BLOCK), np.uint64)
     groups, transposed_groups = np.empty(blocks, np.int64), np.empty(strips, np.int64)
-    number, listed, transposed_listed = find_nonzeros(images, masks, transposed_masks, groups, transposed_groups)
+    number, listed, transposed_listed = find_nonzeros[images.dtype](
+        images, masks, transposed_masks, groups, transposed_groups
+    )
 
     def encoding(matrix, masks, groups, listed):
         arrays = np.empty(listed, np.uint32), np.empty(listed, np.uint64), np.empty(number + BLOCK, np.uint8)
-        fill_encoding(matrix, masks, groups, *arrays)
+        fill_encoding[matrix.dtype](matrix, masks, groups, *arrays)
         return NonZeros(groups, *arrays)
 
     return (
@@ -589,10 +591,10 @@ class SparseBackend(NumbaBackend):
             return super()._matmul(a, b, bias)
         n, m = len(a), b.shape[1]
         memory = np.empty((n + 1) * m + CACHE_LINE // b.itemsize, b.dtype)
-        start = line_start(memory)
+        start = line_start[b.dtype](memory)
         out = memory[start : start + (n + 1) * m].reshape(n + 1, m)
         bias = np.zeros(m, b.dtype) if bias is None else np.ascontiguousarray(bias)
-        product(np.ascontiguousarray(b), bias, *a.nonzeros, out)
+        product[b.dtype](np.ascontiguousarray(b), bias, *a.nonzeros, out)
         return out[:n]
 
 
