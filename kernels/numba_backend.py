@@ -359,7 +359,7 @@ def _emit_tiles(context, builder, signature, arguments, most, width, ragged=Fals
                     )
                     target, ahead, masks, has_room = out.part(i, column), None, [None] * width, None
                     if packing and PREFETCHES_A and view.strides[1] is not size:
-                        ahead = _next_block(builder, a, i, panels, p)
+                        ahead = _next_block(builder, a, i, rows, panels, p)
                     if packing and TUNING.prefetches_results:
                         for r, byte in itertools.product(range(MR), range(0, TILE_BYTES, CACHE_LINE)):
                             vectors.prefetch(builder.gep(target.at(r), [j.type(TILE_BYTES + byte)]), level=1)
@@ -394,18 +394,17 @@ def _layouts(builder, a, size, is_full):
     return [*layouts, (is_other, a)]
 
 
-def _next_block(builder, a, i, panels, p):
+def _next_block(builder, a, i, rows, panels, p):
     """The tile's share of the next block of A, for prefetching: one address for each step of k.
 
     If A is row-major, all addresses are the same: the hardware prefetcher does the job.
     """
     count, k = panels.shape[:2]
-    rows = i.type(MR)
-    tiles = builder.mul(builder.sdiv(builder.add(a.shape[0], i.type(MR - 1)), rows), count)
-    piece = builder.sdiv(a.strides[1], tiles)  # bytes
-    tile = builder.add(builder.mul(builder.sdiv(i, rows), count), p)
-    start = builder.gep(a.at(0, k), [builder.mul(builder.mul(tile, k), piece)])
-    return View(builder, start, (k,), (piece,))
+    shares = builder.mul(a.shape[0], count)  # a tile has one for each of its rows
+    before = builder.add(builder.mul(i, count), builder.mul(p, rows))
+    piece = builder.sdiv(builder.mul(a.strides[1], rows), shares)  # bytes
+    start = builder.sdiv(builder.mul(builder.mul(a.strides[1], k), before), shares)
+    return View(builder, builder.gep(a.at(0, k), [start]), (k,), (piece,))
 
 
 def _next_rows(builder, a, i):
@@ -665,14 +664,17 @@ def add_contiguous_columns(a, b, out):
     deep, edge = k - k % lanes, n - n % width
     for j in range(0, edge, width):
         dot_tile(a, b[:deep], out, j)
-    if deep < k:
-        rest = b[deep:, :edge].copy()
-        for i in range(m):
-            add_contiguous_rows(a[i : i + 1, deep:], rest, out[i : i + 1, :edge])
-    if edge < n:
-        rest = b[:, edge:].copy()
-        for i in range(m):
-            add_contiguous_rows(a[i : i + 1], rest, out[i : i + 1, edge:])
+    add_copied(a[:, deep:], b[deep:, :edge], out[:, :edge])
+    add_copied(a, b[:, edge:], out[:, edge:])
+
+
+@njit
+def add_copied(a, b, out):
+    """Add A B to `out`, for few rows of A and a small B, which is copied to have contiguous rows."""
+    if b.size:
+        rows = b.copy()
+        for i in range(len(a)):
+            add_contiguous_rows(a[i : i + 1], rows, out[i : i + 1])
 
 
 @njit

@@ -185,6 +185,7 @@ class Vectors:
         self._float = context.get_data_type(dtype)
         self.lanes = REGISTER_BYTES * 8 // dtype.bitwidth
         self.type = ir.VectorType(self._float, self.lanes)
+        self._in_16_bytes = 128 // dtype.bitwidth
 
     def variable(self, value: ir.Value) -> ir.Value:
         """A vector that ``builder.load`` reads and ``builder.store`` assigns; LLVM keeps it in a register."""
@@ -270,8 +271,7 @@ class Vectors:
         of each column is loaded into the half where it belongs, then 16-byte lanes are transposed by perfect shuffles
         (Stone 1971). With AVX-512, half a vector has two lanes: a last shuffle separates their rows.
         """
-        size = 128 // self._bits  # floats in 16 bytes
-        half = max(size, self.lanes // 2)
+        size, half = self._in_16_bytes, max(self._in_16_bytes, self.lanes // 2)
         columns = []
         for start in range(0, self.lanes, size):
             # x86 adds one, two or four strides within an address. More columns would each need a pointer of its own.
@@ -289,7 +289,7 @@ class Vectors:
 
     def _unpacked(self, pointers: Sequence[ir.Value], size: int) -> list[ir.Value]:
         """Load `size` floats from each pointer, and transpose each 16-byte lane of the vectors."""
-        count = 128 // self._bits
+        count = self._in_16_bytes
         vectors = [self._side_by_side(pointers[r::count], size) for r in range(count)]
         for _ in range(count.bit_length() - 1):
             pairs = zip(vectors[: count // 2], vectors[count // 2 :], strict=True)
@@ -308,13 +308,13 @@ class Vectors:
 
     def _every_other_lane(self, a: ir.Value, b: ir.Value, first: int) -> ir.Value:
         """The 16-byte lanes `first`, `first` + 2, ... of `a`, then those of `b`."""
-        size = 128 // self._bits
+        size = self._in_16_bytes
         numbers = [n for n in range(2 * self.lanes) if n // size % 2 == first]
         return self._builder.shuffle_vector(a, b, ir.VectorType(_INT32, self.lanes)(numbers))
 
     def _interleave(self, a: ir.Value, b: ir.Value, start: int) -> ir.Value:
         """Alternate floats of `a` and `b`, from `start` on, separately in each 16-byte lane."""
-        size = 128 // self._bits
+        size = self._in_16_bytes
         first = [lane - lane % size + start + lane % size // 2 for lane in range(self.lanes)]
         numbers = [n + self.lanes * (lane % 2) for lane, n in enumerate(first)]
         return self._builder.shuffle_vector(a, b, ir.VectorType(_INT32, self.lanes)(numbers))
