@@ -14,15 +14,21 @@ from rich.console import Console
 
 from bench.measure.machine import busy_now, machine, slug, under_conditions
 from bench.measure.records import Machine, RecordError, Section, read, write
-from bench.publish.folder import MACHINE, RUN, check_machine, existing_run, read_folder, save
+from bench.publish.figures import draw_all
+from bench.publish.folder import MACHINE, RUN, existing_run, read_folder, save
 from bench.publish.report import write_report
 from bench.studies import DATASETS, EVERY_RUN, STUDIES, study
-from model.cli.console import fail
+from model.cli.console import fail, print_any_name
 from model.data import DataError, limited, load_dataset
 from model.extras.environment import environment
 from model.extras.files import make_folder, parse_path
 
-app = typer.Typer(help="Run studies, and draw their results.", add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    help="Run studies, and draw their results.",
+    rich_markup_mode=None,  # markup would swallow [default: ...]
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
 out = Console(markup=False, highlight=False, soft_wrap=True)
 
 
@@ -65,9 +71,8 @@ def run(
         measure_into(folder, wanted[0], dataset, quick)
     for name, reason in missing.items():
         out.print(f"{name}: {reason}")
-    if report and (folder / RUN).exists():
-        show(folder, folder, missing)
-    if missing:
+    drawn = show(folder, folder, missing) if report and (folder / RUN).exists() else True
+    if missing or not drawn:
         raise typer.Exit(128 + signal.SIGINT if STOPPED in missing.values() else 1)
 
 
@@ -134,10 +139,8 @@ def results(
             f"runs with {' and '.join(restrictions)} do not belong in the folder of the unrestricted CPU: "
             "unset this, or name another folder with --output"
         )
-    here = machine()
-    folder = output or (DEFAULT / "quick-results" if quick else Path(__file__).parent / "results") / slug(here)
+    folder = output or (DEFAULT / "quick-results" if quick else Path(__file__).parent / "results") / slug(machine())
     existing_run(folder)
-    check_machine(folder, here)
     load_dataset(dataset)
     failures: dict[str, str] = {}
     for number in range(runs):
@@ -161,8 +164,8 @@ def results(
     make_folder(DEFAULT)
     if not quick:
         out.print(f"to publish: run python -m bench.publish.tables, then commit the documents and {folder}")
-    show(folder, DEFAULT, failures)
-    if failures:
+    drawn = show(folder, DEFAULT, failures)
+    if failures or not drawn:
         raise typer.Exit(1)
 
 
@@ -176,15 +179,18 @@ def draw(
 ) -> None:
     """Draw every figure that the folder has data for, and write the report."""
     make_folder(output)
-    show(folder, output, {})
+    if not show(folder, output, {}):
+        raise typer.Exit(1)
 
 
-def show(folder: Path, output: Path, missing: dict[str, str]) -> None:
-    """Draw the figures, write the report, and print their paths, the report's last."""
-    file = write_report(read_folder(folder), output, out.print, missing)
-    for figure in sorted(output.glob("*.png")):
-        out.print(str(figure))
-    out.print(f"report: {file}")
+def show(folder: Path, output: Path, missing: dict[str, str]) -> bool:
+    """Draw the figures, write the report, and print their paths, the report's last; returns whether all were drawn."""
+    measured, failures = read_folder(folder), list[str]()
+    figures = draw_all(measured, output, failures.append)
+    report = write_report(measured, figures, output, missing)
+    for line in (*failures, *sorted(map(str, figures.values())), f"report: {report}"):
+        out.print(line)
+    return not failures
 
 
 def _bench(*arguments: str) -> list[str]:
@@ -193,6 +199,7 @@ def _bench(*arguments: str) -> list[str]:
 
 def main() -> None:
     """Run the command line; every expected error is one line on stderr and exit code 2."""
+    print_any_name()
     usage_error: Any = typer.BadParameter.__base__  # base class of all usage errors; its module was renamed
     try:
         sys.exit(app(standalone_mode=False))

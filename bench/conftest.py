@@ -111,6 +111,7 @@ def pytest_terminal_summary(terminalreporter, exitstatus, config):
     from bench.commands import with_rates
     from bench.measure.machine import machine
     from bench.measure.records import Run
+    from bench.publish.figures import draw_all
     from bench.publish.folder import existing_run, read_folder, save
     from bench.publish.report import write_report
 
@@ -125,11 +126,13 @@ def pytest_terminal_summary(terminalreporter, exitstatus, config):
             terminalreporter.write_line("A partial run: saved separately, the last complete run is unchanged.")
         missing = {name: "run `make results`, which runs all" for name in STUDIES if name not in run.sections}
         missing |= {name: "not selected, or the run ended first" for name in RECORDED if name not in run.sections}
-        report = write_report(read_folder(folder), folder, terminalreporter.write_line, missing)
+        measured = read_folder(folder)
+        figures = draw_all(measured, folder, terminalreporter.write_line)
+        report = write_report(measured, figures, folder, missing)
         terminalreporter.write_line(f"Results and plots: {os.path.relpath(folder)}{os.sep}")
         terminalreporter.write_line(f"Report: {os.path.relpath(report)}")
     except Exception as error:
-        terminalreporter.write_line(f"The results were not saved: {type(error).__name__}: {error}")
+        pytest.exit(f"not all results were written: {type(error).__name__}: {error}", returncode=1)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """The machine and its load, mostly from ``/sys`` and ``/proc``, which tell more than CPUID."""
 
 import datetime
+import functools
 import os
 import platform
 import re
@@ -53,9 +54,10 @@ OTHERS, STOLEN = 0.15, 0.02
 Value = TypeVar("Value")
 
 
+@functools.cache  # it takes seconds
 def machine() -> Machine:
     """The machine that this runs on; whatever the system does not report is None."""
-    import cpuinfo  # takes a second
+    import cpuinfo
     from llvmlite import binding
 
     from bench.peers.pytorch import mkl_code_path

@@ -341,10 +341,13 @@ def sentence(claim: Claim, folders: Iterable[Folder]) -> str:
 def draw(folders: list[Folder], file: Path) -> None:
     """A dot for each claim of the main table and machine at the median of its runs, with their range.
 
-    A line marks 1. A faint tick is the ratio at the machine's peak FMA throughput, if that was measured.
+    A line marks 1. A faint tick is the ratio at the machine's peak FMA throughput, if that was measured. Without any
+    such claim, nothing is drawn.
     """
     rows = [claim for claim in CLAIMS if claim.table == MAIN and any(cell(claim, folder) for folder in folders)]
     rows = [claim for claim in rows if claim.key not in OFF_SCALE]
+    if not rows:
+        return
     off = [f"{BY_KEY[key].competitor} / {BY_KEY[key].base}" for key in OFF_SCALE]
     shades = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", *OTHER_COLOURS]
     with figure_file(file, figsize=(8, 1.6 + 0.27 * len(rows))) as figure:

@@ -29,8 +29,7 @@ def draw_all(folder: Folder, output: Path, say: Callable[[str], None]) -> dict[s
         except Exception as error:
             say(f"{file.name} was not drawn: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
 
-    if any(claims.cell(claim, folder) for claim in claims.CLAIMS):
-        attempt("claims", lambda file: claims.draw([folder], file))
+    attempt("claims", lambda file: claims.draw([folder], file))
     for name in STUDIES:
         sections = folder.idle_sections(name)
         if sections and hasattr(study(name), "draw"):

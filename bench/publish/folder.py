@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from bench.measure.machine import machine
 from bench.measure.records import Machine, RecordError, Run, Section, read, write
 from model.extras.files import make_folder
 
@@ -90,29 +91,29 @@ def read_all(path: Path) -> list[Folder]:
 
 
 def existing_run(folder: Path) -> Run:
-    """Read the run in a folder, or start one. Called before anything is measured, so that an error costs no work.
+    """Read this machine's run in a folder, or start one. Called before anything is measured: an error costs no work.
 
     Raises
     ------
     RecordError
-        If the run is damaged.
+        If the run is damaged, or the folder's runs are from another machine.
     OSError
         If the folder cannot be written.
     """
     make_folder(folder)
+    if (folder / MACHINE).exists():
+        check_machine(folder, machine())
     return read(Run, folder / RUN) if (folder / RUN).exists() else Run()
 
 
 def check_machine(folder: Path, here: Machine) -> None:
-    """Check that a folder is empty or of this machine, as far as both records tell; no hypervisor means bare metal.
+    """Check that a folder's runs are of this machine, as far as both records tell; no hypervisor means bare metal.
 
     Raises
     ------
     RecordError
         If the folder's runs are from another machine.
     """
-    if not (folder / MACHINE).exists():
-        return
     there = read(Machine, folder / MACHINE)
     for name in ("cpu", "llvm_name", "family", "model", "cores", "caches", "hypervisor"):
         old, new = getattr(there, name), getattr(here, name)

@@ -1,7 +1,7 @@
 """``report.html``: one file with the claims for a machine, every figure, the tables, and what was skipped."""
 
 import base64
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +11,6 @@ from bench.measure.machine import cpu_words, kernels_changed
 from bench.measure.records import Comparison, Machine
 from bench.peers import Form
 from bench.publish.claims import CLAIMS, cell, two_digits
-from bench.publish.figures import draw_all
 from bench.publish.folder import Folder
 from bench.publish.style import over_runs, short
 from bench.studies import mini_batches
@@ -85,21 +84,20 @@ class TableOf(NamedTuple):
     rows: list[list[str]]
 
 
-def write_report(folder: Folder, output: Path, say: Callable[[str], None], missing: dict[str, str]) -> Path:
-    """Draw every figure into `output` and write the report beside them; returns its path.
+def write_report(folder: Folder, figures: dict[str, Path], output: Path, missing: dict[str, str]) -> Path:
+    """Write the report into `output`; returns its path.
 
     Parameters
     ----------
     folder
         The results.
+    figures
+        From `bench.publish.figures.draw_all`.
     output
-        Folder for figures and report.
-    say
-        Called with a line for each figure that could not be drawn.
+        Folder for the report.
     missing
         Studies that were not measured, with the reason.
     """
-    figures = draw_all(folder, output, say)
     for run in folder.runs:
         missing = {**run.skipped, **missing}
     sections = [

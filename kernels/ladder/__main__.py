@@ -1,6 +1,7 @@
 """``python -m kernels.ladder``: time the steps and show their inner loops."""
 
 import contextlib
+import io
 import sys
 from typing import Annotated, Any, NoReturn
 
@@ -31,7 +32,9 @@ try:
 except ValueError as error:  # Numba's compiler is disabled
     fail(str(error))
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(  # markup would swallow [default: ...]
+    rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False
+)
 
 
 @app.command()
@@ -55,6 +58,7 @@ def run(
         column.justify = "right"
     for name, (rows, speed, ratio) in measure(names, size).items():
         table.add_row(name, f"{rows:,}", f"{speed:.3g}", f"{100 * ratio:.3g}")
+    console.width = max(console.width, console.measure(table, options=console.options.update(width=10_000)).maximum)
     console.print(title)
     console.print(table)
     for name in names if asm else ():
@@ -65,6 +69,9 @@ def run(
 
 def main(app: typer.Typer) -> None:
     """Run a command line; every expected error is one line on stderr and exit code 2."""
+    for stream in sys.stdout, sys.stderr:
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # not every encoding has a ×
     usage_error: Any = typer.BadParameter.__base__  # base class of all usage errors; its module was renamed
     try:
         sys.exit(app(standalone_mode=False))

@@ -4,6 +4,7 @@ import contextlib
 import glob
 import json
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -32,11 +33,9 @@ def make_folder(folder: Path) -> None:
     for place in (folder, *folder.parents):
         if os.path.lexists(place) and not os.path.isdir(place):
             raise OSError(f"{place} is not a folder: choose a folder for the results")
-    probe = folder / f".{os.getpid()}.writable"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
+        _probe(folder)
     except OSError as error:
         raise OSError(f"cannot write in {folder}: {error.strerror}; choose another folder for the results") from error
 
@@ -54,8 +53,10 @@ def check_writable(file: Path) -> None:
         raise OSError(f"cannot write {file}: {error.strerror}; choose another file") from error
     if exists and not is_file:
         raise OSError(f"cannot write {file}: it is a folder or a device; choose a file")
-    if not os.access(folder, os.W_OK):
-        raise OSError(f"cannot write {file}: no permission to write in {folder}")
+    try:
+        _probe(folder)
+    except OSError as error:
+        raise OSError(f"cannot write {file}: {error.strerror} in {folder}; choose another folder") from error
 
 
 def check_replaceable(file: Path, key: str) -> None:
@@ -158,6 +159,13 @@ def write_json(file: Path, content: Any) -> None:
     write_atomically(file, json.dumps(content, indent=1).encode() + b"\n")
 
 
+def _probe(folder: Path) -> None:
+    """Raise an OSError if no file of a page can be written in `folder`: on a full disk, an empty one still can."""
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".") as probe:
+        probe.write(bytes(4096))
+        probe.flush()
+
+
 def _beside(file: Path, ending: str) -> Path:
     return file.with_name(f".{file.name}.{ending}")
 
@@ -167,7 +175,7 @@ def _acquired(lock: Path, file: Path, timeout: float) -> tuple[IO[bytes], bool]:
     deadline = time.monotonic() + timeout
     while True:
         try:
-            stream = lock.open("a+b")
+            stream = lock.open("a+b", buffering=0)
         except OSError as error:
             raise OSError(f"cannot write {file}: {error.strerror} ({lock})") from error
         try:
@@ -176,7 +184,6 @@ def _acquired(lock: Path, file: Path, timeout: float) -> tuple[IO[bytes], bool]:
                 with contextlib.suppress(OSError):  # on a full disk, others' error messages lack the process ID
                     stream.truncate(0)
                     stream.write(b"%d" % os.getpid())
-                    stream.flush()
                 return stream, True
         except FileNotFoundError:
             pass  # its owner removed it after we opened it: try again

@@ -8,6 +8,7 @@ import subprocess
 
 import pytest
 
+from bench.publish.figures import draw_all
 from bench.publish.report import write_report
 from bench.publish.tables import PUBLISHED_RESULTS, main_folder
 
@@ -43,7 +44,8 @@ PHONE = """<!doctype html><pre id="seen"></pre>
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
-    report = write_report(main_folder(PUBLISHED_RESULTS), folder, lambda line: None, {})
+    published = main_folder(PUBLISHED_RESULTS)
+    report = write_report(published, draw_all(published, folder, print), folder, {})
     probed = folder / "probed.html"
     probed.write_text(report.read_text().replace("</body>", f"{PROBE}</body>"))
     return probed

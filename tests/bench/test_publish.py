@@ -265,12 +265,13 @@ def test_a_folder_takes_the_runs_of_one_machine(tmp_path, other):
     one = dataclasses.replace(
         machine(), cpu="One", family=25, model=1, cores=2, caches=[Cache(1, 32768, 1)], hypervisor="Xen"
     )
-    check_machine(tmp_path, one)  # an empty folder
     save(tmp_path, one, run_of(numpy=[1.0]))
     check_machine(tmp_path, dataclasses.replace(one, model=None, caches=[], peak_gflop_per_second=9.0))
     (name,) = other
     with pytest.raises(RecordError, match=f"runs of another machine, whose {name} is"):
         check_machine(tmp_path, dataclasses.replace(one, **other))
+    with pytest.raises(RecordError, match="runs of another machine, whose cpu is One"):
+        existing_run(tmp_path)
 
 
 def test_without_history_the_table_of_machines_stays(tmp_path, monkeypatch):
@@ -394,7 +395,8 @@ def test_the_report_is_one_file_and_its_titles_claim_nothing(tmp_path, monkeypat
     monkeypatch.setattr("matplotlib.figure.Figure.suptitle", lambda self, text, **look: titles.append(text))
     said = []
     folder = main_folder(PUBLISHED_RESULTS)
-    report = write_report(folder, tmp_path, said.append, {"ladder": "it was not selected"})
+    figures = draw_all(folder, tmp_path, said.append)
+    report = write_report(folder, figures, tmp_path, {"ladder": "it was not selected"})
     page = Parser()
     page.feed(report.read_text(encoding="utf-8"))
     assert said == []
@@ -407,7 +409,7 @@ def test_the_report_is_one_file_and_its_titles_claim_nothing(tmp_path, monkeypat
 def test_the_report_spans_the_intervals_of_all_runs(tmp_path):
     """One run has too few rounds for an interval."""
     runs = [run_of(numpy=[1.0] * rounds, numba=[time] * rounds) for rounds, time in ((6, 0.5), (6, 0.9), (2, 0.1))]
-    text = write_report(Folder(tmp_path, machine(), runs), tmp_path, print, {}).read_text()
+    text = write_report(Folder(tmp_path, machine(), runs), {}, tmp_path, {}).read_text()
     assert "<td>0.10 to 0.90</td>" in text
     assert "<td>0.50 to 0.90</td>" in text
 
@@ -416,7 +418,7 @@ def test_the_report_says_why_a_form_was_skipped(tmp_path):
     tried = {"PyTorch": {"MKL": Form(seconds=0.5), "oneDNN": Form(skipped="oneDNN needs AVX-512")}}
     result = head_to_head.Result({"dense": ["PyTorch"]}, Comparison("", {"PyTorch": [1.0]}), tried)
     run = Run({"head_to_head": Section(CONDITIONS, result)})
-    text = write_report(Folder(tmp_path, machine(), [run]), tmp_path, lambda line: None, {}).read_text()
+    text = write_report(Folder(tmp_path, machine(), [run]), {}, tmp_path, {}).read_text()
     assert "<td>head_to_head: PyTorch, oneDNN</td><td>oneDNN needs AVX-512</td>" in text
     assert "PyTorch, MKL" not in text
 
@@ -469,9 +471,23 @@ def test_titles_compare_the_backends_and_the_fastest_package_with_numpy():
 def test_names_of_any_length_and_script_are_drawn(tmp_path):
     seconds = {"numpy": [1.0], "稀疏后端": [0.5], "x" * 100: [2.0]}
     said = []
-    write_report(Folder(tmp_path, machine(), [run_of(**seconds)]), tmp_path, said.append, {})
+    draw_all(Folder(tmp_path, machine(), [run_of(**seconds)]), tmp_path, said.append)
     assert said == []
     assert {file.name for file in tmp_path.glob("*.png")} == {"epochs.png"}
+
+
+def test_a_failing_figure_is_an_error_after_the_report(tmp_path, monkeypatch, capsys):
+    save(tmp_path, machine(), run_of(numpy=[1.0]))
+    (tmp_path / "ladder.png").touch()  # an older one
+    monkeypatch.setattr("sys.argv", ["bench", "draw", str(tmp_path), "--output", str(tmp_path)])
+    drawn, failed = f"{tmp_path / 'epochs.png'}", "epochs.png was not drawn: TypeError"
+    for draw, code, shown in (epochs.draw, 0, drawn), (lambda: None, 1, failed):
+        monkeypatch.setattr(epochs, "draw", draw)
+        with pytest.raises(SystemExit) as raised:
+            commands.main()
+        first, last = capsys.readouterr().out.splitlines()
+        assert (raised.value.code or 0, first.startswith(shown)) == (code, True)
+        assert last == f"report: {tmp_path / 'report.html'}"
 
 
 def test_a_failing_figure_is_one_line(tmp_path, monkeypatch):
@@ -480,9 +496,9 @@ def test_a_failing_figure_is_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr(epochs, "draw", fail)
     said = []
-    report = write_report(Folder(tmp_path, machine(), [run_of(numpy=[1.0], numba=[2.0])]), tmp_path, said.append, {})
+    drawn = draw_all(Folder(tmp_path, machine(), [run_of(numpy=[1.0], numba=[2.0])]), tmp_path, said.append)
     assert said == ["epochs.png was not drawn: ValueError: no ink"]
-    assert report.exists()
+    assert list(drawn) == ["claims"]
 
 
 def test_published_runs_have_clean_commits():
@@ -660,19 +676,21 @@ def test_ctrl_c_leaves_the_complete_runs(complete):
 @pytest.mark.slow
 @needs_posix
 @forks
-def test_a_full_disk_costs_no_table_and_no_complete_run(complete):
-    """No file may be larger than 300 bytes."""
+@pytest.mark.parametrize(("size", "measures"), [(300, False), (4096, True)])
+def test_a_full_disk_costs_no_table_and_no_complete_run(complete, size, measures):
+    """No file may be larger than `size` bytes; the results are."""
 
     def limit():
         import resource
 
-        resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
     result = bench(complete, "-k", "relu", limit=limit)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "Name (time in" in result.stdout
-    assert re.search(r"^The results were not saved: OSError: cannot write .*: File too large", result.stdout, re.M)
-    assert list((complete / "partial").iterdir()) == []
+    assert result.returncode == (1 if measures else pytest.ExitCode.USAGE_ERROR), result.stdout + result.stderr
+    assert ("Name (time in" in result.stdout) == measures
+    message = "Exit: not all results were written: OSError: cannot write" if measures else "ERROR: cannot write in"
+    assert re.search(rf"{message} .*: File too large", result.stderr)
+    assert not list(complete.rglob(".*"))  # temporary files
 
 
 @pytest.mark.parametrize("function", ["os.fsync", "pathlib.Path.replace"])
@@ -703,9 +721,9 @@ def test_an_unusable_folder_is_one_line(tmp_path, monkeypatch):
     def fail(*arguments, **options):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    for function in ("mkdir", "touch"):
+    for function in ("pathlib.Path.mkdir", "tempfile.NamedTemporaryFile"):
         with monkeypatch.context() as patch:
-            patch.setattr(f"pathlib.Path.{function}", fail)
+            patch.setattr(function, fail)
             message = f"^cannot write in {re.escape(str(tmp_path / 'new'))}: {os.strerror(errno.EROFS)}; choose another"
             with pytest.raises(OSError, match=message):
                 existing_run(tmp_path / "new")

@@ -58,6 +58,14 @@ def run_ladder(*arguments, module="kernels.ladder"):
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
+def test_a_narrow_ascii_terminal_truncates_no_number(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "10")
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    result = run_ladder("loops", "--size", "16")
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"loops[ |]+16[ |]+[\d.e-]+[ |]+[\d.e-]+[ |]*\n", result.stdout), result.stdout
+
+
 @pytest.mark.slow
 def test_command_line():
     result = run_ladder("packed", "--size", "64", "--asm")

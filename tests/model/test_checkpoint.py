@@ -638,11 +638,18 @@ def test_errors_come_before_training(main, trained, monkeypatch, arguments, mess
     assert trained.read_bytes() == before
 
 
-def test_a_read_only_folder_is_an_error_before_training(main, tmp_path, monkeypatch):
-    monkeypatch.setattr("os.access", lambda path, mode: False)  # nothing is read-only for root, who may run this
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ENOSPC])
+def test_an_unwritable_folder_is_an_error_before_training(main, tmp_path, monkeypatch, number):
+    """Simulated: nothing is read-only for root, who may run this."""
+
+    def fail(**options):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("tempfile.NamedTemporaryFile", fail)
     code, shown, error = main(*TRAIN, "--checkpoint", tmp_path / "run")
     assert (code, shown) == (2, "")
-    assert error == f"error: cannot write {tmp_path / 'run'}: no permission to write in {tmp_path}\n"
+    file, reason = tmp_path / "run", os.strerror(number)
+    assert error == f"error: cannot write {file}: {reason} in {tmp_path}; choose another folder\n"
     assert not list(tmp_path.iterdir())
 
 
