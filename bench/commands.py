@@ -202,7 +202,7 @@ def main() -> None:
     print_any_name()
     usage_error: Any = typer.BadParameter.__base__  # base class of all usage errors; its module was renamed
     try:
-        sys.exit(app(standalone_mode=False))
+        sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -17,7 +17,6 @@ from model.training import TrainingError
 
 app = typer.Typer(
     help="Train a small neural network on MNIST, with kernels written in different ways.",
-    no_args_is_help=True,
     rich_markup_mode=None,  # markup would swallow [default: ...], and shows nothing in narrow terminals
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -33,7 +32,7 @@ def main() -> None:
     print_any_name()
     with stoppable():
         try:
-            sys.exit(app(standalone_mode=False))
+            sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
         except usage_error as error:
             fail(error.format_message())
         except (CheckpointError, DataError, TrainingError, ValueError, OSError) as error:

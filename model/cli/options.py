@@ -28,7 +28,7 @@ Epochs = Annotated[int, typer.Option(help="Passes over the training images.")]
 LearningRate = Annotated[float, typer.Option(help="Each step subtracts this times the mean gradient.")]
 BatchSize = Annotated[int | None, typer.Option(help="Images per step. [default: all, one step per epoch]")]
 Limit = Annotated[int | None, typer.Option(help="Train on only the first N images.", metavar="N")]
-Hidden = Annotated[int, typer.Option(min=1, help="Units in the hidden layer.")]
+Hidden = Annotated[int, typer.Option(min=1, max=10**9, help="Units in the hidden layer.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed for the initial weights and the shuffling.")]
 Starts = Annotated[int, typer.Option(min=1, help="Number of random seeds for the band in the plot.")]
 Threads = Annotated[
@@ -44,7 +44,7 @@ MemoryLimit = Annotated[
 ]
 Scheduler = Annotated[str | None, typer.Option(help="Train on the Dask cluster at this address, e.g. tcp://HOST:8786.")]
 Workers = Annotated[
-    int | None, typer.Option(min=1, help="Start this many Dask workers on this machine, and train on them.")
+    int | None, typer.Option(min=1, max=1024, help="Start this many Dask workers on this machine, and train on them.")
 ]
 EvalEvery = Annotated[int, typer.Option(help="Measure the test accuracy every N epochs.", metavar="N")]
 DatasetName = Annotated[

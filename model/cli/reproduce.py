@@ -36,8 +36,9 @@ def reproduce_command(
     make_folder(output)
     json_file, figure = output / "reproduction.json", output / "reproduction.png"
     partial = output / "reproduction.partial.json"  # until all runs are finished, to keep the last complete report
-    for file in (json_file, partial):
+    for file in (json_file, partial, figure):
         check_writable(file)
+    for file in (json_file, partial):
         check_replaceable(file, "runs")
     context.with_resource(locked(json_file))
     images = load_dataset(dataset, data)

@@ -78,7 +78,7 @@ def test_a_terminal_shows_a_progress_bar():
         (["--learning-rate", "3e40"], "try a smaller learning rate"),
         (["--learning-rate", "1e-44"], "is 0 in float32: raise it"),
         (["--hidden", "1000000000"], "too large for this machine"),
-        (["--hidden", "9" * 40], "Maximum allowed dimension exceeded"),
+        (["--hidden", "9" * 40], "Input should be less than or equal to 1000000000"),
         (["--memory-limit", "9" * 400], "too large for this machine"),
         pytest.param(["--checkpoint", "/dev/fd/loop"], "cannot write", marks=needs_posix),
         (["--batch-size", "601"], "batch_size must be from 1 to 600"),
@@ -200,10 +200,12 @@ def read_terminal(terminal):
 
 
 def test_every_command_has_help(main):
+    _, overview, _ = main()
     for command in ([], ["train"], ["reproduce"], ["predict"]):
         code, shown, _ = main(*command, "--help")
         assert code == 0
         assert "--help" in shown
+        assert (shown == overview) == (command == [])
 
 
 @pytest.mark.slow
@@ -269,6 +271,13 @@ def test_an_error_in_a_later_run_loses_no_finished_one(main, monkeypatch, few, t
     assert main(*command)[0] == 0
     assert list(json.loads(complete.read_text())["runs"]) == ["numpy", "sparse"]
     assert not partial.exists()
+
+
+def test_a_figure_that_cannot_be_written_is_an_error_before_the_first_run(main, few, tmp_path):
+    (tmp_path / "reproduction.png").mkdir()
+    code, shown, error = main("reproduce", *few, "--backend", "numpy", "--output", tmp_path)
+    assert (code, shown) == (2, "")
+    assert re.fullmatch(r"error: cannot write .*reproduction.png: it is a folder .*\n", error), error
 
 
 def test_too_few_images_are_refused_before_the_first_run(main, few, tmp_path):
