@@ -117,7 +117,7 @@ AVX2 = ZEN_3._replace(transposed_depth=256, prefetches_a=True)
 # by llvm-mca only; never timed on ARM.
 NEON = ZEN_3._replace(vectors=4, few_vectors=8, prefetches_results=False)
 
-# AVX-512 on Zen 4, judged on Zen 5. A block of 400 KB stays in an L2 cache of 512 KB. On Zen 5,
+# AVX-512 on Zen 4, judged on Zen 5. A block of 400 KB leaves room in an L2 cache of 1 MB. On Zen 5,
 # - prefetching x.T takes x.T dz, over 60,000 images, from 0.92 times the time of OpenBLAS to 0.81;
 # - wide tiles and large blocks take 8 x 784 times 784 x 128 from 1.3 to 0.85 times, compared with the choices for AVX2;
 # - more rows and vectors at a time take 1 x 784 times 784 x 128 from 0.9 to 0.8 times, 1 x 2000 times 2000 x 2000 from
@@ -374,13 +374,14 @@ def _emit_tiles(context, builder, signature, arguments, most, width, ragged=Fals
                     _emit_stores(builder, vectors, totals, target, masks, has_room)
 
 
-def _layouts(builder, a, size, is_full):
+def _layouts(builder, a, size, is_versioned):
     """Loop versioning: views of A with strides that LLVM knows, each with its condition; an element takes `size` bytes.
 
-    With them, the addresses of a full tile need no additions. On Zen 3, those took up to 7 % of the time. On NEON, a
-    row-major A would make LLVM use post-indexed loads (LD1R).
+    With them, the addresses of a tile need no additions. On Zen 3, those took up to 7 % of the time. Only tiles of MR
+    rows get versions: MR_ON_ONE_SET rows, versioned, took twice as long on Zen 5, and EDGE_MR rows gained nothing. On
+    NEON, a row-major A would make LLVM use post-indexed loads (LD1R).
     """
-    if not is_full:
+    if not is_versioned:
         return [(ir.Constant(ir.IntType(1), 1), a)]
     known = [] if TUNING == NEON else [(a.strides[0], size)]
     if PACKS_A:

@@ -603,4 +603,4 @@ _FIRST_WARNING = threading.Lock()  # acquired once, and never released
 
 def _warn_of_dense_images() -> None:
     if _FIRST_WARNING.acquire(blocking=False):
-        warnings.warn("most pixels of these images are not zero: the numba backend is faster on them", stacklevel=4)
+        warnings.warn(f"more than {DENSE:.0%} of these pixels are not zero: use the numba backend", stacklevel=4)

@@ -173,8 +173,8 @@ class Section:
     """The result of a study, and the conditions of its measurement."""
 
     conditions: Conditions
-    result: Annotated[Any, Field(alias="found")]
-    """The study's `Result`. Its key in the published files is older than its name here."""
+    result: Any
+    """The study's `Result`."""
 
 
 @dataclass(frozen=True)
@@ -269,6 +269,6 @@ def read(kind: type[Record], file: Path) -> Record:
 
 def write(file: Path, record: Any) -> None:
     """Write a record atomically."""
-    text = TypeAdapter[Any](type(record)).dump_json(record, indent=1, by_alias=True).decode()
+    text = TypeAdapter[Any](type(record)).dump_json(record, indent=1).decode()
     lists = re.compile(r"\[[^][{}\"]*\]")  # a list of numbers goes on one line
     write_atomically(file, lists.sub(lambda match: re.sub(r"\s+", " ", match[0]), text).encode() + b"\n")

@@ -183,8 +183,8 @@ Place = tuple[str, str]
 
 def lines_of_code(step: str) -> int:
     """Lines of code in kernels/ that a step runs, not counting comments, docstrings and blank lines."""
-    code = {place: ast.unparse(node) for place, node in _reached((steps.__name__, step), {}).items()}
-    return sum(bool(line.strip()) for text in code.values() for line in text.splitlines())
+    code = map(ast.unparse, set(_reached((steps.__name__, step), {}).values()))
+    return sum(bool(line.strip()) for text in code for line in text.splitlines())
 
 
 def _reached(place: Place, seen: dict[Place, ast.AST]) -> dict[Place, ast.AST]:
@@ -199,13 +199,13 @@ def _reached(place: Place, seen: dict[Place, ast.AST]) -> dict[Place, ast.AST]:
                 if isinstance(node, ast.Name):
                     _reached((place[0], node.id), seen)
                 elif isinstance(node, ast.Attribute):
-                    _reached((simd.__name__, node.attr), seen)  # only methods of its classes are called this way
+                    _reached((simd.__name__, f".{node.attr}"), seen)  # only methods of its classes are called this way
     return seen
 
 
 @functools.cache
 def _definitions() -> dict[Place, ast.AST | Place]:
-    """Functions, methods and constants by module and name; for imported names, where they come from."""
+    """Functions, constants and methods (``.name``) by module and name; for imported names, where they come from."""
     defined: dict[Place, ast.AST | Place] = {}
     for module in (steps, naive_backend, numba_backend, simd):
         for node in ast.walk(ast.parse(inspect.getsource(module))):
@@ -214,10 +214,13 @@ def _definitions() -> dict[Place, ast.AST | Place]:
             if isinstance(node, ast.Module | ast.ClassDef):
                 for statement in node.body:
                     if isinstance(statement, ast.FunctionDef):
-                        name = node.name if statement.name == "__init__" else statement.name  # type: ignore[union-attr]
+                        method = node.name if statement.name == "__init__" else f".{statement.name}"  # type: ignore[union-attr]
+                        name = statement.name if isinstance(node, ast.Module) else method
                         defined[module.__name__, name] = statement
-                    elif isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
-                        defined[module.__name__, statement.targets[0].id] = statement
+                    elif isinstance(statement, ast.Assign):
+                        for target in ast.walk(statement.targets[0]):
+                            if isinstance(target, ast.Name):
+                                defined[module.__name__, target.id] = statement
                     elif isinstance(statement, ast.ImportFrom):
                         for alias in statement.names:
                             defined[module.__name__, alias.asname or alias.name] = (str(statement.module), alias.name)

@@ -26,8 +26,7 @@ from bench.studies import full_batch_backends
 from kernels import get_backend, simd
 from kernels.backend import Backend
 from kernels.ladder.steps import in_threads
-from kernels.simd import Vectors, View
-from kernels.sparse_backend import aligned_empty
+from kernels.simd import Vectors, View, aligned_empty
 from model.data import Dataset
 from model.extras.figure import BOUND_COLOUR, figure_file, print_small, title
 from model.mlp import MLP
@@ -100,8 +99,8 @@ def peak(threads: int) -> tuple[Callable[[], None], int]:
     return run, 2 * threads * CHAINS * lanes * PASSES
 
 
-# Bytes to read: half of any L1 cache; more than any L1, but less than any L2; many times the L3.
-MEMORY = {"L1": 16 * 1024, "L2": 384 * 1024, "DRAM": 384 * 1024**2}
+# Bytes to read: half of a usual L1 cache; more than any L1, but less than a usual L2; many times the L3.
+MEMORY = {"L1": 16 * 1024, "L2": 192 * 1024, "DRAM": 384 * 1024**2}
 
 
 def reader(level: str) -> tuple[Callable[[], None], int]:

@@ -18,6 +18,10 @@ from kernels.simd import aligned_empty
 # Floating-point operations for slow steps, which get fewer rows of `a`.
 ENOUGH_FLOP = {"loops": 2e6, "compiled": 1e8, "reordered": 4e9}
 
+# Seconds of rest, and then of warm-up, before a product on several threads is timed. OpenBLAS's idle threads busy-wait
+# for 0.1 s, on cores that the step needs. After a rest, the scheduler takes as long to spread threads over the cores.
+SETTLE = 0.15
+
 
 def operands(name: str, a: NDArray, b: NDArray) -> tuple[Any, Any, Any]:
     """Arguments for a step: as many rows of `a` as it can multiply by `b` in reasonable time.
@@ -68,11 +72,12 @@ def measure(names: list[str], size: int, rounds: int = 6) -> dict[str, tuple[int
         arguments = operands(name, a, b)
         rows = len(arguments[0])
         turns = {"blas": (np.matmul, a, b, product), name: (STEPS[name], *arguments)}
+        settle = SETTLE if name == "threads" else 0
         seconds: dict[str, list[float]] = {turn: [] for turn in turns}
         with threadpool_limits(CORES if name == "threads" else 1, user_api="blas"):
             for round_ in range(-1, rounds):
                 for turn in sorted(turns, reverse=round_ % 2 == 0):  # each goes first in every other round
-                    taken = _seconds(*turns[turn])
+                    taken = _seconds(settle, *turns[turn])
                     if round_ >= 0:  # round -1 warms up: it compiles and fills the caches
                         seconds[turn].append(taken)
         speed = rows / statistics.median(seconds[name])
@@ -80,7 +85,11 @@ def measure(names: list[str], size: int, rounds: int = 6) -> dict[str, tuple[int
     return measured
 
 
-def _seconds(function: Callable, *arguments: Any) -> float:
+def _seconds(settle: float, function: Callable, *arguments: Any) -> float:
+    time.sleep(settle)
+    start = time.perf_counter()
+    while time.perf_counter() < start + settle:
+        function(*arguments)
     start = time.perf_counter()
     function(*arguments)
     return time.perf_counter() - start

@@ -15,7 +15,7 @@ from bench.benchmarks.bench_epoch import FLOP_OF_PRODUCTS
 from bench.measure.records import Comparison, Rounds
 from bench.peers.task import UnavailableError
 from bench.publish import style
-from bench.studies import break_even, products, roofline, scaling, workers
+from bench.studies import break_even, ladder, products, roofline, scaling, workers
 from kernels import get_backend, simd
 from model import published
 from model.data import DataError, limited, load_idx
@@ -312,3 +312,10 @@ def test_numbers_have_two_or_three_significant_digits(value, text):
 )
 def test_durations_are_numbers_of_at_least_one(seconds, text):
     assert style.in_seconds(seconds) == text
+
+
+def test_lines_of_code_leave_out_the_compiler():
+    """llvmlite's `ir`, which the kernels use, is not the method of that name, which compiles them."""
+    names = {name for _, name in ladder._reached(("kernels.ladder.steps", "vectors"), {})}
+    assert {"add_block", "_emit_sums", "Vectors", ".fma", "PACKS_A"} <= names
+    assert names.isdisjoint({".ir", "_require_compiler", "_Cache"})
