@@ -38,6 +38,7 @@ IDX_INSTEAD = "or train on it as it is: --dataset idx"
 IDX_ADVICE = "Rewrite it in the format of MNIST's files"
 DIGEST = hashlib.sha256().digest_size
 HEAD_BYTES = 64
+GZIP = b"\x1f\x8b"  # the first bytes of a compressed file
 
 
 class File(NamedTuple):
@@ -245,9 +246,8 @@ def limited(dataset: Dataset, count: int | None) -> Dataset:
         raise DataError(f"{dataset.name} has {images} training images but {labels} labels: each image needs one")
     if count is None:
         return dataset
-    if not 1 <= count <= len(dataset.train_images):
-        available = len(dataset.train_images)
-        raise DataError(f"{dataset.name} cannot be limited to {count} training images: choose 1 to {available}")
+    if not 1 <= count <= images:
+        raise DataError(f"{dataset.name} cannot be limited to {count} training images: choose 1 to {images}")
     return dataset._replace(train_images=dataset.train_images[:count], train_labels=dataset.train_labels[:count])
 
 
@@ -334,7 +334,7 @@ def _read_pair(directory: Path, images_file: File, labels_file: File) -> tuple[B
     labels_path, labels_payload = _read(directory, labels_file)
     images = parse_idx(images_payload, 3, str(images_path))
     labels = parse_idx(labels_payload, 1, str(labels_path))
-    _check_pair(images_path, images, labels_path, labels, ADVICE)
+    _check_pair(images_path, images, labels_path, labels)
     for file, path, payload in (
         (images_file, images_path, images_payload),
         (labels_file, labels_path, labels_payload),
@@ -344,15 +344,15 @@ def _read_pair(directory: Path, images_file: File, labels_file: File) -> tuple[B
     return images.reshape(len(images), -1), labels
 
 
-def _check_pair(images_path: Path, images: Bytes, labels_path: Path, labels: Bytes, advice: str) -> None:
+def _check_pair(images_path: Path, images: Bytes, labels_path: Path, labels: Bytes) -> None:
     """Raise a DataError unless these are images of 28 x 28 pixels with one digit each."""
     if images.shape[1:] != (28, 28):
         size = " x ".join(map(str, images.shape[1:]))
-        raise DataError(f"{images_path}: images of {size} pixels, not 28 x 28. {advice}, {IDX_INSTEAD}")
-    _check_counts(images, labels_path, labels, advice)
+        raise DataError(f"{images_path}: images of {size} pixels, not 28 x 28. {ADVICE}, {IDX_INSTEAD}")
+    _check_counts(images, labels_path, labels, ADVICE)
     if labels.max() > 9:
         problem = f"label {labels.max()} is outside 0-9, MNIST's classes"
-        raise DataError(f"{labels_path}: {problem}. {advice}, {IDX_INSTEAD}")
+        raise DataError(f"{labels_path}: {problem}. {ADVICE}, {IDX_INSTEAD}")
 
 
 def _check_counts(images: Bytes, labels_path: Path, labels: Bytes, advice: str) -> None:
@@ -360,11 +360,11 @@ def _check_counts(images: Bytes, labels_path: Path, labels: Bytes, advice: str) 
         raise DataError(f"{labels_path}: {len(labels)} labels for {len(images)} images. {advice}")
 
 
-def _find(directory: Path, file: File, suffixes: tuple[str, ...]) -> Path | None:
+def _find(directory: Path, file: File) -> Path | None:
     """The path of the file under any of its usual names; None if there is none."""
     _check_folder(directory)
     stems = file.name, file.name.replace("-idx", ".idx")
-    paths = [directory / (stem + suffix) for suffix in suffixes for stem in stems]
+    paths = [directory / (stem + suffix) for suffix in ("", ".gz") for stem in stems]
     return next((path for path in paths if os.path.isfile(path)), None)  # Path.is_file may raise OSError
 
 
@@ -386,13 +386,13 @@ def _check_head(path: Path, head: bytes, advice: str, compressed: bool = False) 
         raise DataError(f"{path}: a web page (HTML or XML), as servers send in place of a missing file. {advice}")
     if head.startswith(b"PK\3\4"):
         raise DataError(f"{path}: a zip archive; unpack it. {advice}")
-    if head.startswith(b"\x1f\x8b") and not compressed:
+    if head.startswith(GZIP) and not compressed:
         raise DataError(f"{path}: compressed with gzip, but not named so; rename it to {path.name}.gz. {advice}")
 
 
 def _map(directory: Path, file: File) -> tuple[Path, Bytes]:
     """Find a file; return its path and a memory map of its content after the header."""
-    path = _find(directory, file, ("", ".gz"))
+    path = _find(directory, file)
     if path is None:
         raise DataError(f"{directory}: {file.name} is missing or inaccessible. Copy it there")
     ndim, compressed = len(file.shape), path.suffix == ".gz"
@@ -411,7 +411,7 @@ def _map(directory: Path, file: File) -> tuple[Path, Bytes]:
 
 def _read(directory: Path, file: File) -> tuple[Path, bytes]:
     """Find a file under any of its usual names; return its path and its decompressed content."""
-    path = _find(directory, file, ("", ".gz"))
+    path = _find(directory, file)
     if path is None:
         raise DataError(
             f"{directory}: {file.name} is missing or inaccessible, plain or as .gz."
@@ -427,6 +427,8 @@ def _read(directory: Path, file: File) -> tuple[Path, bytes]:
                 payload = stream.read(size)  # a few kilobytes of gzip can expand to gigabytes
                 with contextlib.suppress(gzip.BadGzipFile):  # trailing bytes: the checksum decides
                     payload += stream.read(1)
+            if payload.startswith(GZIP):
+                raise DataError(f"{path}: compressed twice; decompress it once: gunzip {path}")
             _check_head(path, payload[:HEAD_BYTES], ADVICE)
     except EOFError as error:
         raise DataError(f"{path}: truncated, the gzip stream ends early. {ADVICE}") from error

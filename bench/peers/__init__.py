@@ -1,9 +1,10 @@
 """The same step of gradient descent in other packages, each in its fastest form here, one file per package.
 
-All start from the same weights, use the same number of threads, take all images at once, and compute in float32 unless
-their category says otherwise. A step is the forward pass, the mean loss (which any training loop reports), the backward
-pass and the update. Ours also counts the correctly classified images. The images are prepared once, before the steps:
-as float32, divided by 255, or as the non-zeros of that.
+All start from the same weights, use the same number of threads, and compute in float32 unless their category says
+otherwise. A step takes all images or a mini-batch. It is the forward pass, the mean loss (which any training loop
+reports), the backward pass and the update. Ours also counts the correctly classified images. The images are prepared
+once, before the steps: as float32, divided by 255, or as the non-zeros of that. Only our mini-batches are prepared from
+bytes within the step, as in the trainer.
 """
 
 import copy

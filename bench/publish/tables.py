@@ -6,7 +6,6 @@ Claims cover every machine; other tables show the machine with the most studies.
 import functools
 import io
 import json
-import math
 import re
 from collections.abc import Callable
 from functools import partial
@@ -25,17 +24,14 @@ from bench.publish.claims import (
     CLAIMS,
     MAIN,
     PRODUCTS,
-    cell,
     cell_text,
     cells,
     draw,
     sentence,
-    where,
 )
 from bench.publish.figures import draw_all
 from bench.publish.folder import Folder, read_all
 from bench.publish.style import over_runs, short, small_print
-from bench.studies.break_even import break_even
 from bench.studies.epochs import FEW_IMAGES
 from bench.studies.ladder import BLAS
 from bench.studies.mini_batches import PARTS, WHOLE
@@ -374,27 +370,9 @@ def _compiled_naive_accuracy(results: Path) -> str:
     return f"{100 * run['history'][-1]['test_accuracy']:.2f}"
 
 
-def _break_even(results: Path, start: str) -> str:
-    starts = result_of(results, "break_even").starts
-    epochs = break_even(starts[start], starts["numpy"])
-    return f"{math.ceil(epochs)}" if epochs < math.inf else "no number of"
-
-
-def _command(results: Path, seconds: bool) -> str:
-    command = result_of(results, "break_even").command
-    return short(command.median("sparse") if seconds else command.ratio("sparse", "numpy").ratio)
-
-
 def _peak_megabytes(results: Path, limit: int | None) -> str:
     (peak,) = (row.peak_bytes for row in result_of(results, "workers").memory if row.limit == limit)
     return f"{peak / 1e6:,.0f}"
-
-
-def _ratio_range(results: Path, key: str) -> str:
-    evidence = cell(BY_KEY[key], main_folder(results))
-    if not evidence:
-        raise MissingError(key)
-    return _range([row.ratio for row in evidence.ratios])
 
 
 # Numbers within sentences.
@@ -410,16 +388,10 @@ NUMBERS: dict[str, Callable[[Path], str]] = {
     "vectors-lines": lambda results: f"{_lines(results, 'vectors')}",
     "vectors-lines-times": lambda results: short(_lines(results, "vectors") / _lines(results, "shared")),
     "compiled-naive-accuracy": _compiled_naive_accuracy,
-    "break-even": lambda results: _break_even(results, "sparse"),
-    "break-even-first-run": lambda results: _break_even(results, "sparse, first run"),
     "peak": lambda results: _peak_megabytes(results, None),
     "peak-limited": lambda results: _peak_megabytes(results, MEMORY_LIMIT),
-    "command-ratio": lambda results: _command(results, False),
-    "command-seconds": lambda results: _command(results, True),
-    # For every claim: the whole sentence, where it holds, and the ratio on the main machine.
+    # For every claim: the whole sentence.
     **{f"says-{key}": lambda results, key=key: sentence(BY_KEY[key], folders(results)) for key in BY_KEY},  # type: ignore[misc]
-    **{f"where-{key}": lambda results, key=key: where(BY_KEY[key], folders(results)) for key in BY_KEY},  # type: ignore[misc]
-    **{f"ratio-{key}": lambda results, key=key: _ratio_range(results, key) for key in BY_KEY},  # type: ignore[misc]
 }
 
 

@@ -86,11 +86,17 @@ def train_command(
         )
     if json_file:  # before anything is printed: stdout may be closed
         write_json(json_file, run_report(history, kernels, {**settings, "dataset": images.name, "threads": threads}))
-    show(history_table(history, f"{title}, {scheduler or f'{threads} threads'}"))
+    where = scheduler or (counted(workers, "worker") if workers else counted(threads, "thread"))
+    show(history_table(history, f"{title}, {where}"))
     if file:
         print_result(f"checkpoint written to {file}")
     if json_file:
         print_result(f"history written to {json_file}")
+
+
+def counted(number: int, noun: str) -> str:
+    """For example "1 thread" or "2 threads"."""
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def given_settings(context: typer.Context, saved: Checkpoint | None) -> dict[str, Any]:

@@ -202,8 +202,8 @@ class Part:
         list(_parallel_map()(Shard.prepare, shards))
         return shards
 
-    def is_prepared(self, _: None) -> list:
-        """Return an empty list when the part is prepared."""
+    def wait_until_prepared(self, _: None) -> list:
+        """Return an empty list, which `chain` can add, once the part is prepared."""
         return self.shards[:0]
 
     def gradient(self, mlp: MLP) -> dict[Node, Sums]:
@@ -402,7 +402,7 @@ class Parts:
         self.sent: list[Future] = []
         self.sources = [self._source(array) for array in (images, labels)]
         self.parts: dict[Node, tuple[str, Future]] = {}
-        self._reduce(Part.is_prepared, chain)
+        self._reduce(Part.wait_until_prepared, chain)
 
     def gradient(self, mlp: MLP, on_images: Callable[[int], None] = lambda images: None) -> Sums:
         """Sums over all images; calls `on_images` with the images of each finished worker."""

@@ -4,7 +4,6 @@ import ctypes
 import functools
 import os
 import signal
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -66,7 +65,18 @@ _ENDING = threading.Lock()  # acquired once, and never released
 
 def _end(number: int) -> None:
     _ENDING.acquire()  # another thread that reads the file waits here until the process has ended
-    short = [file for file, end in _mapped.items() if not file.exists() or file.stat().st_size < end]
-    line = f"error: {short[0] if short else 'a mapped file'} was truncated while in use: restore the complete file\n"
-    os.write(2, b"\n" * sys.stderr.isatty() + line.encode())
-    os._exit(2)
+    try:
+        short = [file for file, end in list(_mapped.items()) if _bytes(file) < end]
+        file = short[0] if short else "a mapped file"
+        line = f"error: {file} was truncated while in use: restore the complete file\n"
+        os.write(2, b"\n" * os.isatty(2) + line.encode(errors="surrogateescape"))
+    finally:
+        os._exit(2)  # returning would repeat the read
+
+
+def _bytes(file: Path) -> int:
+    """The size of a file; 0 if it is gone or inaccessible."""
+    try:
+        return file.stat().st_size
+    except OSError:
+        return 0

@@ -634,6 +634,12 @@ def test_compressed_files_saved_by_mistake_are_recognised(folder, content):
         load_mnist(folder)
 
 
+def test_a_file_compressed_twice_is_recognised(folder):
+    write(folder, {f"{TEST_LABELS}.gz": gzip.compress(GZIP[f"{TEST_LABELS}.gz"])})
+    with pytest.raises(DataError, match=f"compressed twice; decompress it once: gunzip .*{TEST_LABELS}.gz$"):
+        load_mnist(folder)
+
+
 @pytest.mark.parametrize("tail", [b"\0" * 512, b"\r\n", b"<html>"])
 def test_trailing_bytes_after_gzip_are_ignored(folder, tail):
     write(folder, {name: content + tail for name, content in GZIP.items()})
