@@ -158,8 +158,9 @@ def results(
         if not measured_run.sections:
             continue
         date = min(section.conditions.date for section in measured_run.sections.values())[:10]
-        same_day = len(list(folder.glob(f"run-{date}-*.json")))
-        write(folder / f"run-{date}-{same_day + 1}.json", dataclasses.replace(measured_run, skipped=skipped))
+        earlier = [int(file.stem.rpartition("-")[2]) for file in folder.glob(f"run-{date}-*.json")]
+        new = folder / f"run-{date}-{max(earlier, default=0) + 1}.json"  # some of that day may have been removed
+        write(new, dataclasses.replace(measured_run, skipped=skipped))
         write(folder / MACHINE, read(Machine, measured / MACHINE))
     make_folder(DEFAULT)
     if not quick:

@@ -539,6 +539,27 @@ def test_a_quick_run_stays_out_of_the_published_results(tmp_path, monkeypatch):
     assert folder.studies == {"epochs"}
 
 
+def test_a_new_run_replaces_none_of_the_same_day(tmp_path, monkeypatch):
+    """The first of that day's two runs has been removed."""
+
+    def measure(command):
+        folder = Path(command[command.index("--output") + 1]) / "quick"
+        save(folder, machine(), run_of(numpy=[1.0], numba=[0.5]))
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(commands, "load_dataset", lambda name: None)
+    monkeypatch.setattr(commands, "subprocess", SimpleNamespace(run=measure))
+    for number in (1, 2):
+        (tmp_path / "bench" / "output" / "measuring" / f"{number}" / "quick").mkdir(parents=True)
+    earlier, *new = (tmp_path / f"run-{CONDITIONS.date[:10]}-{number}.json" for number in (2, 3, 4))
+    write(earlier, run_of(numpy=[3.0]))
+    before = earlier.read_bytes()
+    with pytest.raises(commands.typer.Exit):  # the other studies have no result
+        commands.results(runs=2, quick=True, output=tmp_path)
+    assert sorted(tmp_path.glob("run*.json")) == [earlier, *new]
+    assert earlier.read_bytes() == before
+
+
 def bench_command(folder, *arguments):
     """The command for the benchmarks of NumPy on a few images."""
     options = ["--benchmark-only", "--quick", "--dataset", "digits28", "--backend", "numpy", "--output", folder]
