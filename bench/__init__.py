@@ -2,8 +2,8 @@
 
 import os
 
-# After a product, OpenBLAS's idle threads busy-wait for 26 ms before they sleep, on cores that the next competitor
-# needs. The variable must be set before NumPy is imported. It does not slow down back-to-back products.
+# After a product, OpenBLAS's idle threads busy-wait for 0.1 s before they sleep (Zen 5), on cores that the next
+# competitor needs. The variable must be set before NumPy is imported. It does not slow down back-to-back products.
 os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
 
 # Apple's BLAS, Accelerate, obeys only this variable, not threadpoolctl. Without it, its threads would run beside those

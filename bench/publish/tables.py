@@ -36,6 +36,7 @@ from bench.studies.epochs import FEW_IMAGES
 from bench.studies.ladder import BLAS
 from bench.studies.mini_batches import PARTS, WHOLE
 from bench.studies.workers import MEMORY_LIMIT, calculation
+from model.cli.console import counted
 from model.published import comparison_table, full_batch_histories
 
 ROOT = Path(__file__).parents[2]
@@ -160,8 +161,7 @@ def ladder_table(results: Path) -> str:
     last = runs[-1]
     table = Table("step", "lines", box=MARKDOWN)
     for climb in last.climbs:
-        threads = "1 thread" if climb.threads == 1 else f"{climb.threads} threads"
-        table.add_column(f"{climb.product}, {threads}", justify="right")
+        table.add_column(f"{climb.product}, {counted(climb.threads, 'thread')}", justify="right")
     places = [[run.climb(climb.product, climb.threads) for run in runs] for climb in last.climbs]
     for step in [*last.lines, BLAS]:
         texts = []

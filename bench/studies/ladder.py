@@ -3,7 +3,7 @@
 import ast
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -208,20 +208,23 @@ def _definitions() -> dict[Place, ast.AST | Place]:
     """Functions, constants and methods (``.name``) by module and name; for imported names, where they come from."""
     defined: dict[Place, ast.AST | Place] = {}
     for module in (steps, naive_backend, numba_backend, simd):
-        for node in ast.walk(ast.parse(inspect.getsource(module))):
-            if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
-                node.body = node.body[1:]
-            if isinstance(node, ast.Module | ast.ClassDef):
-                for statement in node.body:
-                    if isinstance(statement, ast.FunctionDef):
-                        method = node.name if statement.name == "__init__" else f".{statement.name}"  # type: ignore[union-attr]
-                        name = statement.name if isinstance(node, ast.Module) else method
-                        defined[module.__name__, name] = statement
-                    elif isinstance(statement, ast.Assign):
-                        for target in ast.walk(statement.targets[0]):
-                            if isinstance(target, ast.Name):
-                                defined[module.__name__, target.id] = statement
-                    elif isinstance(statement, ast.ImportFrom):
-                        for alias in statement.names:
-                            defined[module.__name__, alias.asname or alias.name] = (str(statement.module), alias.name)
+        for scope in ast.walk(ast.parse(inspect.getsource(module))):
+            if isinstance(scope, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(scope) is not None:
+                scope.body = scope.body[1:]
+            if isinstance(scope, ast.Module | ast.ClassDef):
+                for statement in scope.body:
+                    defined |= {(module.__name__, name): each for name, each in _named(scope, statement).items()}
     return defined
+
+
+def _named(scope: ast.Module | ast.ClassDef, statement: ast.stmt) -> Mapping[str, ast.AST | Place]:
+    """The names that a statement of a module or class defines; ``__init__`` goes by the name of its class."""
+    if isinstance(statement, ast.FunctionDef):
+        if isinstance(scope, ast.Module):
+            return {statement.name: statement}
+        return {scope.name if statement.name == "__init__" else f".{statement.name}": statement}
+    if isinstance(statement, ast.Assign):
+        return {node.id: statement for node in ast.walk(statement.targets[0]) if isinstance(node, ast.Name)}
+    if isinstance(statement, ast.ImportFrom):
+        return {alias.asname or alias.name: (str(statement.module), alias.name) for alias in statement.names}
+    return {}

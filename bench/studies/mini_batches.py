@@ -35,6 +35,7 @@ from bench.publish.style import Span, beside_numpy, colour, end_labels, over_run
 from kernels import backend as contract
 from kernels import get_backend
 from kernels.backend import Backend
+from model.cli.console import counted
 from model.data import Dataset
 from model.extras.figure import figure_file, print_small, title
 from model.mlp import MLP
@@ -99,7 +100,7 @@ def _on_threads(
     steps: dict[int, Comparison] = {}
     tried: dict[int, dict[str, dict[str, Form]]] = {}
     skipped: dict[str, str] = {}
-    words = "1 thread" if threads == 1 else f"{threads} threads"
+    words = counted(threads, "thread")
     with thread_pool(threads) as parallel_map:
         images, labels = dataset.train_images[:IMAGES], dataset.train_labels[:IMAGES]
         task = Task(MLP(), images, labels, LEARNING_RATE, threads, parallel_map)

@@ -20,6 +20,11 @@ def print_any_name() -> None:
             stream.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
 
 
+def counted(number: int, noun: str) -> str:
+    """For example "1 thread" or "2 threads"."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 def print_result(line: str) -> None:
     """Print a line of results on stdout, without wrapping."""
     print(line, flush=True)

@@ -13,7 +13,7 @@ import typer
 from kernels import get_backend
 from kernels.backend import Backend
 from model.cli import options as opt
-from model.cli.console import print_result, print_status, show
+from model.cli.console import counted, print_result, print_status, show
 from model.cli.progress import training
 from model.cli.tables import history_table
 from model.data import Dataset, limited, load_dataset, sha256
@@ -92,11 +92,6 @@ def train_command(
         print_result(f"checkpoint written to {file}")
     if json_file:
         print_result(f"history written to {json_file}")
-
-
-def counted(number: int, noun: str) -> str:
-    """For example "1 thread" or "2 threads"."""
-    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def given_settings(context: typer.Context, saved: Checkpoint | None) -> dict[str, Any]:

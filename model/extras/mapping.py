@@ -66,6 +66,7 @@ _ENDING = threading.Lock()  # acquired once, and never released
 def _end(number: int) -> None:
     _ENDING.acquire()  # another thread that reads the file waits here until the process has ended
     try:
+        # Of a copy, as another thread may be mapping a file.
         short = [file for file, end in list(_mapped.items()) if _bytes(file) < end]
         file = short[0] if short else "a mapped file"
         line = f"error: {file} was truncated while in use: restore the complete file\n"

@@ -1,3 +1,5 @@
+"""The handler that ends the process when a mapped file is truncated."""
+
 import subprocess
 import sys
 
