@@ -24,7 +24,7 @@ import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.extending import intrinsic, register_jitable
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
@@ -68,11 +68,9 @@ class Tuning(NamedTuple):
     A panel that stays in L1, and a B that leaves room in L2, pay off more."""
     transposed_depth: int
     """Steps of k in a block, where k runs down the columns of a row-major array: x.T dz, for example."""
-    few_vectors: int
-    """Vectors in a row of a tile for at most FEW_ROWS rows of A."""
     few_block_bytes: int
-    """Bytes of B that such tiles read at a time, in rows from left to right. Starting a small block takes longer than
-    its arithmetic; a large one leaves L1."""
+    """Bytes of B that few rows of A take at a time, in rows from left to right, if those are shorter than a page. A
+    small block stays in L1 for all tiles, a large one writes and reads results less often."""
     one_rows: int
     """Rows of B that a single row of A takes at a time: as many streams as the hardware prefetcher can track."""
     one_vectors: int
@@ -100,7 +98,6 @@ ZEN_3 = Tuning(
     row_bytes=4096,
     shallow_depth=512,
     transposed_depth=512,
-    few_vectors=4,
     few_block_bytes=32 * 1024,
     one_rows=8,
     one_vectors=4,
@@ -115,11 +112,11 @@ AVX2 = ZEN_3._replace(transposed_depth=256, prefetches_a=True)
 
 # NEON: 24 accumulators. Longer chains make LLVM use post-indexed loads (LD1R), which take a multiply-add unit. Judged
 # by llvm-mca only; never timed on ARM.
-NEON = ZEN_3._replace(vectors=4, few_vectors=8, prefetches_results=False)
+NEON = ZEN_3._replace(vectors=4, prefetches_results=False)
 
 # AVX-512 on Zen 4, judged on Zen 5. A block of 400 KB leaves room in an L2 cache of 1 MB. On Zen 5,
 # - prefetching x.T takes x.T dz, over 60,000 images, from 0.92 times the time of OpenBLAS to 0.81;
-# - wide tiles and large blocks take 8 x 784 times 784 x 128 from 1.3 to 0.85 times, compared with the choices for AVX2;
+# - large blocks take 2 x 784 times 784 x 128 from 0.72 to 0.68 times, compared with the choice for AVX2;
 # - more rows and vectors at a time take 1 x 784 times 784 x 128 from 0.9 to 0.8 times, 1 x 2000 times 2000 x 2000 from
 #   1.3 to 1.1 (without the checks of `Backend.matmul`).
 ZEN_4 = Tuning(
@@ -130,7 +127,6 @@ ZEN_4 = Tuning(
     row_bytes=512,
     shallow_depth=800,
     transposed_depth=512,
-    few_vectors=8,
     few_block_bytes=512 * 1024,
     one_rows=16,
     one_vectors=8,
@@ -178,9 +174,8 @@ KC_TRANSPOSED = TUNING.transposed_depth
 NC_BYTES = TUNING.row_bytes
 PACKS_A, PREFETCHES_A = TUNING.packs_a, TUNING.prefetches_a
 
-# B is packed if at least this many rows of A amortize it. If each row of B is on its own page, more than FEW_ROWS are
-# enough: an unpacked panel would need more dTLB entries than there are. On Zen 3, this takes 32 x 1024 times
-# 1024 x 1024 from 1.8 to 1.2 times the time of OpenBLAS.
+# B is packed if at least this many rows of A amortize it, or if each row of B is on its own page: in place, a panel
+# would need more dTLB entries than there are.
 PACK_ROWS = 16 * MR
 PAGE = 4096  # bytes
 
@@ -196,14 +191,19 @@ STREAMS = 8
 # this takes 1024 x 784, transposed, times 784 x 128 from 1.1 to 1.0 times the time of OpenBLAS.
 PACKED_TILES = 8
 
-# With at most this many rows of A, the product is bound by reading B. So B is read only once, STREAMS rows at a time or
-# more. Tiles have as many accumulators as elsewhere, but are wider and lower. Software prefetch of the next panels only
-# hurt.
+# With at most this many rows of A, the product is bound by reading B. So B stays in place, and is read from left to
+# right, only once for a tile as high as A. If each row of B is on its own page, packing takes so long that more rows do
+# the same: FAR_ROWS of them, unless the rows of B all map to the same L1 set. Then blocks are as deep as a
+# TLB and software prefetch allow, not as deep as the L2 cache. On Zen 5, compared with packing, this takes
+# 32 x 2000 times 2000 x 2000 from 1.1 to 0.9 times the time of OpenBLAS with AVX2, from 0.93 to 0.61 with AVX-512.
 FEW_ROWS = 8
-FEW_MR = 3
-FEW_VECTORS = TUNING.few_vectors
-FEW_BYTES = FEW_VECTORS * REGISTER_BYTES
+FAR_ROWS = 128
+FAR_DEPTH = 64
 FEW_BLOCK_BYTES = TUNING.few_block_bytes
+
+# Such tiles are at least two vectors wide. Their accumulators leave room for a row of the panel and an element of A.
+FEW_TOTALS = REGISTERS * 3 // 4
+FEW_MR = min(FEW_ROWS, FEW_TOTALS // 2)
 
 # A single row of A needs no tiles. Its result stays in L1, and B is read from left to right. On Zen 3, tiles of
 # 8 vectors took 1.2 times as long.
@@ -214,9 +214,14 @@ ONE_VECTORS = TUNING.one_vectors
 # the time of OpenBLAS. So a few vectors of columns at a time are transposed in registers. Up to DOT_MR rows take two
 # vectors: each broadcast serves both. Four would read AVX2's B from 32 places at once, more than the hardware
 # prefetcher can track. More rows have registers for one vector only: with two, 8 x 784 times 784 x 128 would take 1.5
-# times as long on Zen 5 with AVX2, and 1.1 times with AVX-512.
+# times as long on Zen 5 with AVX2, and 1.1 times with AVX-512. If the columns are a multiple of 4 KB apart, all of them
+# map to the same L1 set. More than 16 evict each other: one vector then takes 1 x 1024 times 1024 x 1024 from 4.7 to
+# 1.8 times the time of OpenBLAS on Zen 5 with AVX-512. If each column is on its own page, software prefetches it,
+# DOT_AHEAD blocks ahead: this takes 2 x 2000 times 2000 x 2000 from 0.25 to 0.17 times.
 DOT_VECTORS = 2
 DOT_MR = 6
+DOT_AHEAD = 4
+DOT_ON_ONE_SET = 16
 
 
 # Micro-kernels ----------------------------------------------------------------------------------------------
@@ -261,10 +266,33 @@ def edge_tiles(typing_context, a, i, rows, panels, start, stop, bias, out, j, fi
 
 
 @intrinsic
-def few_tiles(typing_context, a, i, rows, panels, start, stop, bias, out, j, first):
-    """Like `tiles`, for panels of FEW_VECTORS vectors and at most FEW_MR rows."""
-    signature = types.void(a, i, rows, panels, start, stop, bias, out, j, first)
-    return signature, functools.partial(_emit_tiles, most=FEW_MR, width=FEW_VECTORS)
+def few_tiles(typing_context, a, b, start, stop, out):
+    """Add the product of A's columns and B's rows, from `start` to `stop` - 1, to the result.
+
+    A has at most FEW_MR rows. The rows of all three arrays are contiguous.
+    """
+
+    def emit(context, builder, signature, arguments):
+        a, b, out = (View.of(context, builder, signature.args[n], arguments[n]) for n in (0, 1, 4))
+        _, _, start, stop, _ = arguments
+        vectors = Vectors(context, builder, signature.args[0].dtype)
+        columns, depth = out.shape[1], builder.sub(stop, start)
+        a = a.part(0, start)
+        for count in range(1, FEW_MR + 1):
+            most = 2 ** int(math.log2(FEW_TOTALS / max(count, 2)))
+            whole = builder.and_(columns, start.type(-most * vectors.lanes))
+            with builder.if_then(builder.icmp_signed("==", a.shape[0], start.type(count))):
+                for left, right, width in (start.type(0), whole, most), (whole, columns, 1):
+                    step = start.type(width * vectors.lanes)
+                    with cgutils.for_range_slice(builder, left, right, step, start.type) as (j, _):
+                        masks = [vectors.first(builder.sub(columns, j))] if width == 1 else [None] * width
+                        panel = View(builder, b.at(start, j), [depth], b.strides)
+                        target = out.part(0, j)
+                        prefetch = _later_panel(builder, vectors, panel, width)
+                        totals = _emit_sums(builder, vectors, a, panel, target, count, masks, prefetch, masks)
+                        _emit_stores(builder, vectors, totals, target, masks, None)
+
+    return types.void(a, b, start, stop, out), emit
 
 
 @intrinsic
@@ -299,38 +327,50 @@ def add_rows(typing_context, a, b, p, rows, out):
 
 
 @intrinsic
-def dot_tile(typing_context, a, b, out, j):
-    """Add the product of A and DOT_VECTORS vectors of columns of B (one, beyond DOT_MR rows) to the result.
+def dot_tile(typing_context, a, b, out, j, width):
+    """Add the product of A and `width` vectors of columns of B to the result: one, or DOT_VECTORS.
 
-    The first column is `j`. There are at most FEW_ROWS rows. Each is contiguous, and so are the columns of `b`, as long
-    as a multiple of a vector. Square blocks are transposed in registers.
+    The first column is `j`. There are at most FEW_ROWS rows, and DOT_MR for more than one vector. Each is contiguous,
+    and so are the columns of `b`, as long as a multiple of a vector. Square blocks are transposed in registers.
     """
 
     def emit(context, builder, signature, arguments):
         a, b, out = (View.of(context, builder, signature.args[n], arguments[n]) for n in range(3))
-        j = arguments[3]
+        _, _, _, j, chosen = arguments
         vectors = Vectors(context, builder, signature.args[0].dtype)
-        lanes = vectors.lanes
-        size = j.type(REGISTER_BYTES // lanes)  # strides known at compile time need no multiplication
+        size = j.type(REGISTER_BYTES // vectors.lanes)  # strides known at compile time need no multiplication
         a = View(builder, a.at(), a.shape, [a.strides[0], size])
         b = View(builder, b.at(0, j), b.shape, [size, b.strides[1]])
         out = View(builder, out.at(0, j), (), out.strides)
-        for count in range(1, FEW_ROWS + 1):
-            with builder.if_then(builder.icmp_signed("==", a.shape[0], j.type(count))):
-                width = DOT_VECTORS if count <= DOT_MR else 1
-                grid = list(itertools.product(range(count), range(width)))
-                totals = {(r, c): vectors.variable(vectors.load(out.at(r), column=c)) for r, c in grid}
-                with cgutils.for_range_slice(builder, j.type(0), b.shape[0], j.type(lanes), j.type) as (k, _):
-                    columns = zip(*(vectors.transposed(b.part(k, c * lanes)) for c in range(width)), strict=True)
-                    for step, row in enumerate(columns):
-                        for r in range(count):
-                            x = vectors.broadcast(a.at(r, builder.add(k, j.type(step))))
-                            for c in range(width):
-                                builder.store(vectors.fma(x, row[c], builder.load(totals[r, c])), totals[r, c])
-                for (r, c), total in totals.items():
-                    vectors.store(builder.load(total), out.at(r), column=c)
+        for count, width in itertools.product(range(1, FEW_ROWS + 1), (1, DOT_VECTORS)):
+            is_height = builder.icmp_signed("==", a.shape[0], j.type(count))
+            is_width = builder.icmp_signed("==", chosen, chosen.type(width))
+            if width in (dot_vectors(count, vectors.lanes, 1), dot_vectors(count, vectors.lanes, PAGE)):
+                with builder.if_then(builder.and_(is_height, is_width)):
+                    _emit_dots(builder, vectors, a, b, out, count, width)
 
-    return types.void(a, b, out, j), emit
+    return types.void(a, b, out, j, width), emit
+
+
+def _emit_dots(builder, vectors, a, b, out, rows, width):
+    """Emit the loop over k for a tile of `rows` rows and `width` vectors, one square block after the other."""
+    lanes, integer = vectors.lanes, b.strides[1].type
+    is_far = builder.icmp_signed(">=", b.strides[1], integer(PAGE))
+    grid = list(itertools.product(range(rows), range(width)))
+    totals = {(r, c): vectors.variable(vectors.load(out.at(r), column=c)) for r, c in grid}
+    with cgutils.for_range_slice(builder, integer(0), b.shape[0], integer(lanes), integer) as (k, _):
+        with builder.if_then(is_far):
+            later = b.part(builder.add(k, integer(DOT_AHEAD * lanes)))
+            for c in range(width * lanes):
+                vectors.prefetch(later.at(0, c), level=1)
+        columns = zip(*(vectors.transposed(b.part(k, c * lanes)) for c in range(width)), strict=True)
+        for step, row in enumerate(columns):
+            for r in range(rows):
+                x = vectors.broadcast(a.at(r, builder.add(k, integer(step))))
+                for c in range(width):
+                    builder.store(vectors.fma(x, row[c], builder.load(totals[r, c])), totals[r, c])
+    for (r, c), total in totals.items():
+        vectors.store(builder.load(total), out.at(r), column=c)
 
 
 def _emit_tiles(context, builder, signature, arguments, most, width, ragged=False, packing=None):
@@ -357,20 +397,20 @@ def _emit_tiles(context, builder, signature, arguments, most, width, ragged=Fals
                         (),
                         [builder.select(first, j.type(0), out.strides[0])],
                     )
-                    target, ahead, masks, has_room = out.part(i, column), None, [None] * width, None
+                    target, prefetch, masks, has_room = out.part(i, column), None, [None] * width, None
                     if packing and PREFETCHES_A and view.strides[1] is not size:
-                        ahead = _next_block(builder, a, i, rows, panels, p)
+                        prefetch = _next_block(builder, vectors, a, i, rows, panels, p)
                     if packing and TUNING.prefetches_results:
                         for r, byte in itertools.product(range(MR), range(0, TILE_BYTES, CACHE_LINE)):
                             vectors.prefetch(builder.gep(target.at(r), [j.type(TILE_BYTES + byte)]), level=1)
                     if ragged:
-                        ahead = _next_rows(builder, a, i)
+                        prefetch = _next_rows(builder, vectors, a, i)
                         columns = builder.sub(out.shape[1], column)
                         masks = [vectors.first(builder.sub(columns, j.type(c * vectors.lanes))) for c in range(width)]
                         rest = builder.mul(builder.sub(out.shape[0], builder.add(i, rows)), out.strides[0])
                         rest = builder.add(rest, builder.mul(columns, size))
                         has_room = builder.icmp_signed(">=", rest, j.type(width * REGISTER_BYTES))
-                    totals = _emit_sums(builder, vectors, view, panels.part(p, drop=1), before, count, masks, ahead)
+                    totals = _emit_sums(builder, vectors, view, panels.part(p, drop=1), before, count, masks, prefetch)
                     _emit_stores(builder, vectors, totals, target, masks, has_room)
 
 
@@ -395,8 +435,11 @@ def _layouts(builder, a, size, is_versioned):
     return [*layouts, (is_other, a)]
 
 
-def _next_block(builder, a, i, rows, panels, p):
-    """The tile's share of the next block of A, for prefetching: one address for each step of k.
+# Each of these returns a function that emits prefetches for one step of the loop over k.
+
+
+def _next_block(builder, vectors, a, i, rows, panels, p):
+    """Prefetch the tile's share of the next block of A.
 
     If A is row-major, all addresses are the same: the hardware prefetcher does the job.
     """
@@ -405,39 +448,60 @@ def _next_block(builder, a, i, rows, panels, p):
     before = builder.add(builder.mul(i, count), builder.mul(p, rows))
     piece = builder.sdiv(builder.mul(a.strides[1], rows), shares)  # bytes
     start = builder.sdiv(builder.mul(builder.mul(a.strides[1], k), before), shares)
-    return View(builder, builder.gep(a.at(0, k), [start]), (k,), (piece,))
+    share = View(builder, builder.gep(a.at(0, k), [start]), (k,), (piece,))
+    return lambda step: vectors.prefetch(share.at(step), level=2)
 
 
-def _next_rows(builder, a, i):
-    """The rows of A after the next EDGE_MR, for prefetching: one address for each step of k, spread evenly.
+def _next_rows(builder, vectors, a, i):
+    """Prefetch the rows of A after the next EDGE_MR, spread evenly.
 
     On Zen 3 this takes 938 x 128 times 128 x 10 from 70 to 60 µs, if A is not in L2.
     """
     k = builder.select(builder.icmp_signed(">", a.shape[1], i.type(0)), a.shape[1], i.type(1))
     piece = builder.sdiv(builder.mul(i.type(EDGE_MR), a.strides[0]), k)  # bytes; zero in most transposed arrays
-    return View(builder, a.at(builder.add(i, i.type(EDGE_MR))), (), [piece])
+    rows = View(builder, a.at(builder.add(i, i.type(EDGE_MR))), (), [piece])
+    return lambda step: vectors.prefetch(rows.at(step), level=2)
 
 
-def _emit_sums(builder, vectors, a, panel, before, rows, masks, ahead):
-    """Emit the loop over k for a tile of `rows` rows, with one vector for each of `masks`; returns the accumulators."""
+def _later_panel(builder, vectors, panel, width):
+    """Prefetch the panel after the next, if each row of B is on its own page. Otherwise, the hardware prefetcher does.
+
+    On Zen 5, this takes 8 x 2000 times 2000 x 2000 from 0.65 to 0.3 times the time of OpenBLAS.
+    """
+
+    def prefetch(step):
+        with builder.if_then(builder.icmp_signed(">=", panel.strides[0], step.type(PAGE))):
+            for byte in range(0, width * REGISTER_BYTES, CACHE_LINE):
+                later = builder.gep(panel.at(step), [step.type(2 * width * REGISTER_BYTES + byte)])
+                vectors.prefetch(later, level=1)
+
+    return prefetch
+
+
+def _emit_sums(builder, vectors, a, panel, before, rows, masks, prefetch=None, b_masks=None):
+    """Emit the loop over k for a tile of `rows` rows, with one vector for each of `masks`; returns the accumulators.
+
+    Without `b_masks`, all vectors of the panel may be loaded as a whole.
+    """
+    b_masks = b_masks or [None] * len(masks)
     grid = [(r, c) for r in range(rows) for c in range(len(masks))]
     totals = {(r, c): vectors.variable(vectors.load(before.at(r), masks[c], column=c)) for r, c in grid}
     parts = [a if r == 0 else opaque(builder, a.part(r)) for r in range(0, rows, TUNING.chain)]
     with cgutils.for_range(builder, panel.shape[0]) as loop:
-        if ahead:
-            vectors.prefetch(ahead.at(loop.index), level=2)
+        if prefetch:
+            prefetch(loop.index)
             compiler_barrier(builder, "convergent")  # unrolled twice, it would spill registers
         a_at = [parts[r // TUNING.chain].at(r % TUNING.chain, loop.index) for r in range(rows)]
         b_at = panel.at(loop.index)
-        if rows < len(masks):  # wide and low: keep A in registers, and load one vector of B at a time
+        if rows <= len(masks):  # wide and low: keep A in registers, and load one vector of B at a time
             x = [vectors.broadcast(pointer) for pointer in a_at]
             for c in range(len(masks)):
                 compiler_barrier(builder)
-                b = vectors.load(b_at, column=c)
+                b = vectors.load(b_at, b_masks[c], column=c)
                 for r in range(rows):
                     builder.store(vectors.fma(x[r], b, builder.load(totals[r, c])), totals[r, c])
         else:
-            b = [vectors.load(b_at, column=c) for c in range(len(masks))]
+            b = [vectors.load(b_at, b_masks[c], column=c) for c in range(len(masks))]
             for r in range(rows):
                 x = vectors.broadcast(a_at[r])
                 for c in range(len(masks)):
@@ -565,7 +629,7 @@ def matmul(a, b, bias, out):
     else:
         left, right, result = a, b, out
     has_columns = right.strides[0] == right.itemsize != right.strides[1]
-    if len(left) == 1 or (len(left) <= FEW_ROWS and has_columns):
+    if len(left) <= few_rows(right):
         if not swap:
             result[:] = bias
         if has_columns:
@@ -585,21 +649,14 @@ def add_blocks(a, b, bias, out, is_empty):
     """Add A B, block by block of B, to the bias if `out` is empty so far, else to `out`."""
     rows, k = a.shape
     columns = b.shape[1]
-    is_few = rows <= FEW_ROWS and b.strides[1] == b.itemsize and columns * b.itemsize >= FEW_BYTES
-    if is_few:
-        most, nc = max(STREAMS, FEW_BLOCK_BYTES // (columns * b.itemsize)), columns
-    else:
-        is_transposed = a.strides[0] == a.itemsize != a.strides[1]
-        most = KC_TRANSPOSED if is_transposed else KC_SHALLOW if rows < PACK_ROWS else KC
-        nc = NC_BYTES // b.itemsize
+    is_transposed = a.strides[0] == a.itemsize != a.strides[1]
+    most = KC_TRANSPOSED if is_transposed else KC_SHALLOW if rows < PACK_ROWS else KC
+    nc = NC_BYTES // b.itemsize
     kc = max(1, -(-k // -(-max(k, 1) // most)))  # blocks of equal size, give or take a row
     for j in range(0, columns, nc):
         for p in range(0, max(k, 1), kc):  # at least once: with k = 0 the result is the bias
             block, part = b[p : p + kc, j : j + nc], out[:, j : j + nc]
-            if is_few:
-                add_few(a[:, p : p + kc], block, bias[j:], part, p == 0 and is_empty)
-            else:
-                add_block(a[:, p : p + kc], block, bias[j:], part, p == 0 and is_empty)
+            add_block(a[:, p : p + kc], block, bias[j:], part, p == 0 and is_empty)
 
 
 @njit
@@ -632,22 +689,34 @@ def tile_rows(m, most):
 
 
 @njit
-def add_few(a, b, bias, out, first):
-    """Like `add_block`, for at most FEW_ROWS rows of A, which share each panel of B while it is in L1."""
-    m, n = out.shape
-    width = FEW_BYTES // b.itemsize
-    edge = n - n % width
-    panels = panels_of(b[:, :edge], width, m)
-    step = tile_rows(m, FEW_MR)
-    for p in range(len(panels)):
-        for i in range(0, m, step):
-            few_tiles(a, i, min(step, m - i), panels, p, p + 1, bias, out, 0, first)
-    add_edge(a, b, bias, out, edge, first)
+def few_rows(b):
+    """With at most how many rows of A a product is bound by reading B."""
+    if b.strides[1] != b.itemsize or b.strides[0] < PAGE:
+        return FEW_ROWS
+    return FAR_ROWS if b.strides[0] % PAGE else 2 * FEW_ROWS
 
 
 @njit
 def add_contiguous_rows(a, b, out):
-    """Add A B to `out`, for a single row of A. The rows of B are contiguous."""
+    """Add A B to `out`, for few rows of A. The rows of B are contiguous."""
+    if len(a) == 1:
+        add_to_one_row(a, b, out)
+        return
+    a = a if a.strides[1] == a.itemsize else a.copy()
+    m, k = a.shape
+    if b.strides[0] < PAGE:
+        depth = max(STREAMS, FEW_BLOCK_BYTES // max(b.strides[0], 1))
+    else:
+        depth = FAR_DEPTH if b.strides[0] % PAGE else STREAMS
+    step = tile_rows(m, FEW_MR)
+    for start in range(0, k, depth):
+        for i in range(0, m, step):
+            few_tiles(a[i : i + step], b, start, min(start + depth, k), out[i : i + step])
+
+
+@njit
+def add_to_one_row(a, b, out):
+    """Like `add_contiguous_rows`, for a single row of A."""
     whole = len(b) - len(b) % ONE_ROWS
     for p in range(0, whole, ONE_ROWS):
         add_rows(a, b, p, ONE_ROWS, out)
@@ -661,21 +730,26 @@ def add_contiguous_columns(a, b, out):
     a = a if a.strides[1] == a.itemsize else a.copy()
     m, (k, n) = len(a), b.shape
     lanes = REGISTER_BYTES // b.itemsize
-    width = lanes * (DOT_VECTORS if m <= DOT_MR else 1)
-    deep, edge = k - k % lanes, n - n % width
-    for j in range(0, edge, width):
-        dot_tile(a, b[:deep], out, j)
+    width = dot_vectors(m, lanes, b.strides[1])
+    deep, edge = k - k % lanes, n - n % (width * lanes)
+    for j in range(0, edge, width * lanes):
+        dot_tile(a, b[:deep], out, j, width)
     add_copied(a[:, deep:], b[deep:, :edge], out[:, :edge])
     add_copied(a, b[:, edge:], out[:, edge:])
+
+
+@register_jitable
+def dot_vectors(rows, lanes, stride):
+    """Vectors of columns that `dot_tile` takes at a time, by the rows of A and the bytes between columns of B."""
+    is_on_one_set = stride % PAGE == 0 and DOT_VECTORS * lanes > DOT_ON_ONE_SET
+    return 1 if rows > DOT_MR or is_on_one_set else DOT_VECTORS
 
 
 @njit
 def add_copied(a, b, out):
     """Add A B to `out`, for few rows of A and a small B, which is copied to have contiguous rows."""
     if b.size:
-        rows = b.copy()
-        for i in range(len(a)):
-            add_contiguous_rows(a[i : i + 1], rows, out[i : i + 1])
+        add_contiguous_rows(a, b.copy(), out)
 
 
 @njit
@@ -693,8 +767,7 @@ def panels_of(b, width, m):
     """Panels of `width` columns for `m` rows of A, (panel, k, column): in place, or packed and zero-padded."""
     k, n = b.shape
     contiguous = b.strides[1] == b.itemsize
-    pack_rows = PACK_ROWS if b.strides[0] < PAGE else FEW_ROWS + 1
-    if contiguous and m < pack_rows and n % width == 0:
+    if contiguous and m < PACK_ROWS and b.strides[0] < PAGE and n % width == 0:
         return as_strided(b, (n // width, k, width), (width * b.itemsize, b.strides[0], b.itemsize))
     panels = np.empty((-(-n // width), k, width), b.dtype)
     step = STREAMS if contiguous and b.strides[0] >= PAGE else max(k, 1)

@@ -431,7 +431,7 @@ class Kernel(dict[np.dtype, Callable]):
         self._dispatchers: list[Any] = []  # they own the machine code
 
     def __call__(self, array: np.ndarray, *arguments: Any) -> Any:
-        """Call the version for the dtype of the first argument. This takes 0.2 µs more than ``kernel[dtype]``."""
+        """Call the version for the dtype of the first argument: on Zen 5, 0.2 µs more than ``kernel[dtype]``."""
         return self[array.dtype](array, *arguments)
 
     def __missing__(self, dtype: np.dtype) -> Callable:

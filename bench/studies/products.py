@@ -44,6 +44,7 @@ SHAPES = {
     "few rows": [
         *((rows, 784, 128) for rows in (1, 2, 4, 8, 32)),
         *((rows, 2000, 2000) for rows in (1, 2, 4, 8, 32)),
+        *((rows, 1024, 1024) for rows in (1, 8, 32)),  # rows and columns a multiple of 4 KB apart, on one L1 set
         (8, 30_000, 2000),  # the first layer of NPBench's mlp
     ],
 }

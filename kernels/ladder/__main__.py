@@ -32,8 +32,10 @@ try:
 except ValueError as error:  # Numba's compiler is disabled
     fail(str(error))
 
-app = typer.Typer(  # markup would swallow [default: ...]
-    rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False
+app = typer.Typer(
+    rich_markup_mode=None,  # markup would swallow [default: ...]
+    add_completion=False,
+    pretty_exceptions_enable=False,
 )
 
 

@@ -21,10 +21,10 @@ def micro_kernel(a, panels, bias, out):
     numba_backend.tiles(a, 0, numba_backend.MR, a, False, panels, 0, 1, bias, out, 0, True)
 
 
-@kernel(row_major_in, panels_in, flat_in, matrix_out)
-def few_rows_kernel(a, panels, bias, out):
-    """One tile of the product with few rows."""
-    numba_backend.few_tiles(a, 0, numba_backend.FEW_MR, panels, 0, 1, bias, out, 0, True)
+@kernel(row_major_in, row_major_in, matrix_out)
+def few_rows_kernel(a, b, out):
+    """The product with few rows."""
+    numba_backend.few_tiles(a, b, 0, len(b), out)
 
 
 def machine_code(name: str) -> str:

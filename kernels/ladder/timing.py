@@ -18,8 +18,9 @@ from kernels.simd import aligned_empty
 # Floating-point operations for slow steps, which get fewer rows of `a`.
 ENOUGH_FLOP = {"loops": 2e6, "compiled": 1e8, "reordered": 4e9}
 
-# Seconds of rest, and then of warm-up, before a product on several threads is timed. OpenBLAS's idle threads busy-wait
-# for 0.1 s, on cores that the step needs. After a rest, the scheduler takes as long to spread threads over the cores.
+# Seconds of rest, and then of warm-up, before a product on several threads is timed. On Zen 5, OpenBLAS's idle threads
+# busy-wait for 0.1 s, on cores that the step needs. After a rest, the scheduler takes as long to spread threads over
+# the cores.
 SETTLE = 0.15
 
 

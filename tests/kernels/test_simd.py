@@ -17,6 +17,7 @@ from kernels import get_backend, numba_backend, simd
 from kernels.numba_backend import (
     DOT_MR,
     DOT_VECTORS,
+    FAR_ROWS,
     FEW_ROWS,
     KC,
     MR,
@@ -47,7 +48,11 @@ def shapes(module, dtype):
     yield from [(module.PACK_ROWS + 1, 33, width + 3), (2 * width + 1, 7, 10), (10, module.KC + 1, 10)]
     # Three panels share the packed A, in whole tiles and in lower ones of equal height.
     yield from [(m, module.KC_TRANSPOSED + 1, 3 * width + edge + 1) for m in (2 * mr, 2 * mr + 1)]
-    yield from [(rows, 2 * module.KC, 2 * module.FEW_BYTES // dtype().itemsize + edge + 1) for rows in (1, few - 1)]
+    yield from [(rows, 2 * module.KC, 16 * edge + 1) for rows in range(1, few + 1)]
+    # B's rows are on pages of their own, and a multiple of 4 KB apart or not.
+    yield from [(rows, module.FAR_DEPTH + 3, page + width + 1) for rows in (few + 1, 31, module.FAR_ROWS)]
+    yield from [(rows, 2 * streams + 3, page) for rows in (few, 2 * few, 2 * few + 1)]
+    yield from [(rows, page, width + 1) for rows in (1, few)]
     yield (1, 2 * module.ONE_ROWS + 3, one_vectors * module.REGISTER_BYTES // dtype().itemsize + edge + 1)
     yield from [(page, streams + 3, 3 * width + 1), (few + 1, 2 * streams + 3, page + 1), (2 * mr, page, width + 1)]
 
@@ -200,7 +205,9 @@ def test_products_are_right_around_the_ends_of_blocks(layout, dtype):
 def test_few_rows_times_contiguous_columns(rows, dtype):
     lanes = simd.REGISTER_BYTES // dtype().itemsize
     width = DOT_VECTORS * lanes
-    for k, n in itertools.product([lanes - 1, lanes, 3 * lanes + 1, KC + 1], [width - 1, width, 3 * width + 1]):
+    page = PAGE // dtype().itemsize
+    depths = [lanes - 1, lanes, 3 * lanes + 1, KC + 1, page, page + lanes]
+    for k, n in itertools.product(depths, [width - 1, width, 3 * width + 1]):
         a, b, bias = integers((rows, k), dtype, 1), integers((k, n), dtype, 2), integers(n, dtype, 3)
         product = get_backend("numba").matmul(a, np.asfortranarray(b), bias)
         np.testing.assert_array_equal(product, a @ b + bias, err_msg=f"{k} x {n}")
@@ -232,16 +239,17 @@ def test_bits_of_a_row_do_not_depend_on_other_rows(layout_a, layout_b, columns, 
 
 
 @every_dtype
+@pytest.mark.parametrize("row_bytes", [4 * TILE_BYTES + 40, PAGE, PAGE + 40])
 @pytest.mark.parametrize("layout_b", ["C", "F"])
 @pytest.mark.parametrize("layout_a", ["C", "F"])
-def test_bits_do_not_depend_on_blocking(layout_a, layout_b, dtype):
+def test_bits_do_not_depend_on_blocking(layout_a, layout_b, row_bytes, dtype):
     """Few rows, and a packed A or B, give the same bits as the rows in a larger product, or one by one."""
     generator = np.random.default_rng(0)
-    k, n = 2 * KC + 3, 4 * TILE_BYTES // dtype().itemsize + 5
+    k, n = 2 * KC + 3, row_bytes // dtype().itemsize
     a, b, bias = (generator.standard_normal(shape).astype(dtype) for shape in [(PACK_ROWS + 9, k), (k, n), n])
     b = np.asarray(b, order=layout_b)
     whole = get_backend("numba").matmul(a, np.ascontiguousarray(b), bias)
-    for start, stop in [(0, 1), (1, 3), (5, 5 + FEW_ROWS), (7, 8 + FEW_ROWS), (20, 80), (0, len(a))]:
+    for start, stop in [(0, 1), (1, 3), (5, 5 + FEW_ROWS), (7, 8 + FEW_ROWS), (20, 80), (0, FAR_ROWS), (0, len(a))]:
         part = get_backend("numba").matmul(np.asarray(a[start:stop], order=layout_a), b, bias)
         np.testing.assert_array_equal(part, whole[start:stop])
 
@@ -383,7 +391,8 @@ def test_products_for_other_cpus_have_the_same_bits(other, dtype):
         *((m, deep + 1, 3 * width + edge + 1) for m in (2 * mr, 2 * mr + 1)),
         (other.PACK_ROWS + 1, 2 * deep + 3, width + 3),
         (2 * width + 1, deep + 1, 10),
-        (other.FEW_ROWS - 1, 2 * other.KC, 2 * other.FEW_BYTES // dtype().itemsize + edge + 1),
+        *((rows, other.FAR_DEPTH + 3, other.PAGE // dtype().itemsize + edge + 1) for rows in range(1, 32)),
+        (2 * other.FEW_ROWS, 2 * other.STREAMS + 3, other.PAGE // dtype().itemsize),
         *((rows, 37, 3 * width + edge + 1) for rows in range(1, other.FEW_ROWS + 1)),
         (other.PAGE // dtype().itemsize, other.STREAMS + 3, 3 * width + 1),
         (2 * mr, other.PAGE // dtype().itemsize, width + 1),
