@@ -15,7 +15,7 @@ from rich.console import Console
 from bench.measure.machine import busy_now, machine, slug, under_conditions
 from bench.measure.records import Machine, RecordError, Section, read, write
 from bench.publish.figures import draw_all
-from bench.publish.folder import MACHINE, RUN, existing_run, read_folder, save
+from bench.publish.folder import MACHINE, RUN, existing_run, numbered, read_folder, save
 from bench.publish.report import write_report
 from bench.studies import DATASETS, EVERY_RUN, STUDIES, study
 from model.cli.console import fail, print_any_name
@@ -130,7 +130,7 @@ def results(
     quick: Annotated[bool, typer.Option(help="Smoke test: little work, not to publish: into bench/output.")] = False,
 ) -> None:
     """Run all studies on this machine and write a folder of results to publish."""
-    commit = environment()["commit"]
+    commit = environment().commit
     if not quick and (not commit or commit.endswith("-dirty")):
         raise RecordError(f"published runs need a clean commit, but this is {commit or 'unknown'}: commit first")
     restrictions = [name for name in ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES") if os.environ.get(name)]
@@ -158,7 +158,7 @@ def results(
         if not measured_run.sections:
             continue
         date = min(section.conditions.date for section in measured_run.sections.values())[:10]
-        earlier = [int(file.stem.rpartition("-")[2]) for file in folder.glob(f"run-{date}-*.json")]
+        earlier = [numbered(file)[1] for file in folder.glob(f"run-{date}-*.json")]
         new = folder / f"run-{date}-{max(earlier, default=0) + 1}.json"  # some of that day may have been removed
         write(new, dataclasses.replace(measured_run, skipped=skipped))
         write(folder / MACHINE, read(Machine, measured / MACHINE))

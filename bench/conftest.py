@@ -1,5 +1,6 @@
 """Options and fixtures of the benchmarks. Recorded timings come from the studies, the table from pytest-benchmark."""
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def pytest_configure(config):
 
 def pytest_benchmark_update_machine_info(machine_info):
     machine_info.clear()
-    machine_info.update(environment())
+    machine_info.update(dataclasses.asdict(environment()))
 
 
 def pytest_benchmark_group_stats(benchmarks):

@@ -9,7 +9,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 from bench.measure.records import Cache, Conditions, Machine
 from model.extras.environment import environment, git, numpy_blas
@@ -67,7 +67,7 @@ def machine() -> Machine:
     software = environment()
     return Machine(
         name=NAMES.get(llvm_name, llvm_name),
-        cpu=software["cpu"],
+        cpu=software.cpu,
         llvm_name=llvm_name,
         family=cpu.get("family"),
         model=cpu.get("model"),
@@ -76,8 +76,8 @@ def machine() -> Machine:
         threads_per_core=len(cpus) if (cpus := _cpus("cpu0/topology/thread_siblings_list")) else None,
         caches=caches(),
         hypervisor=_hypervisor(flags),
-        system=software["system"],
-        blas=", ".join(software["blas"]) or None,
+        system=software.system,
+        blas=", ".join(software.blas) or None,
         mkl=mkl_code_path(),
     )
 
@@ -175,12 +175,12 @@ def under_conditions(measure: Callable[[], Value], dataset: str, quick: bool) ->
     """Call `measure`; returns its result and the conditions under which it ran."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     date = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-    software: dict[str, Any] = environment()
+    software = environment()
     before, start = times(), time.monotonic()
     value = measure()
     steal, busy = disturbance(before, times())
     seconds = time.monotonic() - start
-    return value, Conditions(date, dataset, quick, software["commit"], load, steal, seconds, busy, software)
+    return value, Conditions(date, dataset, quick, software.commit, load, steal, seconds, busy, software)
 
 
 def cpu_words(machine: Machine) -> str:

@@ -20,6 +20,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pydantic_core import from_json
 from scipy.stats import bootstrap
 
+from model.extras.environment import Environment
 from model.extras.files import write_atomically
 
 FEWEST_ROUNDS = 6
@@ -163,8 +164,7 @@ class Conditions:
     """Total duration."""
     busy: str | None
     """What disturbed the timings; None if nothing is known to have disturbed them."""
-    environment: dict[str, Any]
-    """From `model.extras.environment`: versions, and environment variables that affect performance."""
+    environment: Environment
     note: str | None = None
 
 

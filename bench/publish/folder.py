@@ -73,10 +73,16 @@ def read_folder(path: Path) -> Folder:
     """
     if not (path / MACHINE).is_file():
         raise RecordError(f"{path} is not a folder of results: it has no {MACHINE}")
-    files = sorted(path.glob("run*.json"))
+    files = sorted(path.glob("run*.json"), key=numbered)
     if not files:
         raise RecordError(f"{path} has no run*.json: nothing was measured there")
     return Folder(path, read(Machine, path / MACHINE), [read(Run, file) for file in files])
+
+
+def numbered(file: Path) -> tuple[str, int]:
+    """A run's file name without the number at its end, and that number; 0 if there is none."""
+    stem, _, number = file.stem.rpartition("-")
+    return (stem, int(number)) if number.isdecimal() else (file.stem, 0)
 
 
 def read_all(path: Path) -> list[Folder]:

@@ -207,9 +207,9 @@ def _conditions(folder: Folder) -> TableOf:
     for number, run in enumerate(folder.runs, 1):
         for name, section in run.sections.items():
             conditions = section.conditions
-            environment: dict[str, Any] = conditions.environment
-            versions = ", ".join(f"{key} {value}" for key, value in environment.get("packages", {}).items())
-            variables = " ".join(f"{key}={value}" for key, value in environment.get("variables", {}).items())
+            environment = conditions.environment
+            versions = ", ".join(f"{key} {value}" for key, value in environment.packages.items())
+            variables = " ".join(f"{key}={value}" for key, value in environment.variables.items())
             rows.append(
                 [
                     str(number),
@@ -220,7 +220,7 @@ def _conditions(folder: Folder) -> TableOf:
                     f"{conditions.seconds:.0f}" if conditions.seconds is not None else "",
                     f"{conditions.load:.2f}" if conditions.load is not None else "",
                     f"{conditions.steal:.1%}" if conditions.steal is not None else "",
-                    f"Python {environment.get('python')}, {versions}; {variables}",
+                    f"Python {environment.python}, {versions}; {variables}",
                 ]
             )
     columns = ["run", "study", "start", "data set", "commit", "duration (s)", "load", "steal time", "environment"]

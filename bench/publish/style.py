@@ -191,8 +191,8 @@ def small_print(section: Section, machine: Machine, medians: str = "", timed: bo
     """
     conditions = section.conditions
     environment = conditions.environment
-    threads = f"{environment['cores']} {platform_word(machine)}"
-    packages = environment["packages"]
+    threads = f"{environment.cores} {platform_word(machine)}"
+    packages = environment.packages
     versions = ", ".join(f"{name} {packages[name]}" for name in ("numpy", "numba", "llvmlite") if name in packages)
     first = [
         "QUICK RUN, not for quoting" * conditions.quick,
@@ -203,6 +203,6 @@ def small_print(section: Section, machine: Machine, medians: str = "", timed: bo
     ]
     return (
         f"{'; '.join(filter(None, first))}\n"
-        f"Python {environment['python']}, {versions}, {', '.join(environment['blas'])}; "
+        f"Python {environment.python}, {versions}, {', '.join(environment.blas)}; "
         f"commit {conditions.commit or 'unknown'}, {conditions.date[:10]}"
     )

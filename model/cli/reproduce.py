@@ -69,7 +69,7 @@ def reproduce_command(
 
 def as_json(report: Reproduction) -> dict[str, Any]:
     """The report with the environment of this run, for `write_json`."""
-    return {"environment": environment(), **dataclasses.asdict(report)}
+    return {"environment": dataclasses.asdict(environment()), **dataclasses.asdict(report)}
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """``python -m model train``."""
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -199,7 +200,7 @@ def run_report(history: History, backend: Backend, config: dict[str, Any]) -> di
     """Everything about a run as plain data, for `write_json`."""
     return {
         "config": config,
-        "environment": environment(),
+        "environment": dataclasses.asdict(environment()),
         "prepare_seconds": history.prepare_seconds,
         "compile_seconds": backend.compile_seconds,
         "history": [epoch._asdict() for epoch in history.epochs],

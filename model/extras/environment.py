@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +21,47 @@ ROOT = Path(__file__).parents[2]
 VARIABLES = ("OPENBLAS_", "MKL_", "OMP_", "GOMP_", "NUMBA_", "VECLIB_", "XLA_", "TORCH")
 
 
-def environment() -> dict[str, Any]:
-    """CPU, cores, versions, commit, and the environment variables that affect timings."""
+@dataclass(frozen=True)
+class Environment:
+    """What a result may depend on besides the code."""
+
+    cpu: str
+    """The model name that the CPU reports."""
+    cores: int
+    """Logical CPUs that this process may use."""
+    system: str
+    """Operating system and architecture."""
+    python: str
+    blas: list[str]
+    """NumPy's BLAS: name, version, and the CPU kernel that it selected."""
+    llvm: str
+    packages: dict[str, str]
+    """Versions of those that are installed."""
+    variables: dict[str, str]
+    """Environment variables that affect timings."""
+    commit: str | None
+    """Of the project, with "-dirty" if a file has uncommitted changes; None where git cannot tell."""
+
+
+def environment() -> Environment:
+    """The environment of this process."""
     from llvmlite import binding  # imported here, as training on NumPy does not need it
 
     cpu = cpuinfo.get_cpu_info()
-    return {
-        "cpu": cpu.get("brand_raw", platform.processor()),
-        "cores": available_cores(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "blas": [
+    return Environment(
+        cpu=cpu.get("brand_raw", platform.processor()),
+        cores=available_cores(),
+        system=f"{platform.system()} {platform.machine()}",
+        python=platform.python_version(),
+        blas=[
             f"{library['internal_api']} {library['version']} {library.get('architecture', '')}".strip()
             for library in numpy_blas()
         ],
-        "llvm": ".".join(map(str, binding.llvm_version_info)),
-        "packages": {name: version for name in PACKAGES if (version := _version(name))},
-        "variables": {name: value for name, value in os.environ.items() if name.startswith(VARIABLES)},
-        "commit": _commit(),
-    }
+        llvm=".".join(map(str, binding.llvm_version_info)),
+        packages={name: version for name in PACKAGES if (version := _version(name))},
+        variables={name: value for name, value in os.environ.items() if name.startswith(VARIABLES)},
+        commit=_commit(),
+    )
 
 
 def numpy_blas() -> list[dict[str, Any]]:

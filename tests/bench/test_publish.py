@@ -21,7 +21,7 @@ from bench.measure.records import Cache, Comparison, Conditions, RecordError, Ro
 from bench.peers import Form, pytorch
 from bench.publish import claims, tables
 from bench.publish.figures import draw_all
-from bench.publish.folder import Folder, check_machine, existing_run, read_all, read_folder, save
+from bench.publish.folder import Folder, check_machine, existing_run, numbered, read_all, read_folder, save
 from bench.publish.report import CAPTIONS, write_report
 from bench.publish.style import beside_numpy, over_runs, ratio_over_runs, small_print
 from bench.publish.tables import (
@@ -36,10 +36,11 @@ from bench.publish.tables import (
     refresh,
 )
 from bench.studies import STUDIES, epochs, head_to_head, ladder, memory, mini_batches, roofline, study, time_to_accuracy
+from model.extras.environment import Environment
 from tests.support.claims import CLAIMED
 from tests.support.systems import forks, needs_posix
 
-ENVIRONMENT = {"cpu": "a CPU", "cores": 2, "python": "3", "packages": {}, "variables": {}, "blas": []}
+ENVIRONMENT = Environment("a CPU", 2, "Linux x86_64", "3", [], "20.0.0", {}, {}, "abc")
 CONDITIONS = Conditions("2026-01-01T00:00:00", "MNIST", False, "abc", 0.1, 0.0, 1.0, None, ENVIRONMENT)
 
 
@@ -74,6 +75,7 @@ def test_records_survive_a_round_trip(tmp_path):
         run_text(numpy=[1.0, -1.0]),
         run_text(numpy=[2.5]).replace("2.5", "NaN"),
         run_text(numpy=[2.5]).replace("2.5", "Infinity"),
+        run_text(numpy=[2.5]).replace('"packages":{},', ""),
         '{"kind": "run", "sec',
     ],
 )
@@ -512,7 +514,7 @@ def test_published_runs_have_clean_commits():
 
 @pytest.mark.parametrize("commit", ["abc-dirty", None])
 def test_results_need_a_clean_commit(tmp_path, monkeypatch, commit):
-    monkeypatch.setattr(commands, "environment", lambda: {"commit": commit})
+    monkeypatch.setattr(commands, "environment", lambda: SimpleNamespace(commit=commit))
     monkeypatch.setattr(commands, "subprocess", None)  # nothing is measured
     with pytest.raises(RecordError, match=f"need a clean commit, but this is {commit or 'unknown'}: commit first"):
         commands.results(runs=1, output=tmp_path)
@@ -528,7 +530,7 @@ def test_a_quick_run_stays_out_of_the_published_results(tmp_path, monkeypatch):
         save(folder, machine(), run_of(numpy=[1.0], numba=[0.5]))
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(commands, "environment", lambda: {"commit": "abc-dirty"})
+    monkeypatch.setattr(commands, "environment", lambda: SimpleNamespace(commit="abc-dirty"))
     monkeypatch.setattr(commands, "load_dataset", lambda name: None)
     monkeypatch.setattr(commands, "subprocess", SimpleNamespace(run=measure))
     published = set(PUBLISHED_RESULTS.rglob("*"))
@@ -540,7 +542,7 @@ def test_a_quick_run_stays_out_of_the_published_results(tmp_path, monkeypatch):
 
 
 def test_a_new_run_replaces_none_of_the_same_day(tmp_path, monkeypatch):
-    """The first of that day's two runs has been removed."""
+    """Earlier ones have been removed, and somebody has made a copy of a run."""
 
     def measure(command):
         folder = Path(command[command.index("--output") + 1]) / "quick"
@@ -551,12 +553,14 @@ def test_a_new_run_replaces_none_of_the_same_day(tmp_path, monkeypatch):
     monkeypatch.setattr(commands, "subprocess", SimpleNamespace(run=measure))
     for number in (1, 2):
         (tmp_path / "bench" / "output" / "measuring" / f"{number}" / "quick").mkdir(parents=True)
-    earlier, *new = (tmp_path / f"run-{CONDITIONS.date[:10]}-{number}.json" for number in (2, 3, 4))
-    write(earlier, run_of(numpy=[3.0]))
+    earlier, *new = (tmp_path / f"run-{CONDITIONS.date[:10]}-{number}.json" for number in (9, 10, 11))
+    copy = tmp_path / f"run-{CONDITIONS.date[:10]}-copy.json"
+    for file in earlier, copy:
+        write(file, run_of(numpy=[3.0]))
     before = earlier.read_bytes()
     with pytest.raises(commands.typer.Exit):  # the other studies have no result
         commands.results(runs=2, quick=True, output=tmp_path)
-    assert sorted(tmp_path.glob("run*.json")) == [earlier, *new]
+    assert sorted(tmp_path.glob("run*.json"), key=numbered) == [earlier, *new, copy]
     assert earlier.read_bytes() == before
 
 

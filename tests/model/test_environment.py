@@ -33,24 +33,24 @@ def project(tmp_path, monkeypatch):
 
 
 def test_the_commit_of_an_enclosing_repository_is_not_reported(project):
-    assert environment.environment()["commit"] is None
+    assert environment.environment().commit is None
 
 
 def test_accelerate_is_reported(monkeypatch):
     """Not the BLAS that SciPy or PyTorch has loaded: threadpoolctl cannot see Accelerate."""
     monkeypatch.setattr(np, "show_config", lambda mode: {"Build Dependencies": {"blas": {"name": "accelerate"}}})
-    assert environment.environment()["blas"] == [f"Accelerate {platform.mac_ver()[0]}".strip()]
+    assert environment.environment().blas == [f"Accelerate {platform.mac_ver()[0]}".strip()]
 
 
 def test_the_projects_own_commit(project, monkeypatch):
     git(project, "init")
     git(project, "add", ".")
     git(project, "commit", "-m", "ours")
-    own = environment.environment()["commit"]
+    own = environment.environment().commit
     assert own
     assert not own.endswith("-dirty")
     monkeypatch.setenv("GIT_DIR", str(project.parent / ".git"))
     monkeypatch.setenv("GIT_WORK_TREE", str(project.parent))
-    assert environment.environment()["commit"] == own
+    assert environment.environment().commit == own
     (project / "file").write_text("changed")
-    assert environment.environment()["commit"] == f"{own}-dirty"
+    assert environment.environment().commit == f"{own}-dirty"
