@@ -87,7 +87,7 @@ class Tuning(NamedTuple):
 # AVX2 on Zen 3: 12 accumulators, two vectors of B and two elements of A.
 # - Packing A takes x.T dz from 1.2 times the time of OpenBLAS to 0.95 to 1.0; prefetching it instead did nothing.
 # - The wide block takes x y from 1.05 to 1.0 times at 1024 x 1024 x 1024, and x.T y from 1.02 to 0.96 times.
-# - Shallow blocks take 32 x 2000 times 2000 x 2000 from 1.2 to 1.1 times, and 32 x 784 times 784 x 128 from 1.2 to 1.0.
+# - Shallow blocks take 32 x 784 times 784 x 128 from 1.2 to 1.0 times.
 # - A single row takes 1 x 784 times 784 x 128 and 1 x 2000 times 2000 x 2000 in 0.95 to 1.0 times (without the checks
 #   of `Backend.matmul`).
 ZEN_3 = Tuning(
@@ -175,15 +175,16 @@ NC_BYTES = TUNING.row_bytes
 PACKS_A, PREFETCHES_A = TUNING.packs_a, TUNING.prefetches_a
 
 # B is packed if at least this many rows of A amortize it, or if each row of B is on its own page: in place, a panel
-# would need more dTLB entries than there are.
+# would need more dTLB entries than there are. On Zen 3, this takes 32 x 1024 times 1024 x 1024 from 1.8 to 1.2 times
+# the time of OpenBLAS.
 PACK_ROWS = 16 * MR
 PAGE = 4096  # bytes
 
 # Rows of B that are read from left to right at a time: as many streams as the hardware prefetcher can track. Where each
-# row is on its own page, packing one panel after the other would read a single line of each page: on Zen 3, 32 x 2000
-# times 2000 x 2000 would take 10 to 20 % longer. Software prefetches the next rows, which are on other pages: on
-# Zen 5, this takes 16 x 2000 times 2000 x 2000 from 1.04 to 0.92 times the time of OpenBLAS with AVX2, and from 0.90 to
-# 0.83 with AVX-512.
+# row is on its own page, packing one panel after the other would read a single line of each page. Software prefetches
+# the next rows, which are on other pages. Both were measured when 16 and 32 rows of A still packed such a B: on Zen 3,
+# whole panels took 10 to 20 % longer for 32 x 2000 times 2000 x 2000; on Zen 5, prefetching took 16 x 2000 times
+# 2000 x 2000 from 1.04 to 0.92 times the time of OpenBLAS with AVX2, and from 0.90 to 0.83 with AVX-512.
 STREAMS = 8
 
 # Rows of tiles that A is packed for at a time if its columns are a multiple of 4 KB apart. All of them map to the same
@@ -191,11 +192,11 @@ STREAMS = 8
 # this takes 1024 x 784, transposed, times 784 x 128 from 1.1 to 1.0 times the time of OpenBLAS.
 PACKED_TILES = 8
 
-# With at most this many rows of A, the product is bound by reading B. So B stays in place, and is read from left to
-# right, only once for a tile as high as A. If each row of B is on its own page, packing takes so long that more rows do
-# the same: FAR_ROWS of them, unless the rows of B all map to the same L1 set. Then blocks are as deep as a
-# TLB and software prefetch allow, not as deep as the L2 cache. On Zen 5, compared with packing, this takes
-# 32 x 2000 times 2000 x 2000 from 1.1 to 0.9 times the time of OpenBLAS with AVX2, from 0.93 to 0.61 with AVX-512.
+# With at most FEW_ROWS rows of A, the product is bound by reading B. So B stays in place, and is read from left to
+# right, only once for a tile as high as A. If each row of B is on its own page, packing takes so long that up to
+# FAR_ROWS rows do the same, or twice FEW_ROWS if all rows of B map to the same L1 set. A block then has FAR_DEPTH rows
+# of B, no more than the dTLB has entries for, or STREAMS rows. On Zen 5, compared with packing, this takes 32 x 2000
+# times 2000 x 2000 from 1.1 to 0.9 times the time of OpenBLAS with AVX2, and from 0.93 to 0.61 with AVX-512.
 FEW_ROWS = 8
 FAR_ROWS = 128
 FAR_DEPTH = 64
@@ -690,7 +691,7 @@ def tile_rows(m, most):
 
 @njit
 def few_rows(b):
-    """With at most how many rows of A a product is bound by reading B."""
+    """The most rows of A for which B stays in place."""
     if b.strides[1] != b.itemsize or b.strides[0] < PAGE:
         return FEW_ROWS
     return FAR_ROWS if b.strides[0] % PAGE else 2 * FEW_ROWS
