@@ -2,7 +2,8 @@
 
 The public methods check shapes, dtypes and labels once. Then they call the backend's ``_matmul``, ``_relu`` and so on,
 which may trust their arguments. The four kernels keep the dtype of their arguments (float32, or float64 for gradient
-checks), never write to them, and return new row-major arrays. They are thread-safe. The update works in place.
+checks), and return row-major arrays. They are thread-safe. Only `relu` and `relu_grad` may overwrite an argument, and
+return it: the network has no other use for it. The update works in place.
 """
 
 from abc import ABC, abstractmethod
@@ -118,7 +119,7 @@ class Backend(ABC):
         Parameters
         ----------
         z
-            (n, m), float32 or float64.
+            (n, m), float32 or float64, writable; its content is undefined afterwards.
 
         Returns
         -------
@@ -128,9 +129,10 @@ class Backend(ABC):
         Raises
         ------
         ValueError
-            If `z` is not a two-dimensional array of native float32 or float64.
+            If `z` is not a writable, two-dimensional array of native float32 or float64.
         """
-        _check_matrix(z, "z")
+        if not (_is_matrix(z) and z.flags.writeable):
+            _check_overwritten(z, "z")
         return self._relu(z)
 
     def relu_grad(self, upstream: NDArray, activations: NDArray) -> NDArray:
@@ -141,9 +143,10 @@ class Backend(ABC):
         Parameters
         ----------
         upstream
-            (n, m), float32 or float64: gradient of the loss with respect to the activations.
+            (n, m), float32 or float64, writable: gradient of the loss with respect to the activations. Its content is
+            undefined afterwards.
         activations
-            (n, m), same dtype: the output of `relu`.
+            (n, m), same dtype, in other memory: the output of `relu`.
 
         Returns
         -------
@@ -153,9 +156,10 @@ class Backend(ABC):
         Raises
         ------
         ValueError
-            If shapes or dtypes differ, or an argument is not a two-dimensional array of native float32 or float64.
+            If shapes or dtypes differ, an argument is not a two-dimensional array of native float32 or float64, or
+            `upstream` is not writable.
         """
-        if not (_is_matrix(upstream) and _is_like(activations, upstream)):
+        if not (_is_matrix(upstream) and upstream.flags.writeable and _is_like(activations, upstream)):
             _check_pair(upstream, activations)
         return self._relu_grad(upstream, activations)
 
@@ -284,7 +288,7 @@ def _check_product(a: Any, b: Any, bias: Any) -> None:
 
 
 def _check_pair(upstream: Any, activations: Any) -> None:
-    _check_matrix(upstream, "upstream")
+    _check_overwritten(upstream, "upstream")
     _check_matrix(activations, "activations")
     _check_same_shape(upstream=upstream, activations=activations)
     _check_same_dtype(upstream=upstream, activations=activations)
@@ -320,6 +324,12 @@ def _check_matrix(value: Any, name: str) -> None:
     _check_float(value, name)
     if value.ndim != 2:
         raise ValueError(f"{name} must have two dimensions, not shape {value.shape}")
+
+
+def _check_overwritten(value: Any, name: str) -> None:
+    _check_matrix(value, name)
+    if not value.flags.writeable:
+        raise ValueError(f"{name} is read-only, and would be overwritten: pass a copy")
 
 
 def _check_same_shape(**arrays: Any) -> None:

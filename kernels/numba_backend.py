@@ -46,6 +46,7 @@ from kernels.simd import (
     matrix_out,
     opaque,
     row_major_in,
+    row_major_inout,
 )
 
 
@@ -803,20 +804,47 @@ def pack_columns(b, j, panel):
 # The other kernels, and the update ---------------------------------------------------------------------------
 
 
-@kernel(row_major_in, matrix_out)
-def relu(z, out):
-    """out = max(z, 0); NaN stays NaN."""
-    z, out = z.ravel(), out.ravel()
-    for i in range(len(z)):
-        out[i] = 0 if z[i] <= 0 else z[i]
+@kernel(row_major_inout)
+def relu(z):
+    """z = max(z, 0); NaN stays NaN."""
+    zero_negative(z.ravel())
 
 
-@kernel(row_major_in, row_major_in, matrix_out)
-def relu_grad(upstream, activations, out):
-    """out = upstream where the activation is positive, else 0."""
-    upstream, activations, out = upstream.ravel(), activations.ravel(), out.ravel()
-    for i in range(len(upstream)):
-        out[i] = upstream[i] if activations[i] > 0 else 0
+@kernel(row_major_inout, row_major_in)
+def relu_grad(upstream, activations):
+    """Set `upstream` to 0 where the activation is not positive."""
+    zero_inactive(upstream.ravel(), activations.ravel())
+
+
+@intrinsic
+def zero_negative(typing_context, z):
+    """Set elements to 0, unless they are positive or NaN."""
+    return types.void(z), functools.partial(_emit_zeroing, is_greater=ir.IRBuilder.fcmp_unordered)
+
+
+@intrinsic
+def zero_inactive(typing_context, upstream, activations):
+    """Set elements of `upstream` to 0, unless the activation is positive."""
+    return types.void(upstream, activations), functools.partial(_emit_zeroing, is_greater=ir.IRBuilder.fcmp_ordered)
+
+
+def _emit_zeroing(context, builder, signature, arguments, is_greater):
+    """Emit a loop that sets elements of the first array to 0, unless those of the last are greater than 0.
+
+    Without the barrier, LLVM turns load, select and store into a masked store. With AVX2, these are slow: a first
+    version of `relu` with them took 2.5 times as long on Zen 3.
+    """
+    values, *others = (View.of(context, builder, *array) for array in zip(signature.args, arguments, strict=True))
+    vectors = Vectors(context, builder, signature.args[0].dtype)
+    (size,), zeros = values.shape, vectors.constant(0)
+    whole = builder.and_(size, size.type(-vectors.lanes))
+    for start, stop in (size.type(0), whole), (whole, size):
+        with cgutils.for_range_slice(builder, start, stop, size.type(vectors.lanes), size.type) as (i, _):
+            mask = vectors.first(builder.sub(size, i)) if start is whole else None
+            value, *other = (vectors.load(view.at(i), mask) for view in (values, *others))
+            compiler_barrier(builder)
+            is_kept = is_greater(builder, ">", *(other or [value]), zeros)
+            vectors.store(builder.select(is_kept, value, zeros), values.at(i), mask)
 
 
 @kernel(flat_out, flat_in, lambda dtype: dtype)
@@ -950,14 +978,14 @@ class NumbaBackend(Backend):
         return out
 
     def _relu(self, z: NDArray) -> NDArray:
-        out = np.empty(z.shape, z.dtype)
-        relu[z.dtype](np.ascontiguousarray(z), out)
-        return out
+        z = np.ascontiguousarray(z)
+        relu[z.dtype](z)
+        return z
 
     def _relu_grad(self, upstream: NDArray, activations: NDArray) -> NDArray:
-        out = np.empty(upstream.shape, upstream.dtype)
-        relu_grad[upstream.dtype](np.ascontiguousarray(upstream), np.ascontiguousarray(activations), out)
-        return out
+        upstream = np.ascontiguousarray(upstream)
+        relu_grad[upstream.dtype](upstream, np.ascontiguousarray(activations))
+        return upstream
 
     def _softmax_grad(self, logits: NDArray, labels: NDArray[np.integer]) -> tuple[float, int, NDArray]:
         out = np.empty(logits.shape, logits.dtype)

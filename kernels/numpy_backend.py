@@ -22,7 +22,8 @@ class NumpyBackend(Backend):
 
     def _relu(self, z: NDArray) -> NDArray:
         # A row of zeros instead of the scalar 0: NumPy's maximum is vectorized only for two arrays.
-        return np.maximum(z, np.zeros(z.shape[1], z.dtype), order="C")
+        z = np.ascontiguousarray(z)
+        return np.maximum(z, np.zeros(z.shape[1], z.dtype), out=z)
 
     def _relu_grad(self, upstream: NDArray, activations: NDArray) -> NDArray:
         # An AND with a mask of all ones or all zeros selects like np.where, NaN included, and is much faster.

@@ -382,6 +382,11 @@ def row_major_in(dtype: types.Float) -> types.Array:
     return types.Array(dtype, 2, "C", readonly=True, aligned=False)
 
 
+def row_major_inout(dtype: types.Float) -> types.Array:
+    """(n, m) array to read and write, row-major."""
+    return types.Array(dtype, 2, "C", aligned=False)
+
+
 def matrix_out(dtype: types.Float) -> types.Array:
     """(n, m) array to write, row-major."""
     return types.Array(dtype, 2, "C")

@@ -210,7 +210,9 @@ class PyTorchByHand(_OnTensors):
             loss = torch.nn.functional.nll_loss(log_probabilities, labels)
             upstream = log_probabilities.exp_()
             upstream[torch.arange(len(labels)), labels] -= 1
-            hidden_upstream = torch.ops.aten.threshold_backward(upstream @ last_weights.T, hidden, 0)
+            hidden_upstream = upstream @ last_weights.T
+            relu_backward = torch.ops.aten.threshold_backward.grad_input
+            relu_backward(hidden_upstream, hidden, 0, grad_input=hidden_upstream)
             rate = -self.learning_rate / len(labels)
             self._move(last_weights, hidden.T, upstream, rate)
             last_bias.add_(upstream.sum(0), alpha=rate)

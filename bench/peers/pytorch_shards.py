@@ -49,11 +49,12 @@ class PyTorchBackend(Backend):
         return (a @ b if bias is None else self.torch.addmm(self.torch.from_numpy(bias), a, b)).numpy()
 
     def _relu(self, z):
-        return self.torch.relu(self.torch.from_numpy(z)).numpy()
+        return self.torch.from_numpy(z).relu_().numpy()
 
     def _relu_grad(self, upstream, activations):
-        tensors = self.torch.from_numpy(upstream), self.torch.from_numpy(activations)
-        return self.torch.ops.aten.threshold_backward(*tensors, 0).numpy()
+        gradient = self.torch.from_numpy(upstream)
+        backward = self.torch.ops.aten.threshold_backward.grad_input
+        return backward(gradient, self.torch.from_numpy(activations), 0, grad_input=gradient).numpy()
 
     def _softmax_grad(self, logits, labels):
         labels = self.torch.from_numpy(labels.astype(np.int64))

@@ -38,7 +38,10 @@ class Step(NamedTuple):
 
 
 class Case(NamedTuple):
-    """How to call a kernel with a step's arrays, and what it costs per image."""
+    """How to call a kernel with a step's arrays, and what it costs per image.
+
+    `relu` and `relu_grad` overwrite their first argument. Where they do, their time does not depend on its values.
+    """
 
     call: Callable
     flop: int
