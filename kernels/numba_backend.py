@@ -72,6 +72,8 @@ class Tuning(NamedTuple):
     few_block_bytes: int
     """Bytes of B that few rows of A take at a time, in rows from left to right, if those are shorter than a page. A
     small block stays in L1 for all tiles, a large one writes and reads results less often."""
+    one_set_rows: int
+    """Most rows of A for which B stays in place, if its rows are a multiple of 4 KB apart."""
     one_rows: int
     """Rows of B that a single row of A takes at a time: as many streams as the hardware prefetcher can track."""
     one_vectors: int
@@ -100,6 +102,7 @@ ZEN_3 = Tuning(
     shallow_depth=512,
     transposed_depth=512,
     few_block_bytes=32 * 1024,
+    one_set_rows=16,
     one_rows=8,
     one_vectors=4,
     packs_a=True,
@@ -108,8 +111,9 @@ ZEN_3 = Tuning(
 
 # SSE and AVX2 elsewhere. On Zen 5, restricted to AVX2, prefetching A instead of packing it takes x.T dz from 1.03 times
 # the time of OpenBLAS to 0.97, and over 60,000 images from 0.99 to 0.94. On an Emerald Rapids, restricted as well, a
-# prototype went from 1.17 to 0.97.
-AVX2 = ZEN_3._replace(transposed_depth=256, prefetches_a=True)
+# prototype went from 1.17 to 0.97. For up to 32 rows, leaving B in place takes 32 x 1024 times 1024 x 1024 from 1.17 to
+# 1.0 times on Zen 5. With AVX-512, it would take 32 x 2048 times 2048 x 2048 from 0.7 to 1.1.
+AVX2 = ZEN_3._replace(transposed_depth=256, one_set_rows=32, prefetches_a=True)
 
 # NEON: 24 accumulators. Longer chains make LLVM use post-indexed loads (LD1R), which take a multiply-add unit. Judged
 # by llvm-mca only; never timed on ARM.
@@ -129,6 +133,7 @@ ZEN_4 = Tuning(
     shallow_depth=800,
     transposed_depth=512,
     few_block_bytes=512 * 1024,
+    one_set_rows=16,
     one_rows=16,
     one_vectors=8,
     prefetches_a=True,
@@ -195,11 +200,11 @@ PACKED_TILES = 8
 
 # With at most FEW_ROWS rows of A, the product is bound by reading B. So B stays in place, and is read from left to
 # right, only once for a tile as high as A. If each row of B is on its own page, packing takes so long that up to
-# FAR_ROWS rows do the same, or twice FEW_ROWS if all rows of B map to the same L1 set. A block then has FAR_DEPTH rows
-# of B, no more than the dTLB has entries for, or STREAMS rows. On Zen 5, compared with packing, this takes 32 x 2000
-# times 2000 x 2000 from 1.1 to 0.9 times the time of OpenBLAS with AVX2, and from 0.93 to 0.61 with AVX-512.
+# FAR_ROWS rows do the same, or ONE_SET_ROWS if all rows of B map to the same L1 set. A block then has FAR_DEPTH rows of
+# B, no more than the dTLB has entries for, or STREAMS rows. On Zen 5, compared with packing, this takes 32 x 2000 times
+# 2000 x 2000 from 1.1 to 0.9 times the time of OpenBLAS with AVX2, and from 0.93 to 0.61 with AVX-512.
 FEW_ROWS = 8
-FAR_ROWS = 128
+FAR_ROWS, ONE_SET_ROWS = 128, TUNING.one_set_rows
 FAR_DEPTH = 64
 FEW_BLOCK_BYTES = TUNING.few_block_bytes
 
@@ -291,7 +296,7 @@ def few_tiles(typing_context, a, b, start, stop, out):
                         panel = View(builder, b.at(start, j), [depth], b.strides)
                         target = out.part(0, j)
                         prefetch = _later_panel(builder, vectors, panel, width)
-                        totals = _emit_sums(builder, vectors, a, panel, target, count, masks, prefetch, masks)
+                        totals = _emit_sums(builder, vectors, a, panel, target, count, masks, prefetch, True)
                         _emit_stores(builder, vectors, totals, target, masks, None)
 
     return types.void(a, b, start, stop, out), emit
@@ -344,10 +349,10 @@ def dot_tile(typing_context, a, b, out, j, width):
         a = View(builder, a.at(), a.shape, [a.strides[0], size])
         b = View(builder, b.at(0, j), b.shape, [size, b.strides[1]])
         out = View(builder, out.at(0, j), (), out.strides)
-        for count, width in itertools.product(range(1, FEW_ROWS + 1), (1, DOT_VECTORS)):
-            is_height = builder.icmp_signed("==", a.shape[0], j.type(count))
-            is_width = builder.icmp_signed("==", chosen, chosen.type(width))
-            if width in (dot_vectors(count, vectors.lanes, 1), dot_vectors(count, vectors.lanes, PAGE)):
+        for count in range(1, FEW_ROWS + 1):
+            for width in {dot_vectors(count, vectors.lanes, stride) for stride in (1, PAGE)}:
+                is_height = builder.icmp_signed("==", a.shape[0], j.type(count))
+                is_width = builder.icmp_signed("==", chosen, chosen.type(width))
                 with builder.if_then(builder.and_(is_height, is_width)):
                     _emit_dots(builder, vectors, a, b, out, count, width)
 
@@ -480,12 +485,12 @@ def _later_panel(builder, vectors, panel, width):
     return prefetch
 
 
-def _emit_sums(builder, vectors, a, panel, before, rows, masks, prefetch=None, b_masks=None):
+def _emit_sums(builder, vectors, a, panel, before, rows, masks, prefetch=None, is_ragged=False):
     """Emit the loop over k for a tile of `rows` rows, with one vector for each of `masks`; returns the accumulators.
 
-    Without `b_masks`, all vectors of the panel may be loaded as a whole.
+    Vectors of the panel are loaded as a whole, unless it `is_ragged`.
     """
-    b_masks = b_masks or [None] * len(masks)
+    b_masks = masks if is_ragged else [None] * len(masks)
     grid = [(r, c) for r in range(rows) for c in range(len(masks))]
     totals = {(r, c): vectors.variable(vectors.load(before.at(r), masks[c], column=c)) for r, c in grid}
     parts = [a if r == 0 else opaque(builder, a.part(r)) for r in range(0, rows, TUNING.chain)]
@@ -631,7 +636,8 @@ def matmul(a, b, bias, out):
     else:
         left, right, result = a, b, out
     has_columns = right.strides[0] == right.itemsize != right.strides[1]
-    if len(left) <= few_rows(right):
+    most, _ = in_place(right)
+    if len(left) <= most:
         if not swap:
             result[:] = bias
         if has_columns:
@@ -691,11 +697,11 @@ def tile_rows(m, most):
 
 
 @njit
-def few_rows(b):
-    """The most rows of A for which B stays in place."""
+def in_place(b):
+    """The most rows of A for which B stays in place, and the rows of B in a block."""
     if b.strides[1] != b.itemsize or b.strides[0] < PAGE:
-        return FEW_ROWS
-    return FAR_ROWS if b.strides[0] % PAGE else 2 * FEW_ROWS
+        return FEW_ROWS, max(STREAMS, FEW_BLOCK_BYTES // max(b.strides[0], 1))
+    return (FAR_ROWS, FAR_DEPTH) if b.strides[0] % PAGE else (ONE_SET_ROWS, STREAMS)
 
 
 @njit
@@ -706,10 +712,7 @@ def add_contiguous_rows(a, b, out):
         return
     a = a if a.strides[1] == a.itemsize else a.copy()
     m, k = a.shape
-    if b.strides[0] < PAGE:
-        depth = max(STREAMS, FEW_BLOCK_BYTES // max(b.strides[0], 1))
-    else:
-        depth = FAR_DEPTH if b.strides[0] % PAGE else STREAMS
+    _, depth = in_place(b)
     step = tile_rows(m, FEW_MR)
     for start in range(0, k, depth):
         for i in range(0, m, step):
