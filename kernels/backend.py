@@ -2,8 +2,9 @@
 
 The public methods check shapes, dtypes and labels once. Then they call the backend's ``_matmul``, ``_relu`` and so on,
 which may trust their arguments. The four kernels keep the dtype of their arguments (float32, or float64 for gradient
-checks), and return row-major arrays. They are thread-safe. Only `relu` and `relu_grad` may overwrite an argument, and
-return it: the network has no other use for it. The update works in place.
+checks). They are thread-safe. They return new, writable, row-major arrays and leave their arguments alone, with one
+exception: `relu` and `relu_grad` may overwrite their first argument and return it, since the network does not use it
+again. The update works in place.
 """
 
 from abc import ABC, abstractmethod
@@ -102,7 +103,7 @@ class Backend(ABC):
         Returns
         -------
         ndarray
-            (n, m), row-major, in the dtype of `a`.
+            (n, m), new, writable and row-major, in the dtype of `a`.
 
         Raises
         ------
@@ -119,12 +120,12 @@ class Backend(ABC):
         Parameters
         ----------
         z
-            (n, m), float32 or float64, writable; its content is undefined afterwards.
+            (n, m), float32 or float64, writable. Its content is undefined afterwards.
 
         Returns
         -------
         ndarray
-            (n, m), row-major, in the dtype of `z`; NaN where `z` is NaN.
+            (n, m), row-major, in the dtype of `z`; NaN where `z` is NaN. It may be `z` itself.
 
         Raises
         ------
@@ -151,7 +152,7 @@ class Backend(ABC):
         Returns
         -------
         ndarray
-            (n, m), row-major: gradient of the loss with respect to the input of `relu`.
+            (n, m), row-major: gradient of the loss with respect to the input of `relu`. It may be `upstream` itself.
 
         Raises
         ------
@@ -207,7 +208,7 @@ class Backend(ABC):
         Raises
         ------
         ValueError
-            If shapes or dtypes differ, or an argument is not an array of native float32 or float64.
+            If shapes or dtypes differ, an argument is not an array of native float32 or float64, or one is read-only.
         """
         if not (type(parameter) is np.ndarray and parameter.dtype in FLOATS and _is_like(gradient, parameter)):
             _check_update(parameter, gradient)
@@ -218,7 +219,7 @@ class Backend(ABC):
 
     def _update(self, parameter: NDArray, gradient: NDArray, factor: float) -> None:
         with np.errstate(all="ignore"):  # an overflow shows in the loss
-            gradient *= factor  # in place: a temporary would take half of the time
+            gradient *= factor  # in place: a temporary would double the time
             parameter -= gradient
 
     @abstractmethod

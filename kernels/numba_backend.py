@@ -8,7 +8,7 @@ into blocks that stay in the L2 or L3 cache. *Packing* copies a block into conti
 
 Goto packs A as well. Here its elements are only ever broadcast, so A can be read in place, with any strides. The hard
 case is the transpose of a row-major A, where each step of k is on a different page and needs its own TLB entry. Only
-such an A is packed or prefetched, and only on the kinds of CPU where `TUNING` says so.
+such an A is packed, or prefetched a block ahead, and only on the kinds of CPU where `TUNING` says so.
 
 However the product is blocked, each element of the result is one chain of multiply-adds, which starts from the bias and
 runs along k. So its bits depend only on its row of A and its column of B.
@@ -39,7 +39,7 @@ from kernels.simd import (
     compile_seconds,
     compiler_barrier,
     flat_in,
-    flat_out,
+    flat_inout,
     integers_in,
     kernel,
     matrix_in,
@@ -73,16 +73,17 @@ class Tuning(NamedTuple):
     """Bytes of B that few rows of A take at a time, in rows from left to right, if those are shorter than a page. A
     small block stays in L1 for all tiles, a large one writes and reads results less often."""
     one_set_rows: int
-    """Most rows of A for which B stays in place, if its rows are a multiple of 4 KB apart."""
+    """Most rows of A for which B stays in place, if the rows of B are a multiple of 4 KB apart."""
     one_rows: int
     """Rows of B that a single row of A takes at a time: as many streams as the hardware prefetcher can track."""
     one_vectors: int
     """Vectors of the result that a single row of A has in registers at a time."""
     packs_a: bool = False
-    """Whether such an A is packed, one row of tiles at a time. In place, each step of k is on a different page, and
-    with rows of 4 KB all of them map to the same L1 set. If A is prefetched as well, it is packed only then."""
+    """Whether the transpose of a row-major A (x.T, for example) is packed, one row of tiles at a time. In place, each
+    step of k is on a different page, and if the steps are a multiple of 4 KB apart, all map to the same L1 set. If A
+    is prefetched as well, it is packed only in that case."""
     prefetches_a: bool = False
-    """Whether the next block of such an A is prefetched, one line at each step of k, spread evenly over the tiles."""
+    """Whether the next block of such a transpose is prefetched, one line at each step of k, evenly over the tiles."""
     prefetches_results: bool = False
     """Whether the results of the next tile are prefetched."""
 
@@ -111,8 +112,8 @@ ZEN_3 = Tuning(
 
 # SSE and AVX2 elsewhere. On Zen 5, restricted to AVX2, prefetching A instead of packing it takes x.T dz from 1.03 times
 # the time of OpenBLAS to 0.97, and over 60,000 images from 0.99 to 0.94. On an Emerald Rapids, restricted as well, a
-# prototype went from 1.17 to 0.97. For up to 32 rows, leaving B in place takes 32 x 1024 times 1024 x 1024 from 1.17 to
-# 1.0 times on Zen 5. With AVX-512, it would take 32 x 2048 times 2048 x 2048 from 0.7 to 1.1.
+# prototype went from 1.17 to 0.97. Leaving B in place for up to 32 rows takes 32 x 1024 times 1024 x 1024 from 1.17 to
+# 1.0 times on Zen 5.
 AVX2 = ZEN_3._replace(transposed_depth=256, one_set_rows=32, prefetches_a=True)
 
 # NEON: 24 accumulators. Longer chains make LLVM use post-indexed loads (LD1R), which take a multiply-add unit. Judged
@@ -123,7 +124,8 @@ NEON = ZEN_3._replace(vectors=4, prefetches_results=False)
 # - prefetching x.T takes x.T dz, over 60,000 images, from 0.92 times the time of OpenBLAS to 0.81;
 # - large blocks take 2 x 784 times 784 x 128 from 0.72 to 0.68 times, compared with the choice for AVX2;
 # - more rows and vectors at a time take 1 x 784 times 784 x 128 from 0.9 to 0.8 times, 1 x 2000 times 2000 x 2000 from
-#   1.3 to 1.1 (without the checks of `Backend.matmul`).
+#   1.3 to 1.1 (without the checks of `Backend.matmul`);
+# - leaving B in place for 32 rows, as with AVX2, would take 32 x 2048 times 2048 x 2048 from 0.7 to 1.1 times.
 ZEN_4 = Tuning(
     rows=6,
     vectors=4,
@@ -188,9 +190,9 @@ PAGE = 4096  # bytes
 
 # Rows of B that are read from left to right at a time: as many streams as the hardware prefetcher can track. Where each
 # row is on its own page, packing one panel after the other would read a single line of each page. Software prefetches
-# the next rows, which are on other pages. Both were measured when 16 and 32 rows of A still packed such a B: on Zen 3,
-# whole panels took 10 to 20 % longer for 32 x 2000 times 2000 x 2000; on Zen 5, prefetching took 16 x 2000 times
-# 2000 x 2000 from 1.04 to 0.92 times the time of OpenBLAS with AVX2, and from 0.90 to 0.83 with AVX-512.
+# the next rows, which are on other pages. Both were measured by packing B for 16 and 32 rows of A. On Zen 3, whole
+# panels took 10 to 20 % longer for 32 x 2000 times 2000 x 2000. On Zen 5, prefetching took 16 x 2000 times 2000 x 2000
+# from 1.04 to 0.92 times the time of OpenBLAS with AVX2, and from 0.90 to 0.83 with AVX-512.
 STREAMS = 8
 
 # Rows of tiles that A is packed for at a time if its columns are a multiple of 4 KB apart. All of them map to the same
@@ -235,26 +237,23 @@ DOT_ON_ONE_SET = 16
 
 
 @intrinsic
-def tiles(typing_context, a, i, rows, packed, is_packed, panels, start, stop, bias, out, j, first):
+def tiles(typing_context, a, i, rows, packed, is_packed, panels, bias, out, j, first):
     """Add the product of A and panels of B to tiles of the result, side by side.
 
     Parameters
     ----------
     a
-        (m, k) array, of which the tiles use `rows` rows from `i` on: 1 to MR (EDGE_MR in `edge_tiles`, FEW_MR in
-        `few_tiles`).
+        (m, k) array, of which the tiles use `rows` rows from `i` on: 1 to MR (EDGE_MR in `edge_tiles`).
     packed, is_packed
         (k, MR) array, and whether these rows are packed there.
     panels
         (panels, k, columns) array; rows of a panel are contiguous and TILE_VECTORS vectors long.
-    start, stop
-        The panels to use: from `start` to `stop` - 1.
     bias
         (n,) array: the initial value of each row if `first`. Otherwise the tiles start from the content of `out`.
     out
         (m, n) row-major array; element (i, j) is the upper left corner of panel 0's tile.
     """
-    signature = types.void(a, i, rows, packed, is_packed, panels, start, stop, bias, out, j, first)
+    signature = types.void(a, i, rows, packed, is_packed, panels, bias, out, j, first)
 
     def emit(context, builder, signature, arguments):
         packed, is_packed = View.of(context, builder, signature.args[3], arguments[3]), arguments[4]
@@ -266,10 +265,10 @@ def tiles(typing_context, a, i, rows, packed, is_packed, panels, start, stop, bi
 
 
 @intrinsic
-def edge_tiles(typing_context, a, i, rows, panels, start, stop, bias, out, j, first):
+def edge_tiles(typing_context, a, i, rows, panels, bias, out, j, first):
     """Like `tiles`, for panels of EDGE_VECTORS vectors whose last columns may be outside `out`."""
-    signature = types.void(a, i, rows, panels, start, stop, bias, out, j, first)
-    return signature, functools.partial(_emit_tiles, most=EDGE_MR, width=EDGE_VECTORS, ragged=True)
+    signature = types.void(a, i, rows, panels, bias, out, j, first)
+    return signature, functools.partial(_emit_tiles, most=EDGE_MR, width=EDGE_VECTORS)
 
 
 @intrinsic
@@ -380,10 +379,13 @@ def _emit_dots(builder, vectors, a, b, out, rows, width):
         vectors.store(builder.load(total), out.at(r), column=c)
 
 
-def _emit_tiles(context, builder, signature, arguments, most, width, ragged=False, packing=None):
-    """Emit a loop over the panels for each number of rows from 1 to `most`, and the branch that selects one."""
-    _, i, rows, _, start, stop, _, _, j, first = arguments
-    a, panels, bias, out = (View.of(context, builder, signature.args[n], arguments[n]) for n in (0, 3, 6, 7))
+def _emit_tiles(context, builder, signature, arguments, most, width, packing=None):
+    """Emit a loop over the panels for each number of rows from 1 to `most`, and the branch that selects one.
+
+    Without `packing`, the last columns may be outside the result.
+    """
+    _, i, rows, _, _, _, j, first = arguments
+    a, panels, bias, out = (View.of(context, builder, signature.args[n], arguments[n]) for n in (0, 3, 4, 5))
     vectors = Vectors(context, builder, signature.args[0].dtype)
     size = j.type(REGISTER_BYTES // vectors.lanes)
     here = a.part(i)
@@ -394,8 +396,8 @@ def _emit_tiles(context, builder, signature, arguments, most, width, ragged=Fals
     for count in range(1, most + 1):
         with builder.if_then(builder.icmp_signed("==", rows, j.type(count))):
             for is_chosen, view in _layouts(builder, here, size, count == MR):
-                panel_loop = cgutils.for_range_slice(builder, start, stop, j.type(1), j.type)
-                with builder.if_then(is_chosen), panel_loop as (p, _):
+                with builder.if_then(is_chosen), cgutils.for_range(builder, panels.shape[0]) as panel_loop:
+                    p = panel_loop.index
                     column = builder.add(j, builder.mul(p, j.type(width * vectors.lanes)))
                     # The bias is a matrix with a row stride of 0: the same load serves it and the result so far.
                     before = View(
@@ -410,7 +412,7 @@ def _emit_tiles(context, builder, signature, arguments, most, width, ragged=Fals
                     if packing and TUNING.prefetches_results:
                         for r, byte in itertools.product(range(MR), range(0, TILE_BYTES, CACHE_LINE)):
                             vectors.prefetch(builder.gep(target.at(r), [j.type(TILE_BYTES + byte)]), level=1)
-                    if ragged:
+                    if not packing:
                         prefetch = _next_rows(builder, vectors, a, i)
                         columns = builder.sub(out.shape[1], column)
                         masks = [vectors.first(builder.sub(columns, j.type(c * vectors.lanes))) for c in range(width)]
@@ -622,10 +624,7 @@ def pack_a(typing_context, a, i, packed):
 
 @kernel(matrix_in, matrix_in, flat_in, matrix_out)
 def matmul(a, b, bias, out):
-    """out = A B + bias, block by block of B.
-
-    The order in which the terms of a sum are added depends on their number alone.
-    """
+    """out = A B + bias, block by block of B."""
     m, n = out.shape
     # A narrow result has no full panel. Its transpose does, and can read the rows of A.T in place.
     swap = n * b.itemsize < TILE_BYTES <= m * a.itemsize and a.strides[0] == a.itemsize
@@ -635,12 +634,12 @@ def matmul(a, b, bias, out):
             result[j].fill(bias[j])
     else:
         left, right, result = a, b, out
-    has_columns = right.strides[0] == right.itemsize != right.strides[1]
-    most, _ = in_place(right)
+    columns_are_contiguous = right.strides[0] == right.itemsize != right.strides[1]
+    most, _ = limits_in_place(right)
     if len(left) <= most:
         if not swap:
             result[:] = bias
-        if has_columns:
+        if columns_are_contiguous:
             add_contiguous_columns(left, right, result)
         else:
             add_contiguous_rows(left, right if right.strides[1] == right.itemsize else right.copy(), result)
@@ -653,8 +652,8 @@ def matmul(a, b, bias, out):
 
 
 @njit
-def add_blocks(a, b, bias, out, is_empty):
-    """Add A B, block by block of B, to the bias if `out` is empty so far, else to `out`."""
+def add_blocks(a, b, bias, out, from_bias):
+    """Add A B, block by block of B, to `out`, which starts from the bias if `from_bias`."""
     rows, k = a.shape
     columns = b.shape[1]
     is_transposed = a.strides[0] == a.itemsize != a.strides[1]
@@ -664,7 +663,7 @@ def add_blocks(a, b, bias, out, is_empty):
     for j in range(0, columns, nc):
         for p in range(0, max(k, 1), kc):  # at least once: with k = 0 the result is the bias
             block, part = b[p : p + kc, j : j + nc], out[:, j : j + nc]
-            add_block(a[:, p : p + kc], block, bias[j:], part, p == 0 and is_empty)
+            add_block(a[:, p : p + kc], block, bias[j:], part, p == 0 and from_bias)
 
 
 @njit
@@ -686,7 +685,7 @@ def add_block(a, b, bias, out, first):
             for start in range(0, len(b), depth):
                 for row in range(i, min(i + ahead * step, m), step):
                     pack_a(a[:, start : start + depth], row, packed[(row - i) // step, start:])
-        tiles(a, i, min(step, m - i), packed[t], is_packed, panels, 0, len(panels), bias, out, 0, first)
+        tiles(a, i, min(step, m - i), packed[t], is_packed, panels, bias, out, 0, first)
     add_edge(a, b, bias, out, edge, first)
 
 
@@ -697,7 +696,7 @@ def tile_rows(m, most):
 
 
 @njit
-def in_place(b):
+def limits_in_place(b):
     """The most rows of A for which B stays in place, and the rows of B in a block."""
     if b.strides[1] != b.itemsize or b.strides[0] < PAGE:
         return FEW_ROWS, max(STREAMS, FEW_BLOCK_BYTES // max(b.strides[0], 1))
@@ -712,7 +711,7 @@ def add_contiguous_rows(a, b, out):
         return
     a = a if a.strides[1] == a.itemsize else a.copy()
     m, k = a.shape
-    _, depth = in_place(b)
+    _, depth = limits_in_place(b)
     step = tile_rows(m, FEW_MR)
     for start in range(0, k, depth):
         for i in range(0, m, step):
@@ -764,7 +763,7 @@ def add_edge(a, b, bias, out, edge, first):
     width = EDGE_BYTES // b.itemsize
     panels = panels_of(b[:, edge:], width, m)
     for i in range(0, m, EDGE_MR):
-        edge_tiles(a, i, min(EDGE_MR, m - i), panels, 0, len(panels), bias, out, edge, first)
+        edge_tiles(a, i, min(EDGE_MR, m - i), panels, bias, out, edge, first)
 
 
 @njit
@@ -834,8 +833,8 @@ def zero_inactive(typing_context, upstream, activations):
 def _emit_zeroing(context, builder, signature, arguments, is_greater):
     """Emit a loop that sets elements of the first array to 0, unless those of the last are greater than 0.
 
-    Without the barrier, LLVM turns load, select and store into a masked store. With AVX2, these are slow: a first
-    version of `relu` with them took 2.5 times as long on Zen 3.
+    Without the barrier, LLVM turns load, select and store into a masked store. With AVX2, that is slow: on Zen 3,
+    `relu` took 2.5 times as long.
     """
     values, *others = (View.of(context, builder, *array) for array in zip(signature.args, arguments, strict=True))
     vectors = Vectors(context, builder, signature.args[0].dtype)
@@ -850,7 +849,7 @@ def _emit_zeroing(context, builder, signature, arguments, is_greater):
             vectors.store(builder.select(is_kept, value, zeros), values.at(i), mask)
 
 
-@kernel(flat_out, flat_in, lambda dtype: dtype)
+@kernel(flat_inout, flat_in, lambda dtype: dtype)
 def subtract(parameter, gradient, factor):
     """Subtract `factor` times the gradient, in one pass.
 

@@ -21,8 +21,8 @@ class NumpyBackend(Backend):
         return out
 
     def _relu(self, z: NDArray) -> NDArray:
-        # A row of zeros instead of the scalar 0: NumPy's maximum is vectorized only for two arrays.
         z = np.ascontiguousarray(z)
+        # A row of zeros instead of the scalar 0: NumPy's maximum is vectorized only for two arrays.
         return np.maximum(z, np.zeros(z.shape[1], z.dtype), out=z)
 
     def _relu_grad(self, upstream: NDArray, activations: NDArray) -> NDArray:

@@ -397,8 +397,8 @@ def flat_in(dtype: types.Float) -> types.Array:
     return types.Array(dtype, 1, "C", readonly=True, aligned=False)
 
 
-def flat_out(dtype: types.Float) -> types.Array:
-    """(n,) array to write, contiguous."""
+def flat_inout(dtype: types.Float) -> types.Array:
+    """(n,) array to read and write, contiguous."""
     return types.Array(dtype, 1, "C", aligned=False)
 
 

@@ -17,8 +17,8 @@ def panels_in(dtype: types.Float) -> types.Array:
 
 @kernel(row_major_in, panels_in, flat_in, matrix_out)
 def micro_kernel(a, panels, bias, out):
-    """One full tile of step 8."""
-    numba_backend.tiles(a, 0, numba_backend.MR, a, False, panels, 0, 1, bias, out, 0, True)
+    """Full tiles of step 8, side by side."""
+    numba_backend.tiles(a, 0, numba_backend.MR, a, False, panels, bias, out, 0, True)
 
 
 @kernel(row_major_in, row_major_in, matrix_out)
