@@ -9,7 +9,7 @@ import numpy as np
 
 from bench.measure.records import Comparison, Ratio, Run, Section
 from bench.publish.folder import Folder
-from bench.publish.style import in_seconds, short
+from bench.publish.style import in_seconds, low_to_high, short
 from bench.studies.epochs import BIG_PRODUCTS
 from bench.studies.mini_batches import PACKAGES
 from bench.studies.products import MKL, ONEDNN, OPENBLAS
@@ -287,8 +287,7 @@ def cell_text(evidence: Cell | None, what_base: str) -> str:
     """The smallest and largest ratio, the base's seconds, whether the claim holds, and what weakens the evidence."""
     if not evidence:
         return ""
-    low, high = two_digits(evidence.low), two_digits(evidence.high)
-    span = low if low == high else f"{low} to {high}"
+    span = low_to_high(two_digits(evidence.low), two_digits(evidence.high))
     name = f" ({evidence.bases})" if what_base == FASTEST else ""
     mark = {"faster": "✓", "slower": "✗", "undecided": "≈"}[evidence.verdict]
     runs = len(evidence.ratios)
@@ -326,15 +325,14 @@ def sentence(claim: Claim, folders: Iterable[Folder]) -> str:
     folders = list(folders)
     spans = []
     for name, evidence in cells(claim, folders).items():
-        low, high = two_digits(evidence.low), two_digits(evidence.high)
-        spans.append(f"{name} {low if low == high else f'{low} to {high}'}")
+        spans.append(f"{low_to_high(two_digits(evidence.low), two_digits(evidence.high))} on {name}")
     if not spans:
         return f"How `{claim.competitor}` compares with `{claim.base}` has not been measured yet."
     place = where(claim, folders)
     verb = "is not" if place.startswith("not ") else "is"
     return (
         f"`{claim.competitor}` {verb} faster than {claim.base if claim.base == FASTEST else f'`{claim.base}`'} "
-        f"{place.removeprefix('not ')}. Relative time: {'; '.join(spans)}."
+        f"{place.removeprefix('not ')}. Relative time: {', '.join(spans)}."
     )
 
 

@@ -70,9 +70,14 @@ def beside_numpy(runs: Sequence[Comparison], names: Sequence[str], packages: Seq
     words = []
     for name in others:
         ratio = ratio_over_runs(runs, name, base)
-        ends = dict.fromkeys(f"{end:.2f}" if end < 100 else short(end) for end in (ratio.low, ratio.high))
-        words.append(f"{short_name(name)} {'–'.join(ends)}")
+        low, high = (f"{end:.2f}" if end < 100 else short(end) for end in (ratio.low, ratio.high))
+        words.append(f"{short_name(name)} {low_to_high(low, high, '–')}")
     return f"× the time of {short_name(base)}: {', '.join(words)}"
+
+
+def low_to_high(low: str, high: str, between: str = " to ") -> str:
+    """Both ends of a range, or one number if they read the same."""
+    return low if low == high else f"{low}{between}{high}"
 
 
 def short_name(name: str) -> str:

@@ -31,7 +31,7 @@ from bench.publish.claims import (
 )
 from bench.publish.figures import draw_all
 from bench.publish.folder import Folder, read_all
-from bench.publish.style import over_runs, short, small_print
+from bench.publish.style import low_to_high, over_runs, short, small_print
 from bench.studies.epochs import FEW_IMAGES
 from bench.studies.ladder import BLAS
 from bench.studies.mini_batches import PARTS, WHOLE
@@ -177,7 +177,7 @@ def ladder_table(results: Path) -> str:
 
 
 def _range(values: list[float]) -> str:
-    return " to ".join(dict.fromkeys((short(min(values)), short(max(values))))) if values else ""
+    return low_to_high(short(min(values)), short(max(values))) if values else ""
 
 
 def competitor_table(results: Path) -> str:
@@ -228,8 +228,7 @@ def _form_cells(runs: list[dict[str, dict[str, Form]]], name: str, form: str) ->
         if (seconds := forms[form].seconds)
     ]
     if times:
-        span = dict.fromkeys((f"{min(times):.2f}", f"{max(times):.2f}"))
-        return " to ".join(span), f"{times.count(1)} of {len(times)} runs"
+        return low_to_high(f"{min(times):.2f}", f"{max(times):.2f}"), f"{times.count(1)} of {len(times)} runs"
     reasons = dict.fromkeys(filter(None, (forms[form].skipped for forms in measured)))
     return (f"skipped: {'; '.join(reasons)}" if reasons else "the only one that runs" if measured else ""), ""
 

@@ -10,7 +10,6 @@ from bench.measure.records import Comparison
 from bench.peers import COMPETITORS, REST, Form, best_form, expected_parameters
 from bench.peers.c_csr import COMMAND
 from bench.peers.ours import compile_seconds
-from bench.peers.pytorch import mkl_code_path
 from bench.peers.task import Competitor, Task, UnavailableError
 from bench.publish.style import beside_numpy, colour, in_seconds, label, over_runs, right_labels
 from bench.studies.epochs import BIG_PRODUCTS, big_products
@@ -37,8 +36,6 @@ class Result:
     """The form that was timed, by competitor."""
     compile_seconds: dict[str, float | None] = field(default_factory=dict)
     """By competitor; None if it compiles nothing."""
-    mkl: str | None = None
-    """Version and code path that PyTorch's MKL reports."""
     c_command: str = ""
     """How the C code was compiled."""
     skipped: dict[str, str] = field(default_factory=dict)
@@ -73,7 +70,6 @@ def measure(dataset: Dataset, quick: bool) -> Result:
         tried=tried,
         chosen=chosen,
         compile_seconds={**{name: tried[name][form].compile_seconds for name, form in chosen.items()}, **ours},
-        mkl=mkl_code_path(),
         c_command=COMMAND,
         skipped=skipped,
     )

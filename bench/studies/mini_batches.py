@@ -50,8 +50,7 @@ TITLE_SIZE = 128  # a common batch size, and the one in the claims
 LEARNING_RATE = 0.1
 IMAGES = 20_000  # to draw batches from: 63 MB of floats, more than most caches; to copy all takes frameworks a second
 
-IN_PARTS = ("numpy", "numba", "sparse")
-SIZES_IN_PARTS = (32, 128, 512)
+SIZES_IN_PARTS = (32, 512)
 PRODUCTS = ("matmul, images", "matmul, small", "matmul, column sums")
 RELU = "relu, relu_grad"
 KERNELS = {"prepare": "prepare", "relu": RELU, "relu_grad": RELU, "softmax_grad": "softmax_grad", "update": "update"}
@@ -59,7 +58,7 @@ BETWEEN = "Python between kernels"
 PARTS = ("take", "shards", "prepare", *PRODUCTS, RELU, "softmax_grad", "checks", BETWEEN, "update")
 """Copying the images and labels of a batch; making `Shards` of it; the kernels; the checks of their arguments; what
 else happens in `Shards.gradient`; and what else happens in `descend`."""
-CHECKS = ("_is_product", "_is_labelled", "_is_matrix", "_is_like", "_check_matrix")
+CHECKS = ("_is_product", "_is_labelled", "_is_matrix", "_is_like")
 WHOLE = "whole step"
 
 
@@ -191,7 +190,7 @@ def _in_parts(dataset: Dataset, quick: bool) -> dict[int, dict[str, Comparison]]
 def steps_in_parts(task: Task, size: int, rounds: int) -> dict[str, Comparison]:
     """Seconds per step of each of `PARTS` and of the `WHOLE`, by backend, all interleaved."""
     turns: dict[str, Callable[[], Any]] = {}
-    learners = {name: InParts(get_backend(name), task) for name in IN_PARTS}
+    learners = {name: InParts(get_backend(name), task) for name in BACKENDS}
     count = steps_in_a_turn(size)
     for name, learner in learners.items():
         following = batches(len(task.images), size)
@@ -200,8 +199,8 @@ def steps_in_parts(task: Task, size: int, rounds: int) -> dict[str, Comparison]:
     whole = interleave(turns, rounds, warmup=0, steps=2)
     steps = {}
     for name, learner in learners.items():
-        counted = learner.turns[1::2]  # without the warm-ups
-        seconds = {part: np.array([turn[part] for turn in counted]) for part in PARTS} | {WHOLE: whole[name] / count}
+        measured = learner.turns[1::2]  # without the warm-ups
+        seconds = {part: np.array([turn[part] for turn in measured]) for part in PARTS} | {WHOLE: whole[name] / count}
         steps[name] = Comparison.of(f"a step over {size} images on {name}, 1 thread", seconds)
     return steps
 
@@ -219,7 +218,7 @@ def draw(runs: list[Result], small_print: str, file: Path) -> None:
         panels[0].set(yscale="log", ylim=(1e6 * lowest / 1.3, 2.5e6 * highest))
         for axes, (threads, steps) in zip(panels, every.items()):
             _draw_panel(axes, steps)
-            axes.set_title(f"{threads} thread{'s' * (threads > 1)}", fontsize=9, fontweight="normal")
+            axes.set_title(counted(threads, "thread"), fontsize=9, fontweight="normal")
         panels[0].set_ylabel("microseconds per step")
         title(figure, _title(runs))
         print_small(figure, small_print)
@@ -231,7 +230,7 @@ def _title(runs: list[Result]) -> str:
     size = TITLE_SIZE if TITLE_SIZE in sizes else max(sizes)
     steps = [run.steps[threads][size] for run in runs]
     ours, packages = ([name for name in names if name in steps[-1]] for names in (BACKENDS, PACKAGES))
-    words = f"A step over {size} images on {threads} thread{'s' * (threads > 1)}"
+    words = f"A step over {size} images on {counted(threads, 'thread')}"
     return f"{words}, {beside_numpy(steps, ours, packages)}"
 
 

@@ -23,6 +23,7 @@ from bench.measure.records import Comparison
 from bench.peers.task import UnavailableError, package
 from bench.publish.style import over_runs, ratio_over_runs, short
 from kernels import get_backend
+from model.cli.console import counted
 from model.data import Dataset
 from model.extras.figure import figure_file, print_small, title
 from model.threads import thread_pool
@@ -100,7 +101,7 @@ def measure(dataset: Dataset, quick: bool) -> Result:
                     result = np.concatenate(run()) if name == NUMBA else np.asarray(run())
                     np.testing.assert_allclose(result, expected, rtol=0, atol=1e-5 * a.shape[1], err_msg=name)
                 seconds = interleave(competitors, rounds if a.size > 1e7 else 10 * rounds)
-                comparisons.append(Comparison.of(f"{shape}, {threads} thread{'s' * (threads > 1)}", seconds))
+                comparisons.append(Comparison.of(f"{shape}, {counted(threads, 'thread')}", seconds))
     every = [(shape, transposes) for shapes in SHAPES.values() for shape in shapes for transposes in TRANSPOSES]
     with thread_pool(1):  # as training calls them
         sweep = [swept(*place, libraries, 2 if quick else 7) for place in track(every, "sweep", transient=True)]

@@ -18,8 +18,9 @@ from bench.measure.interleave import interleave
 from bench.measure.records import Rounds, rounded
 from bench.peers import REST, best_form, competitor, expected_parameters
 from bench.peers.task import Learner, Task, UnavailableError, shuffled_batches, take_steps
-from bench.publish.style import colour, end_labels, label, plain_ticks, points_up
+from bench.publish.style import colour, end_labels, label, low_to_high, plain_ticks, points_up
 from bench.studies import full_batch_backends
+from bench.studies.mini_batches import PACKAGES
 from bench.studies.roofline import peak
 from kernels import backend_names, get_backend
 from model.data import Dataset, limited
@@ -33,7 +34,6 @@ LEARNING_RATE = 0.3
 HIDDEN = 128
 
 IMAGES = (1_000, 4_000, 15_000, 60_000, 180_000)
-PEERS = ("PyTorch", "PyTorch by hand", "torch.compile", "JAX")
 FEW_IMAGES = 15_000  # to choose the forms of peers
 BATCH_SIZES = (1, 8, 64, 512, 4_096)
 HIDDEN_UNITS = (16, 64, 128, 512, 2_048)
@@ -89,7 +89,6 @@ class Result:
     images: int
     pixels: int
     threads: int
-    equal_bits_on_threads: list[int]
     peak_gflop_per_second: dict[int, float]
     """By number of threads."""
     forms: dict[str, str] = field(default_factory=dict)
@@ -125,7 +124,6 @@ def measure(dataset: Dataset, quick: bool) -> Result:
         images=len(dataset.train_images),
         pixels=dataset.train_images.shape[1],
         threads=available_cores(),
-        equal_bits_on_threads=thread_counts(),
         # These are bounds, so the best round counts.
         peak_gflop_per_second={n: float(flop / seconds[str(n)].min() / 1e9) for n, (_, flop) in peaks.items()},
         forms=forms,
@@ -145,7 +143,7 @@ def peers(parallel_map: Callable, dataset: Dataset, size: int | None = None) -> 
     forms, skipped = {}, {}
     task = task_of(parallel_map, limited(dataset, min(FEW_IMAGES, len(dataset.train_images))))
     expected = expected_parameters(task, size)
-    for name in PEERS:
+    for name in PACKAGES:
         try:
             _, forms[name], _ = best_form(name, task, expected, size)
         except UnavailableError as reason:
@@ -234,7 +232,7 @@ def hidden_points(parallel_map: Callable, dataset: Dataset, forms: dict[str, str
     for name, form in forms.items():
         for hidden in HIDDEN_UNITS:
             peer = competitor(name, task_of(parallel_map, few, hidden), form)
-            points[name, hidden] = Point(peer.step, part_of(few, whole))
+            points[name, hidden] = Point(peer.step, len(few.train_images) / whole)
     for name in backend_names():
         slow = get_backend(name).too_slow_for_full_batches
         for hidden in HIDDEN_UNITS:
@@ -275,10 +273,6 @@ def mini_batches(
 def take_batches(step: Callable[[NDArray], Any], images: int, size: int, count: int) -> Callable[[], None]:
     """A function that calls `step` with the row indices of the next `count` batches, in random order."""
     return partial(take_steps, step, shuffled_batches(images, size), count)
-
-
-def part_of(dataset: Dataset, whole: int) -> float:
-    return len(dataset.train_images) / whole
 
 
 def task_of(parallel_map: Callable, dataset: Dataset, hidden: int = HIDDEN) -> Task:
@@ -410,5 +404,4 @@ def _title(result: Result) -> str:
 
 
 def _range(values: list[float]) -> str:
-    low, high = f"{min(values):.2g}", f"{max(values):.2g}"
-    return low if low == high else f"{low} to {high}"
+    return low_to_high(f"{min(values):.2g}", f"{max(values):.2g}")

@@ -59,8 +59,9 @@ def reproduce_command(
     if histories := full_batch_histories(report):
         draw_curves(figure, report)
         show(comparison_table(histories, images.name))
-    for name in report.runs.keys() - histories.keys():
-        print_result(mini_batch_line(name, report.runs[name]))
+    for name, run in report.runs.items():
+        if name not in histories:
+            print_result(mini_batch_line(name, run))
     if images.name != "MNIST":
         print_result(f"This run used {images.name}; the published accuracies are for MNIST.")
     print_result(FITTED)

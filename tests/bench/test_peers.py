@@ -179,7 +179,7 @@ def test_the_fastest_form_is_chosen(task, monkeypatch):
 
 
 @pytest.mark.parametrize("size", [1, 8, 200])
-@pytest.mark.parametrize(("name", "form"), [*((name, None) for name in mini_batches.IN_PARTS), *PEERS_TO_TEST])
+@pytest.mark.parametrize(("name", "form"), [*((name, None) for name in mini_batches.BACKENDS), *PEERS_TO_TEST])
 def test_steps_over_rows_match_ours(name, form, size, task):
     try:
         verified(name, task, expected_parameters(task, size), form, size)
@@ -209,7 +209,7 @@ def test_batches_change():
     assert list(epoch) != list(following)
 
 
-@pytest.mark.parametrize("name", mini_batches.IN_PARTS)
+@pytest.mark.parametrize("name", mini_batches.BACKENDS)
 def test_steps_in_parts_are_the_same_steps(name, task):
     """To the bit. Afterwards, the backend and the checks are as before."""
     backend, before = get_backend(name), dict(vars(contract))
@@ -225,7 +225,7 @@ def test_steps_in_parts_are_the_same_steps(name, task):
 def test_parts_of_steps(task):
     """Every backend has every part. On a busy machine single turns can take many times longer than others."""
     steps = mini_batches.steps_in_parts(task, 32, rounds=3)
-    assert tuple(steps) == mini_batches.IN_PARTS
+    assert tuple(steps) == mini_batches.BACKENDS
     for step in steps.values():
         assert list(step.seconds) == [*mini_batches.PARTS, mini_batches.WHOLE]
         assert all(len(seconds) == 3 and min(seconds) > 0 for seconds in step.seconds.values())

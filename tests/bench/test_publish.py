@@ -90,7 +90,7 @@ def test_the_table_of_a_step_needs_its_parts(tmp_path):
     """An older run has none, so the table is from the other one; without both, the text stays."""
     text = "<!-- steps -->\nold\n<!-- /steps -->"
     seconds = {part: [1e-6 * n] for n, part in enumerate([*mini_batches.PARTS, mini_batches.WHOLE], 1)}
-    parts = {size: dict.fromkeys(mini_batches.IN_PARTS, Comparison("", seconds)) for size in (32, 512)}
+    parts = {size: dict.fromkeys(mini_batches.BACKENDS, Comparison("", seconds)) for size in (32, 512)}
     older, newer = (mini_batches.Result({}, {}, found) for found in ({}, parts))
     (tmp_path / "here").mkdir()
     write(tmp_path / "here" / "machine.json", machine())

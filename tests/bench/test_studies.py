@@ -60,7 +60,7 @@ def test_points_of_an_axis_are_joined_from_left_to_right():
     """Peers' steps over all images are measured first."""
     row = [scaling.Measured([seconds], at=at) for at, seconds in ((60_000, 0.1), (1, 9.0), (64, 0.5))]
     axes = Figure().subplots()
-    result = scaling.Result({}, 60_000, 784, 2, [1, 2], {1: 1.0, 2: 2.0})
+    result = scaling.Result({}, 60_000, 784, 2, {1: 1.0, 2: 2.0})
     scaling.draw_axis(axes, result, "batch size", {"JAX": row})
     joined = [line.get_xdata().tolist() for line in axes.lines if len(line.get_xdata()) == 3]
     assert joined == [[1, 64, 60_000]]
