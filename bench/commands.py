@@ -164,7 +164,7 @@ def results(
         write(folder / MACHINE, read(Machine, measured / MACHINE))
     make_folder(DEFAULT)
     if not quick:
-        out.print(f"to publish: run python -m bench.publish.tables, then commit the documents and {folder}")
+        out.print(f"to publish: run make publish, then commit the documents and {folder}")
     drawn = show(folder, DEFAULT, failures)
     if failures or not drawn:
         raise typer.Exit(1)

@@ -129,7 +129,7 @@ def claim_table(results: Path, table_name: str = MAIN) -> str:
     notes = [
         "Each cell: time ratio (its range over all runs) × the base's seconds.",
         "✓ less time in every run, ✗ more time in every run, ≈ undecided: runs disagree, or an interval includes 1.",
-        "No interval: stored without rounds, or fewer than six; the ratio alone counts." * ("no interval" in text),
+        "No interval: stored without rounds, or with fewer than six; the ratio alone counts." * ("no interval" in text),
         "Busy: other processes were running, or the hypervisor ran other guests." * ("busy" in text),
     ]
     if table_name == MAIN:

@@ -40,7 +40,8 @@ class Step(NamedTuple):
 class Case(NamedTuple):
     """How to call a kernel with a step's arrays, and what it costs per image.
 
-    `relu` and `relu_grad` overwrite their first argument. Where they do, their time does not depend on its values.
+    `relu` and `relu_grad` may overwrite their first argument, so later calls see other values. On the backends that do
+    this, the time does not depend on them.
     """
 
     call: Callable
