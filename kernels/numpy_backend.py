@@ -11,11 +11,14 @@ from kernels.backend import Backend
 
 
 class NumpyBackend(Backend):
-    """The four kernels as whole-array expressions."""
+    """The four kernels as whole-array expressions.
+
+    `asarray` turns subclasses into plain arrays. With an `np.matrix`, the same expressions have other results.
+    """
 
     def _matmul(self, a: NDArray, b: NDArray, bias: NDArray | None) -> NDArray:
         # NumPy's matmul computes an outer product, as in a batch of one image, without BLAS: ten times slower.
-        out = a @ b if a.shape[1] != 1 else a.dot(b)
+        out = np.asarray(a @ b if a.shape[1] != 1 else a.dot(b))
         if bias is not None:
             out += bias
         return out
@@ -28,13 +31,13 @@ class NumpyBackend(Backend):
     def _relu_grad(self, upstream: NDArray, activations: NDArray) -> NDArray:
         # An AND with a mask of all ones or all zeros selects like np.where, NaN included, and is much faster.
         bits = np.dtype(f"i{upstream.itemsize}")
-        mask = np.greater(activations, 0, order="C").astype(bits)
+        mask = np.greater(np.asarray(activations), 0, order="C").astype(bits)
         np.negative(mask, out=mask)
         mask &= upstream.view(bits)
         return mask.view(upstream.dtype)
 
     def _softmax_grad(self, logits: NDArray, labels: NDArray[np.integer]) -> tuple[float, int, NDArray]:
-        rows = np.arange(len(logits))
+        logits, rows = np.asarray(logits), np.arange(len(logits))
         predictions = logits.argmax(axis=1)
         out = np.subtract(logits, logits[rows, predictions, None], order="C")
         loss = -out[rows, labels].sum(dtype=np.float64)

@@ -19,6 +19,7 @@ def interleave(
     warmup: int = 2,
     rest: float = 0,
     steps: int = 1,
+    setup: Mapping[str, Callable[[], Any]] | None = None,
 ) -> dict[str, NDArray[np.float64]]:
     """Time competitors round by round. A round runs each of them once, in random order.
 
@@ -38,6 +39,8 @@ def interleave(
         Calls of a competitor in each round. If there are several, the first is a warm-up and not counted: after a rest,
         all threads may wake on one core, and the scheduler takes tens of milliseconds to spread them. In training,
         steps run back to back.
+    setup
+        Functions by name of competitor, each called before that competitor's turn, and not timed.
 
     Returns
     -------
@@ -50,6 +53,8 @@ def interleave(
     for round_ in range(-warmup, rounds):
         for name in rng.permutation(list(competitors)):
             time.sleep(rest)
+            if setup and name in setup:
+                setup[name]()
             if steps > 1:
                 competitors[name]()
             start = time.perf_counter()

@@ -38,17 +38,16 @@ class Step(NamedTuple):
 
 
 class Case(NamedTuple):
-    """How to call a kernel with a step's arrays, and what it costs per image.
-
-    `relu` and `relu_grad` may overwrite their first argument, so later calls see other values. On the backends that do
-    this, the time does not depend on them.
-    """
+    """How to call a kernel with a step's arrays, and what it costs per image."""
 
     call: Callable
     flop: int
     """Floating-point operations per image of the dense form; an exponential counts as one."""
     terms: int
     """Number of terms of the longest sum in the result: its rounding errors bound the error."""
+    overwrites: bool = False
+    """Whether a backend may overwrite `hidden_grad`. Then each call needs a fresh one: on zeros where negative numbers
+    were, a backend with branches would be faster."""
 
 
 KERNELS = {
@@ -57,8 +56,8 @@ KERNELS = {
     "logits product": Case(lambda b, s: b.matmul(s.hidden, *s.layers[1]), 2 * 128 * 10, 128),
     "hidden gradient product": Case(lambda b, s: b.matmul(s.logits_grad, s.layers[1][0].T), 2 * 10 * 128, 10),
     "output gradient product": Case(lambda b, s: b.matmul(s.hidden.T, s.logits_grad), 2 * 128 * 10, SHARD),
-    "relu": Case(lambda b, s: b.relu(s.hidden_grad), 128, 1),
-    "relu_grad": Case(lambda b, s: b.relu_grad(s.hidden_grad, s.hidden), 128, 1),
+    "relu": Case(lambda b, s: b.relu(s.hidden_grad), 128, 1, overwrites=True),
+    "relu_grad": Case(lambda b, s: b.relu_grad(s.hidden_grad, s.hidden), 128, 1, overwrites=True),
     "softmax_grad": Case(lambda b, s: b.softmax_grad(s.logits, s.labels)[2], 5 * 10, 10),
 }
 
@@ -84,22 +83,32 @@ def measure(
     run_peak, peak_flop = peak(1)
     with thread_pool(1):
         for kernel in kernels:
-            calls, counts = {}, {}
-            for name in names or backend_names():
-                calls[name], counts[name] = checked_call(get_backend(name), kernel, dataset)
-            seconds = interleave({**calls, "peak": run_peak}, 6 if quick else 40)
+            checked = {name: checked_call(get_backend(name), kernel, dataset) for name in names or backend_names()}
+            calls = {name: each.call for name, each in checked.items()} | {"peak": run_peak}
+            resets = {name: each.reset for name, each in checked.items()}
+            seconds = interleave(calls, 6 if quick else 40, setup=resets)
             peaks.append(peak_flop / seconds["peak"].min() / 1e9)  # a bound, so its best round counts
-            per_image[kernel] = Comparison.of(kernel, {name: seconds[name] / counts[name] for name in calls})
+            times = {name: seconds[name] / each.images for name, each in checked.items()}
+            per_image[kernel] = Comparison.of(kernel, times)
     return Result(per_image, {kernel: KERNELS[kernel].flop for kernel in kernels}, float(max(peaks)))
 
 
-def checked_call(backend: Backend, name: str, dataset: Dataset) -> tuple[Callable[[], Any], int]:
-    """A function that calls a kernel, and the number of images it takes.
+class Checked(NamedTuple):
+    """A kernel whose result was checked."""
+
+    call: Callable[[], Any]
+    reset: Callable[[], None]
+    """Restores what the call may have overwritten."""
+    images: int
+
+
+def checked_call(backend: Backend, name: str, dataset: Dataset) -> Checked:
+    """A function that calls a kernel with the arrays of a step.
 
     Raises
     ------
     AssertionError
-        If its result differs from float64's by more than rounding errors explain.
+        If its result differs in shape or dtype from NumPy's, or from float64's by more than rounding errors explain.
     """
     kernel = KERNELS[name]
     count = FEW_IMAGES if backend.too_slow_for_full_batches else SHARD
@@ -107,10 +116,15 @@ def checked_call(backend: Backend, name: str, dataset: Dataset) -> tuple[Callabl
     step = training_step(images, labels)
     expected = kernel.call(get_backend("numpy"), Step(*in_float64(step)))
     step = step._replace(x=backend.prepare(images))
-    error = np.abs(kernel.call(backend, step) - expected).max() / np.abs(expected).max()
+    fresh = step.hidden_grad.copy()
+    result = np.asarray(kernel.call(backend, step))
+    if (result.shape, result.dtype) != (expected.shape, np.float32):
+        raise AssertionError(f"{backend.name}, {name}: {result.dtype} {result.shape}, not float32 {expected.shape}")
+    error = np.abs(result - expected).max() / np.abs(expected).max()
     if not error <= (kernel.terms + 10) * np.finfo(np.float32).eps:
         raise AssertionError(f"{backend.name}, {name}: a relative error of {error:.2g}")
-    return partial(kernel.call, backend, step), len(images)
+    reset = partial(np.copyto, step.hidden_grad, fresh) if kernel.overwrites else lambda: None
+    return Checked(partial(kernel.call, backend, step), reset, len(images))
 
 
 def training_step(images: NDArray, labels: NDArray) -> Step:

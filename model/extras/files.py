@@ -45,14 +45,14 @@ def check_writable(file: Path) -> None:
     folder = resolved(file).parent
     if not folder.is_dir():
         raise OSError(f"cannot write {file}: there is no folder {folder}; create it first")
-    try:
-        exists, is_file = bool(file.stat()), file.is_file()
-    except FileNotFoundError:
-        exists = False
-    except OSError as error:  # a symbolic-link loop, for example
-        raise OSError(f"cannot write {file}: {error.strerror}; choose another file") from error
-    if exists and not is_file:
+    if os.path.exists(file) and not os.path.isfile(file):
         raise OSError(f"cannot write {file}: it is a folder or a device; choose a file")
+    try:
+        for place in file, _part(resolved(file)):  # the second name is longer
+            with contextlib.suppress(FileNotFoundError):
+                place.stat()
+    except OSError as error:  # a name that is too long, or a symbolic-link loop
+        raise OSError(f"cannot write {file}: {error.strerror}; choose another file") from error
     try:
         _probe(folder)
     except OSError as error:
@@ -131,7 +131,7 @@ def write_atomically(file: Path, content: bytes) -> None:
         If it cannot be written. `file` is then unchanged, and no temporary file is left.
     """
     file = resolved(file)
-    part = _beside(file, f"{os.getpid()}.part")
+    part = _part(file)
     with locked(file, LOCK_TIMEOUT):
         alone = _held.locks[_beside(file, "lock")]  # if so, all other temporary files are of dead writers
         for leftover in file.parent.glob(f".{glob.escape(file.name)}.*.part") if alone else [part]:
@@ -164,6 +164,11 @@ def _probe(folder: Path) -> None:
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".") as probe:
         probe.write(bytes(4096))
         probe.flush()
+
+
+def _part(file: Path) -> Path:
+    """The temporary file that this process writes before it renames it to `file`."""
+    return _beside(file, f"{os.getpid()}.part")
 
 
 def _beside(file: Path, ending: str) -> Path:

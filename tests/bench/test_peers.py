@@ -344,6 +344,22 @@ def test_the_first_of_several_steps_in_a_turn_is_not_counted(monkeypatch):
     np.testing.assert_allclose(timed["a"], [3, 3])
 
 
+def test_setup_comes_before_each_turn_and_is_not_timed(monkeypatch):
+    clock, calls = Clock(), []
+    monkeypatch.setattr(interleave, "time", clock)
+
+    def takes(seconds, note):
+        def call():
+            calls.append(note)
+            clock.sleep(seconds)
+
+        return call
+
+    timed = interleave.interleave({"a": takes(2, "a")}, 3, warmup=1, setup={"a": takes(50, "setup")})
+    assert calls == ["setup", "a"] * 4
+    np.testing.assert_allclose(timed["a"], [2, 2, 2])
+
+
 def test_machine_drift_cancels_in_ratios():
     rng = np.random.default_rng(1)
     drift = rng.uniform(1, 4, 40)

@@ -15,8 +15,9 @@ from bench.benchmarks.bench_epoch import FLOP_OF_PRODUCTS
 from bench.measure.records import Comparison, Rounds
 from bench.peers.task import UnavailableError
 from bench.publish import style
-from bench.studies import break_even, ladder, products, roofline, scaling, workers
+from bench.studies import break_even, kernels, ladder, products, roofline, scaling, workers
 from kernels import get_backend, simd
+from kernels.numpy_backend import NumpyBackend
 from model import published
 from model.data import DataError, limited, load_idx
 from model.mlp import MLP
@@ -64,6 +65,39 @@ def test_points_of_an_axis_are_joined_from_left_to_right():
     scaling.draw_axis(axes, result, "batch size", {"JAX": row})
     joined = [line.get_xdata().tolist() for line in axes.lines if len(line.get_xdata()) == 3]
     assert joined == [[1, 64, 60_000]]
+
+
+class Wrong(NumpyBackend):
+    """Its ReLU returns one row, which broadcasting would compare with all."""
+
+    def _relu(self, z):
+        return super()._relu(z)[:1]
+
+
+class Watched(NumpyBackend):
+    """Notes how many negative numbers it gets."""
+
+    def _relu(self, z):
+        self.negatives = int((z < 0).sum())
+        return super()._relu(z)
+
+
+def test_each_timed_call_gets_an_argument_that_was_not_overwritten(digits28):
+    backend = Watched()
+    call, reset, images = kernels.checked_call(backend, "relu", digits28)
+    first = backend.negatives
+    assert images == min(SHARD, len(digits28.train_images))
+    for _ in range(2):
+        reset()
+        call()
+        assert backend.negatives == first > 0
+    call()
+    assert backend.negatives == 0
+
+
+def test_a_result_of_a_wrong_shape_is_not_timed(digits28):
+    with pytest.raises(AssertionError, match=r"Wrong, relu: float32 \(1, 128\), not float32 \(\d+, 128\)"):
+        kernels.checked_call(Wrong(), "relu", digits28)
 
 
 def test_batches_of_the_scaling_study_change():

@@ -146,20 +146,6 @@ def test_softmax_grad_stays_inside_its_arrays(layout, place, dtype):
     assert_softmax_grad_stays_inside(numba_backend, layout, place, dtype)
 
 
-@every_dtype
-@pytest.mark.parametrize("kind", [np.matrix, np.memmap])
-def test_array_subclasses_are_read_as_plain_arrays(kind, dtype):
-    backend, plain = get_backend("numba"), integers((5, 5), dtype)
-    array = plain.view(kind)
-    np.testing.assert_array_equal(backend.relu(array.copy()), np.maximum(plain, 0))
-    np.testing.assert_array_equal(backend.relu_grad(array.copy(), array), np.maximum(plain, 0))
-    np.testing.assert_array_equal(backend.matmul(array, array), plain @ plain)
-    for mine, other in zip(
-        backend.softmax_grad(array, np.arange(5)), backend.softmax_grad(plain, np.arange(5)), strict=True
-    ):
-        np.testing.assert_array_equal(mine, other)
-
-
 def test_non_arrays_are_refused():
     with pytest.raises(TypeError):
         get_backend("numba").matmul(get_backend("sparse").prepare(np.ones((2, 3), np.uint8)), np.ones((3, 2), "f4"))

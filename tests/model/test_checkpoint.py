@@ -623,6 +623,8 @@ def trained(tmp_path_factory):
         (["--checkpoint", "/no/such/folder/x"], "there is no folder /no/such/folder"),
         (["--checkpoint", "/"], "it is a folder"),
         pytest.param(["--checkpoint", "/proc/run"], "cannot write /proc/run", marks=needs_proc),
+        (["--json", "a" * 248], "File name too long; choose another file"),  # with the temporary file's ending
+        (["--checkpoint", "a" * 248], "File name too long; choose another file"),
         (["--checkpoint-every", 2], "--checkpoint-every needs --checkpoint"),
         (["--checkpoint", "x", "--checkpoint-every", 0], "Invalid value for '--checkpoint-every'"),
     ],
