@@ -135,6 +135,7 @@ def claim_table(results: Path, table_name: str = MAIN) -> str:
     if table_name == MAIN:
         notes += [
             f"`naive`: scaled up from {FEW_IMAGES} images.",
+            "Big products, OpenBLAS: only the two products with the images.",
             "To the published accuracy: undecided where the ranges over random starts overlap or are unknown.",
             "Ladder: seconds per 10⁹ operations.",
         ]
