@@ -210,9 +210,7 @@ class PyTorchByHand(_OnTensors):
             loss = torch.nn.functional.nll_loss(log_probabilities, labels)
             upstream = log_probabilities.exp_()
             upstream[torch.arange(len(labels)), labels] -= 1
-            hidden_upstream = upstream @ last_weights.T
-            relu_backward = torch.ops.aten.threshold_backward.grad_input
-            relu_backward(hidden_upstream, hidden, 0, grad_input=hidden_upstream)
+            hidden_upstream = relu_backward_(torch, upstream @ last_weights.T, hidden)
             rate = -self.learning_rate / len(labels)
             self._move(last_weights, hidden.T, upstream, rate)
             last_bias.add_(upstream.sum(0), alpha=rate)
@@ -225,6 +223,11 @@ class PyTorchByHand(_OnTensors):
             weights.addmm_(left, right, alpha=rate)
         else:
             weights.add_(left @ right, alpha=rate)
+
+
+def relu_backward_(torch: ModuleType, upstream: Any, activations: Any) -> Any:
+    """`upstream`, set to 0 in place where the activation is not positive."""
+    return torch.ops.aten.threshold_backward.grad_input(upstream, activations, 0, grad_input=upstream)
 
 
 class CompiledPyTorch(PyTorch):

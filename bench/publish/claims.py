@@ -88,6 +88,11 @@ class Cell:
         return max(row.ratio for row in self.ratios)
 
     @property
+    def span(self) -> str:
+        """The smallest and the largest ratio, in words."""
+        return low_to_high(two_digits(self.low), two_digits(self.high))
+
+    @property
     def base_seconds(self) -> float:
         """Seconds of the base, the median of the runs."""
         return float(np.median([row.base_seconds for row in self.ratios]))
@@ -287,7 +292,6 @@ def cell_text(evidence: Cell | None, what_base: str) -> str:
     """The smallest and largest ratio, the base's seconds, whether the claim holds, and what weakens the evidence."""
     if not evidence:
         return ""
-    span = low_to_high(two_digits(evidence.low), two_digits(evidence.high))
     name = f" ({evidence.bases})" if what_base == FASTEST else ""
     mark = {"faster": "✓", "slower": "✗", "undecided": "≈"}[evidence.verdict]
     runs = len(evidence.ratios)
@@ -298,7 +302,7 @@ def cell_text(evidence: Cell | None, what_base: str) -> str:
         else "",
         ("busy" if runs == 1 else f"{evidence.busy} of {runs} busy") if evidence.busy else "",
     ]
-    return ", ".join([f"{mark} {span} × {in_seconds(evidence.base_seconds)}{name}", *filter(None, notes)])
+    return ", ".join([f"{mark} {evidence.span} × {in_seconds(evidence.base_seconds)}{name}", *filter(None, notes)])
 
 
 def two_digits(ratio: float) -> str:
@@ -323,9 +327,7 @@ def where(claim: Claim, folders: Iterable[Folder]) -> str:
 def sentence(claim: Claim, folders: Iterable[Folder]) -> str:
     """The claim in words, with the machines on which it holds and the range of ratios on each."""
     folders = list(folders)
-    spans = []
-    for name, evidence in cells(claim, folders).items():
-        spans.append(f"{low_to_high(two_digits(evidence.low), two_digits(evidence.high))} on {name}")
+    spans = [f"{evidence.span} on {name}" for name, evidence in cells(claim, folders).items()]
     if not spans:
         return f"How `{claim.competitor}` compares with `{claim.base}` has not been measured yet."
     place = where(claim, folders)

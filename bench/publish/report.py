@@ -12,7 +12,7 @@ from bench.measure.records import Comparison, Machine
 from bench.peers import Form
 from bench.publish.claims import CLAIMS, cell, two_digits
 from bench.publish.folder import Folder
-from bench.publish.style import low_to_high, over_runs, short
+from bench.publish.style import over_runs, short
 from bench.studies import mini_batches
 from model.extras.files import write_atomically
 
@@ -158,7 +158,7 @@ def _claims(folder: Folder) -> TableOf:
             rows.append(
                 [
                     f"{claim.competitor} / {evidence.bases}: {claim.what}",
-                    low_to_high(two_digits(evidence.low), two_digits(evidence.high)),
+                    evidence.span,
                     evidence.verdict,
                     f"{evidence.base_seconds:.4g}",
                     f"{two_digits(min(ends))} to {two_digits(max(ends))}" if ends else "",

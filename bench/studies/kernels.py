@@ -94,7 +94,7 @@ def measure(
 
 
 class Checked(NamedTuple):
-    """A kernel whose result was checked."""
+    """A kernel to time."""
 
     call: Callable[[], Any]
     reset: Callable[[], None]
@@ -103,7 +103,7 @@ class Checked(NamedTuple):
 
 
 def checked_call(backend: Backend, name: str, dataset: Dataset) -> Checked:
-    """A function that calls a kernel with the arrays of a step.
+    """A kernel on the arrays of a step, after a call whose result was checked.
 
     Raises
     ------
