@@ -38,8 +38,8 @@ def get_backend(name: str) -> Backend:
     Raises
     ------
     ValueError
-        If there is no such backend (the message lists those that exist), or its class cannot be loaded or created, or
-        is not a subclass of `Backend` with all its kernels.
+        If there is no such backend (the message lists those that exist), or its class cannot be loaded or created, is
+        not a subclass of `Backend` with all its kernels, or has no valid `images_at_once`.
     """
     if not isinstance(name, str):
         raise ValueError(f"the name of a backend must be a string, not {name!r}")
@@ -90,6 +90,11 @@ def _created(name: str, backend_class: type[Backend]) -> Backend:
     if missing := sorted(backend_class.__abstractmethods__):
         raise ValueError(f"cannot use backend {name!r}: {backend_class.__qualname__} lacks {', '.join(missing)}")
     try:
-        return backend_class()
+        backend = backend_class()
     except Exception as error:
         raise ValueError(f"cannot create backend {name!r}: {type(error).__name__}: {error}") from error
+    if not (isinstance(backend.images_at_once, int) and backend.images_at_once > 0):
+        raise ValueError(
+            f"cannot use backend {name!r}: images_at_once must be a positive integer, not {backend.images_at_once!r}"
+        )
+    return backend

@@ -330,7 +330,7 @@ def _check_matrix(value: Any, name: str) -> None:
 def _check_overwritten(value: Any, name: str) -> None:
     _check_matrix(value, name)
     if not value.flags.writeable:
-        raise ValueError(f"{name} is read-only, but may be overwritten: pass a copy, or make matmul return new arrays")
+        raise ValueError(f"{name} is read-only, and to be overwritten: pass a copy, or make matmul return new arrays")
 
 
 def _check_same_shape(**arrays: Any) -> None:

@@ -65,17 +65,18 @@ class Tuning(NamedTuple):
     row_bytes: int
     """Bytes in a row of a block of B. A wider block needs fewer passes over A, and packs it less often."""
     shallow_depth: int
-    """Steps of k in a block for fewer than PACK_ROWS rows, whose results are small enough to be read and written again.
-    A panel that stays in L1, and a B that leaves room in L2, pay off more."""
+    """Steps of k in a block for fewer than PACK_ROWS rows. Their results are small: reading and writing them again is
+    cheaper than a panel that does not fit in L1, or a B that fills L2."""
     transposed_depth: int
     """Steps of k in a block, where k runs down the columns of a row-major array: x.T dz, for example."""
     few_block_bytes: int
-    """Bytes of B that few rows of A take at a time, in rows from left to right, if those are shorter than a page. A
-    small block stays in L1 for all tiles, a large one writes and reads results less often."""
+    """Bytes in a block of B for few rows of A, if the rows of B are shorter than a page. A small block stays in L1 for
+    all tiles, a large one writes and reads results less often."""
     one_set_rows: int
     """Most rows of A for which B stays in place, if the rows of B are a multiple of 4 KB apart."""
     one_rows: int
-    """Rows of B that a single row of A takes at a time: as many streams as the hardware prefetcher can track."""
+    """Rows of B that a single row of A takes at a time. Each is a stream for the hardware prefetcher; more of them load
+    and store the result less often."""
     one_vectors: int
     """Vectors of the result that a single row of A has in registers at a time."""
     packs_a: bool = False
@@ -154,7 +155,7 @@ SKYLAKE = RAPIDS._replace(rows=12, chain=4)
 
 
 def _tuning() -> Tuning:
-    """Not tuned at run time: good choices differ by less than the noise. Only its name tells Intel from Zen."""
+    """Not tuned at run time: good choices differ by less than the noise. Only the CPU's name tells Intel from Zen."""
     if REGISTER_BYTES < 64:
         return NEON if REGISTERS > 16 else ZEN_3 if CPU in ("znver1", "znver2", "znver3") else AVX2
     if CPU.startswith("znver"):
@@ -201,7 +202,7 @@ STREAMS = 8
 PACKED_TILES = 8
 
 # With at most FEW_ROWS rows of A, the product is bound by reading B. So B stays in place, and is read from left to
-# right, only once for a tile as high as A. If each row of B is on its own page, packing takes so long that up to
+# right; if one tile has all rows of A, only once. If each row of B is on its own page, packing takes so long that up to
 # FAR_ROWS rows do the same, or ONE_SET_ROWS if all rows of B map to the same L1 set. A block then has FAR_DEPTH rows of
 # B, no more than the dTLB has entries for, or STREAMS rows. On Zen 5, compared with packing, this takes 32 x 2000 times
 # 2000 x 2000 from 1.1 to 0.9 times the time of OpenBLAS with AVX2, and from 0.93 to 0.61 with AVX-512.
@@ -221,12 +222,13 @@ ONE_VECTORS = TUNING.one_vectors
 
 # Few rows do not amortize packing a B whose columns are contiguous: with one row on Zen 3, that would take 2.8 times
 # the time of OpenBLAS. So a few vectors of columns at a time are transposed in registers. Up to DOT_MR rows take two
-# vectors: each broadcast serves both. Four would read AVX2's B from 32 places at once, more than the hardware
-# prefetcher can track. More rows have registers for one vector only: with two, 8 x 784 times 784 x 128 would take 1.5
-# times as long on Zen 5 with AVX2, and 1.1 times with AVX-512. If the columns are a multiple of 4 KB apart, all of them
-# map to the same L1 set. More than 16 evict each other: one vector then takes 1 x 1024 times 1024 x 1024 from 4.7 to
-# 1.8 times the time of OpenBLAS on Zen 5 with AVX-512. If each column is on its own page, software prefetches it,
-# DOT_AHEAD blocks ahead: this takes 2 x 2000 times 2000 x 2000 from 0.25 to 0.17 times.
+# vectors: each broadcast serves both. Four took longer, also with AVX2, which then reads B from 32 places at once. More
+# rows have registers for one vector only: with two, on Zen 5, 8 x 784 times 784 x 128 would take 1.5 times as long with
+# AVX2; with AVX-512 it would gain a tenth, but 8 x 2000 times 2000 x 500 would lose a fifth. If the columns are a
+# multiple of 4 KB apart, all of them map to the same L1 set. More than 16 evict each other: one vector then takes
+# 1 x 1024 times 1024 x 1024 from 4.7 to 1.8 times the time of OpenBLAS on Zen 5 with AVX-512. If each column is on its
+# own page, software prefetches it, DOT_AHEAD blocks ahead: this takes 2 x 2000 times 2000 x 2000 from 0.25 to 0.17
+# times.
 DOT_VECTORS = 2
 DOT_MR = 6
 DOT_AHEAD = 4

@@ -73,7 +73,7 @@ BLOCK = 64
 # an L2 cache of 512 KB, in an order that the hardware prefetcher cannot predict.
 AHEAD = 2
 
-# Above this share of non-zero pixels, dense products are faster. With fewer pixels than this, a warning is not worth
+# Above a share of DENSE non-zero pixels, dense products are faster. With fewer than MANY_PIXELS, a warning is not worth
 # it.
 DENSE = 0.85
 MANY_PIXELS = 100_000

@@ -306,7 +306,7 @@ def floats(*shape):
         (lambda b: b.prepare(np.ones((2, 3), np.uint8), np.int32), "float32 or float64, not int32"),
         (lambda b: b.relu(np.ones((2, 2), np.int8)), "not int8"),
         (lambda b: b.relu(floats(2, 3, 4)), "two dimensions"),
-        (lambda b: b.relu(np.broadcast_to(np.float32(1), (2, 3))), "z is read-only, but may be overwritten"),
+        (lambda b: b.relu(np.broadcast_to(np.float32(1), (2, 3))), "z is read-only, and to be overwritten"),
         (lambda b: b.relu_grad(np.broadcast_to(np.float32(1), (2, 3)), floats(2, 3)), "upstream is read-only"),
         (lambda b: b.relu_grad(floats(2, 3), floats(3, 2)), r"\(2, 3\) and activations \(3, 2\)"),
         (lambda b: b.softmax_grad(floats(2, 3), np.array([0, 3])), r"from 0 to 2, but labels\[1\] is 3"),
@@ -398,6 +398,12 @@ class Custom(NumpyBackend):
         """Named by its qualified name."""
 
 
+class Empty(NumpyBackend):
+    """No call could have any images."""
+
+    images_at_once = 0
+
+
 class Sized(NumpyBackend):
     """No backend can have parameters."""
 
@@ -424,6 +430,7 @@ def test_backends_are_found_by_name():
         ("kernels:backend_names", "not a subclass of kernels.Backend"),
         ("kernels.backend:Backend", "Backend lacks _matmul, _relu, _relu_grad, _softmax_grad"),
         ("tests.kernels.test_kernels:Sized", r"cannot create backend .*missing 1 required .*'size'"),
+        ("tests.kernels.test_kernels:Empty", "images_at_once must be a positive integer, not 0"),
         (".relative:Class", "name it as package.module:Class, without folders"),
         ("../folder/module:Class", "name it as package.module:Class, without folders"),
         (":Class", "name it as package.module:Class, without folders"),
