@@ -194,13 +194,21 @@ def _reached(place: Place, seen: dict[Place, ast.AST]) -> dict[Place, ast.AST]:
         _reached(definition, seen)
     elif definition and place not in seen:
         seen[place] = definition
-        for part in getattr(definition, "body", [definition]):
+        for part in _undecorated(definition):
             for node in ast.walk(part):
                 if isinstance(node, ast.Name):
                     _reached((place[0], node.id), seen)
                 elif isinstance(node, ast.Attribute):
                     _reached((simd.__name__, f".{node.attr}"), seen)  # only methods of its classes are called this way
     return seen
+
+
+def _undecorated(definition: ast.AST) -> list[Any]:
+    """The parts of a definition without its decorator, even one that is called: ``kernel(...)(function)``."""
+    value = getattr(definition, "value", None)
+    if isinstance(value, ast.Call) and isinstance(value.func, ast.Call):
+        return value.args
+    return getattr(definition, "body", [definition])
 
 
 @functools.cache

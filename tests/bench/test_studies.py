@@ -280,12 +280,14 @@ def test_the_report_comes_last_after_a_failure_and_ctrl_c(tmp_path, monkeypatch)
 
     def show(folder, output, missing):
         reported.append(missing)
-        commands.out.print("report: here")
+        print("report: here")
 
     monkeypatch.setattr(commands, "subprocess", SimpleNamespace(run=run))
     monkeypatch.setattr(commands, "show", show)
     (tmp_path / "run.json").write_text('{"kind": "run"}')
-    result = CliRunner().invoke(commands.app, ["run", "epochs", "ladder", "density", "--output", str(tmp_path)])
+    result = CliRunner().invoke(
+        commands.app, ["run", "epochs", "ladder", "density", "epochs", "--output", str(tmp_path)]
+    )
     assert reported == [{"density": commands.STOPPED, "ladder": "it failed; see above"}]
     assert result.output.splitlines()[-1] == "report: here"
     assert result.exit_code == 128 + signal.SIGINT
@@ -350,6 +352,10 @@ def test_durations_are_numbers_of_at_least_one(seconds, text):
 
 def test_lines_of_code_leave_out_the_compiler():
     """llvmlite's `ir`, which the kernels use, is not the method of that name, which compiles them."""
-    names = {name for _, name in ladder._reached(("kernels.ladder.steps", "vectors"), {})}
-    assert {"add_block", "_emit_sums", "Vectors", ".fma", "PACKS_A"} <= names
-    assert names.isdisjoint({".ir", "_require_compiler", "_Cache"})
+
+    def names(step):
+        return {name for _, name in ladder._reached(("kernels.ladder.steps", step), {})}
+
+    assert {"add_block", "_emit_sums", "Vectors", ".fma", "PACKS_A"} <= names("vectors")
+    assert names("vectors").isdisjoint({".ir", "_require_compiler", "_Cache"})
+    assert names("compiled") == {"compiled", "three_loops", "matmul"}
