@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from bench.measure.machine import busy_now, machine, slug, under_conditions
 from bench.measure.records import Machine, RecordError, Section, read, write
@@ -18,7 +18,7 @@ from bench.publish.figures import draw_all
 from bench.publish.folder import MACHINE, RUN, existing_run, numbered, read_folder, save
 from bench.publish.report import write_report
 from bench.studies import DATASETS, EVERY_RUN, STUDIES, study
-from model.cli.console import fail, print_any_name
+from model.cli.console import fail, print_any_name, print_result
 from model.data import DataError, limited, load_dataset
 from model.extras.environment import environment
 from model.extras.files import make_folder, parse_path
@@ -29,7 +29,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-out = Console(markup=False, highlight=False, soft_wrap=True)
 
 
 def parse_dataset(text: str) -> str:
@@ -49,7 +48,7 @@ def chosen(names: list[str] | None) -> list[str]:
     """The studies to run."""
     if unknown := set(names or ()).difference(STUDIES):
         raise typer.BadParameter(f"no such study: {', '.join(sorted(unknown))}; choose from {', '.join(STUDIES)}")
-    return list(names or STUDIES)
+    return list(dict.fromkeys(names or STUDIES))
 
 
 @app.command()
@@ -70,7 +69,7 @@ def run(
     else:
         measure_into(folder, wanted[0], dataset, quick)
     for name, reason in missing.items():
-        out.print(f"{name}: {reason}")
+        print_result(f"{name}: {reason}")
     drawn = show(folder, folder, missing) if report and (folder / RUN).exists() else True
     if missing or not drawn:
         raise typer.Exit(128 + signal.SIGINT if STOPPED in missing.values() else 1)
@@ -99,24 +98,12 @@ def measure_into(folder: Path, name: str, dataset: str, quick: bool) -> None:
     images = load_dataset(dataset)
     images = limited(images, 6_000) if quick else images
     if busy := busy_now():
-        out.print(f"warning: {busy}; the timings will be flagged")
-    out.print(f"{name} ...")
+        print_result(f"warning: {busy}; the timings will be flagged")
+    print_result(f"{name} ...")
     result, conditions = under_conditions(lambda: study(name).measure(images, quick), images.name, quick)
     before = existing_run(folder)
     sections = {**before.sections, name: Section(conditions, result)}
-    save(folder, with_rates(machine(), sections), dataclasses.replace(before, sections=sections))
-
-
-def with_rates(here: Machine, sections: dict[str, Section]) -> Machine:
-    """The machine, with its peak and bandwidths if the roofline study has measured them."""
-    if "roofline" not in sections:
-        return here
-    roofline = sections["roofline"].result
-    return dataclasses.replace(
-        here,
-        peak_gflop_per_second=roofline.peak_gflop_per_second,
-        bandwidth_gb_per_second=roofline.bandwidth_gb_per_second,
-    )
+    save(folder, machine(), dataclasses.replace(before, sections=sections))
 
 
 @app.command()
@@ -145,10 +132,9 @@ def results(
     failures: dict[str, str] = {}
     for number in range(runs):
         scratch = Path("bench/output/measuring") / f"{number + 1}"
-        for file in (scratch / RUN, scratch / "quick" / RUN):
-            file.unlink(missing_ok=True)
+        shutil.rmtree(scratch, ignore_errors=True)
         names = [name for name in STUDIES if number == runs - 1 or name in EVERY_RUN]
-        out.print(f"run {number + 1} of {runs}: {', '.join(names)}")
+        print_result(f"run {number + 1} of {runs}: {', '.join(names)}")
         options = ["--dataset", dataset, "--output", str(scratch), "--no-report", *["--quick"] * quick]
         subprocess.run(_bench("run", *names, *options))
         measured = scratch / "quick" if quick else scratch
@@ -164,7 +150,7 @@ def results(
         write(folder / MACHINE, read(Machine, measured / MACHINE))
     make_folder(DEFAULT)
     if not quick:
-        out.print(f"to publish: run make publish, then commit the documents and {folder}")
+        print_result(f"to publish: run make publish, then commit the documents and {folder}")
     drawn = show(folder, DEFAULT, failures)
     if failures or not drawn:
         raise typer.Exit(1)
@@ -190,7 +176,7 @@ def show(folder: Path, output: Path, missing: dict[str, str]) -> bool:
     figures = draw_all(measured, output, failures.append)
     report = write_report(measured, figures, output, missing)
     for line in (*failures, *sorted(map(str, figures.values())), f"report: {report}"):
-        out.print(line)
+        print_result(line)
     return not failures
 
 

@@ -109,7 +109,6 @@ def pytest_terminal_summary(terminalreporter, exitstatus, config):
     sections = {name: stash[name] for name in RECORDED if name in stash}
     if not sections:
         return
-    from bench.commands import with_rates
     from bench.measure.machine import machine
     from bench.measure.records import Run
     from bench.publish.figures import draw_all
@@ -122,7 +121,7 @@ def pytest_terminal_summary(terminalreporter, exitstatus, config):
     try:
         run = existing_run(folder) if complete else Run()
         run.sections.update(sections)
-        save(folder, with_rates(machine(), run.sections), run)
+        save(folder, machine(), run)
         if not complete:
             terminalreporter.write_line("A partial run: saved separately, the last complete run is unchanged.")
         missing = {name: "run `make results`, which runs all" for name in STUDIES if name not in run.sections}

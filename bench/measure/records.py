@@ -222,11 +222,6 @@ class Machine:
     """NumPy's, with the CPU kernel that it selected."""
     mkl: str | None
     """Version and code path that PyTorch's MKL reports; None without PyTorch or its MKL."""
-    peak_gflop_per_second: float | None = None
-    """Peak FMA throughput of one thread, from the roofline study."""
-    bandwidth_gb_per_second: dict[str, float] = field(default_factory=dict)
-    """By memory level, from the same study."""
-    note: str | None = None
     kind: Literal["machine"] = "machine"
 
 

@@ -168,10 +168,10 @@ def _climb(product: str, one: bool = True) -> Pick:
 
 def _peak(folder: Folder, one: bool) -> float | None:
     """Peak FLOP per second of one thread or of all."""
-    if one:
-        return 1e9 * folder.machine.peak_gflop_per_second if folder.machine.peak_gflop_per_second else None
-    result = folder.result("scaling")
-    return 1e9 * result.peak_gflop_per_second[result.threads] if result else None
+    if result := folder.result("roofline" if one else "scaling"):
+        peak = result.peak_gflop_per_second
+        return 1e9 * (peak if one else peak[result.threads])
+    return None
 
 
 def _product_bound(flop: float, one: bool) -> Bound:

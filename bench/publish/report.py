@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from bench.measure.machine import cpu_words, kernels_changed
-from bench.measure.records import Comparison, Machine
+from bench.measure.records import Comparison
 from bench.peers import Form
 from bench.publish.claims import CLAIMS, cell, two_digits
 from bench.publish.folder import Folder
@@ -114,7 +114,7 @@ def write_report(folder: Folder, figures: dict[str, Path], output: Path, missing
     html = environment.get_template("report.html.jinja").render(
         machine=folder.machine,
         words=cpu_words(folder.machine),
-        details=_details(folder.machine),
+        details=_details(folder),
         runs=len(folder.runs),
         commits=", ".join(folder.commits),
         kernels_changed=kernels_changed(*folder.commits) if folder.commits else None,
@@ -135,15 +135,16 @@ def write_report(folder: Folder, figures: dict[str, Path], output: Path, missing
     return output / REPORT
 
 
-def _details(machine: Machine) -> str:
+def _details(folder: Folder) -> str:
     """What else is known of the machine, in a line."""
-    peak = machine.peak_gflop_per_second
-    rates = ", ".join(f"{level} {short(rate)}" for level, rate in machine.bandwidth_gb_per_second.items())
+    machine, roofline = folder.machine, folder.result("roofline")
+    bandwidths = roofline.bandwidth_gb_per_second.items() if roofline else ()
+    rates = ", ".join(f"{level} {short(rate)}" for level, rate in bandwidths)
     known = [
         f"instruction sets: {', '.join(machine.isa)}" if machine.isa else "",
         f"hypervisor: {machine.hypervisor}" if machine.hypervisor else "",
         f"NumPy's BLAS: {machine.blas}" if machine.blas else "",
-        f"peak of a thread: {short(peak)} GFLOP/s" if peak else "",
+        f"peak of a thread: {short(roofline.peak_gflop_per_second)} GFLOP/s" if roofline else "",
         f"bandwidth in GB/s: {rates}" if rates else "",
     ]
     line = "; ".join(filter(None, known))

@@ -268,7 +268,7 @@ def test_a_folder_takes_the_runs_of_one_machine(tmp_path, other):
         machine(), cpu="One", family=25, model=1, cores=2, caches=[Cache(1, 32768, 1)], hypervisor="Xen"
     )
     save(tmp_path, one, run_of(numpy=[1.0]))
-    check_machine(tmp_path, dataclasses.replace(one, model=None, caches=[], peak_gflop_per_second=9.0))
+    check_machine(tmp_path, dataclasses.replace(one, model=None, caches=[]))
     (name,) = other
     with pytest.raises(RecordError, match=f"runs of another machine, whose {name} is"):
         check_machine(tmp_path, dataclasses.replace(one, **other))
@@ -308,12 +308,11 @@ def test_kernels_have_changed_if_they_did_since_any_commit(monkeypatch):
 
 def test_the_peak_bounds_a_ratio(tmp_path):
     """10 GFLOP/s: a product of 2 · 1024³ operations takes 0.21 s at least. Without a peak, there is no bound."""
-    slow = dataclasses.replace(machine(), peak_gflop_per_second=10.0)
+    slow = Run({"roofline": Section(CONDITIONS, roofline.Result(10.0, {}, 1, []))})
     claim = claims.BY_KEY["product-1024-openblas-1"]
-    assert claim.at_peak(Folder(tmp_path, slow, [])) == pytest.approx(2 * 1024**3 / 1e10)
-    unknown = dataclasses.replace(slow, peak_gflop_per_second=None)
-    assert claim.at_peak(Folder(tmp_path, unknown, [])) is None
-    assert claims.BY_KEY["sparse-numpy"].at_peak(Folder(tmp_path, slow, [])) is None
+    assert claim.at_peak(Folder(tmp_path, machine(), [slow])) == pytest.approx(2 * 1024**3 / 1e10)
+    assert claim.at_peak(Folder(tmp_path, machine(), [])) is None
+    assert claims.BY_KEY["sparse-numpy"].at_peak(Folder(tmp_path, machine(), [slow])) is None
 
 
 def test_the_ladder_is_claimed_for_both_products_and_all_threads(tmp_path):
@@ -348,7 +347,7 @@ def test_the_bound_of_sparse_counts_non_zeros_only(tmp_path):
         for which in ("forward", "backward")
     ]
     run = Run({"roofline": Section(CONDITIONS, roofline.Result(10.0, {}, dense, placed))})
-    folder = Folder(tmp_path, dataclasses.replace(machine(), peak_gflop_per_second=10.0), [run])
+    folder = Folder(tmp_path, machine(), [run])
     numba, sparse = (claims.BY_KEY[f"batch-{key}-128"].at_peak(folder) for key in ("numba-torch", "sparse-torch"))
     assert numba == pytest.approx(128 * 2 * claims.FLOP_OF_IMAGE / 1e10)
     assert sparse == pytest.approx(numba / 5)
@@ -542,17 +541,19 @@ def test_a_quick_run_stays_out_of_the_published_results(tmp_path, monkeypatch):
 
 
 def test_a_new_run_replaces_none_of_the_same_day(tmp_path, monkeypatch):
-    """Earlier ones have been removed, and somebody has made a copy of a run."""
+    """Earlier ones have been removed, somebody has made a copy of a run, and the last use was on another machine."""
 
     def measure(command):
         folder = Path(command[command.index("--output") + 1]) / "quick"
+        existing_run(folder)
         save(folder, machine(), run_of(numpy=[1.0], numba=[0.5]))
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(commands, "load_dataset", lambda name: None)
     monkeypatch.setattr(commands, "subprocess", SimpleNamespace(run=measure))
-    for number in (1, 2):
-        (tmp_path / "bench" / "output" / "measuring" / f"{number}" / "quick").mkdir(parents=True)
+    left = tmp_path / "bench" / "output" / "measuring" / "1" / "quick"
+    left.mkdir(parents=True)
+    save(left, dataclasses.replace(machine(), cpu="Another"), run_of(numpy=[1.0]))
     earlier, *new = (tmp_path / f"run-{CONDITIONS.date[:10]}-{number}.json" for number in (9, 10, 11))
     copy = tmp_path / f"run-{CONDITIONS.date[:10]}-copy.json"
     for file in earlier, copy:
