@@ -251,25 +251,25 @@ def limited(dataset: Dataset, count: int | None) -> Dataset:
     return dataset._replace(train_images=dataset.train_images[:count], train_labels=dataset.train_labels[:count])
 
 
-def sha256(dataset: Dataset, hash_shards: Callable[[Bytes], bytes] | None = None) -> str:
+def digests(array: Bytes) -> bytes:
+    """Return the concatenated SHA-256 of each shard, 32 bytes each; the array may be larger than memory."""
+    return b"".join(shard_digest(array[rows]) for rows in shard_ranges(len(array)))
+
+
+def sha256(dataset: Dataset, digests_of: Callable[[Bytes], bytes] = digests) -> str:
     """Return the SHA-256, in hexadecimal, over the shapes of all arrays and the SHA-256 of each of their shards.
 
     Parameters
     ----------
     dataset : Dataset
-    hash_shards : callable, optional
+    digests_of : callable, optional
         Replacement for `digests`, to hash on the workers of a cluster.
     """
     digest = hashlib.sha256()
     for array in dataset[1:]:
         digest.update(str(array.shape).encode())
-        digest.update((hash_shards or digests)(array))
+        digest.update(digests_of(array))
     return digest.hexdigest()
-
-
-def digests(array: Bytes) -> bytes:
-    """Return the concatenated SHA-256 of each shard, 32 bytes each; the array may be larger than memory."""
-    return b"".join(shard_digest(array[rows]) for rows in shard_ranges(len(array)))
 
 
 def shard_digest(rows: Bytes) -> bytes:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,12 +47,10 @@ class History:
         """(epochs,) accuracies of `kind` "train" or "test", 0 to 1; NaN where the epoch was not evaluated."""
         return np.array([getattr(epoch, f"{kind}_accuracy") for epoch in self.epochs], np.float64)
 
-    def selected(self, rows: int = 10) -> list[Epoch]:
-        """About `rows` of the evaluated epochs: the first, evenly spaced ones, and the last."""
-        if rows < 1:
-            raise ValueError(f"rows must be at least 1, not {rows}")
+    def selected(self) -> list[Epoch]:
+        """About ten of the evaluated epochs: the first, evenly spaced ones, and the last."""
         evaluated = [epoch for epoch in self.epochs if epoch.test_accuracy is not None]
-        return list(dict.fromkeys(evaluated[:1] + evaluated[::-1][:: -(-len(evaluated) // rows) or 1][::-1]))
+        return list(dict.fromkeys(evaluated[:1] + evaluated[::-1][:: -(-len(evaluated) // 10) or 1][::-1]))
 
     def __repr__(self) -> str:
         lines = [f"<History of {len(self.epochs)} epochs>"]
@@ -140,15 +138,15 @@ def train(
     Raises
     ------
     ValueError
-        If an option is out of range, `state` does not fit the run, or images and labels do not match.
+        If an option is out of range, `state` does not fit the run, or images, labels and network do not match.
     TrainingError
         If the loss is not finite.
     """
     if not isinstance(backend, Backend):
         raise ValueError(f"backend must be a Backend, such as get_backend('numpy'), not {backend!r}")
     images, labels = dataset.train_images, dataset.train_labels
-    _check_dataset(dataset)
-    _check_options(len(images), epochs, batch_size, threads, memory_limit, eval_every)
+    _check_dataset(dataset, mlp)
+    _check_options(len(images), epochs, batch_size, seed, threads, memory_limit, eval_every)
     _check_learning_rate(learning_rate, batch_size or len(images), mlp.dtype)
     if batches and batch_size:
         raise ValueError("mini-batches take longer to send than to compute: leave out batch_size, or the workers")
@@ -231,8 +229,9 @@ def _mini_batches(
         yield make_batch(images.take(batch, axis=0), labels.take(batch))  # faster than images[batch] on short rows
 
 
-def _check_dataset(dataset: Dataset) -> None:
-    """Raise a ValueError unless there are training and test images of one size, with a label for each."""
+def _check_dataset(dataset: Dataset, mlp: MLP) -> None:
+    """Raise a ValueError unless there are training and test images of the network's size, with a label for each."""
+    pixels, classes = len(mlp.layers[0][0]), len(mlp.layers[-1][1])
     for kind in ("training", "test"):
         images, labels = dataset[1:3] if kind == "training" else dataset[3:5]
         for name, array, ndim in (("images", images, 2), ("labels", labels, 1)):
@@ -243,22 +242,30 @@ def _check_dataset(dataset: Dataset) -> None:
             raise ValueError(f"there are no {kind} images")
         if len(images) != len(labels):
             raise ValueError(f"there are {len(images)} {kind} images but {len(labels)} labels: each image needs one")
-    trained, tested = dataset.train_images.shape[1], dataset.test_images.shape[1]
-    if trained != tested:
-        raise ValueError(
-            f"training images have {trained} pixels but test images {tested}: both must have the same number"
-        )
+        if images.shape[1] != pixels:
+            raise ValueError(f"{kind} images have {images.shape[1]} pixels, but the network takes {pixels}")
+        if labels.dtype.kind not in "iu":
+            raise ValueError(f"the {kind} labels must be integers, not {labels.dtype}")
+        if labels.min() < 0 or labels.max() >= classes:
+            raise ValueError(f"the {kind} labels must be from 0 to {classes - 1}, not {labels.min()} to {labels.max()}")
 
 
 def _check_options(
     images: int,
     epochs: int,
     batch_size: int | None,
+    seed: int,
     threads: int | None,
     memory_limit: int | None,
     eval_every: int,
 ) -> None:
-    counts = {"epochs": epochs, "eval_every": eval_every, "batch_size": batch_size or 1, "threads": threads or 1}
+    counts = {
+        "epochs": epochs,
+        "eval_every": eval_every,
+        "batch_size": batch_size or 1,
+        "seed": seed,
+        "threads": threads or 1,
+    }
     for name, count in counts.items():
         if not isinstance(count, Integral):
             raise ValueError(f"{name} must be a whole number, not {count!r}")
@@ -268,14 +275,14 @@ def _check_options(
         raise ValueError(f"batch_size must be from 1 to {images}, the number of training images, not {batch_size}")
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be at least 1, not {threads}")
-    if memory_limit is not None and memory_limit < 0:
-        raise ValueError(f"memory_limit must not be negative, but is {memory_limit}")
+    if memory_limit is not None and not (isinstance(memory_limit, Real) and memory_limit >= 0):
+        raise ValueError(f"memory_limit must be a number of bytes, 0 or more, not {memory_limit!r}")
 
 
 def _check_learning_rate(learning_rate: float, images: int, dtype: np.dtype) -> None:
     """Raise a ValueError if it is out of range, or so small that a step over these images would change nothing."""
-    if not (math.isfinite(learning_rate) and learning_rate > 0):
-        raise ValueError(f"learning_rate must be positive and finite, not {learning_rate}")
+    if not (isinstance(learning_rate, Real) and math.isfinite(learning_rate) and learning_rate > 0):
+        raise ValueError(f"learning_rate must be positive and finite, not {learning_rate!r}")
     with np.errstate(over="ignore"):
         factor = np.array(learning_rate / images).astype(dtype)
     if factor == 0:

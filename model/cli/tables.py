@@ -10,7 +10,6 @@ from rich.text import Text
 
 from model.training import History
 
-TABLE_ROWS = 10
 BAR_WIDTH = 40
 
 
@@ -20,7 +19,7 @@ def history_table(history: History, title: str) -> Table:
     table = Table(*headers, title=title, box=SIMPLE, padding=0, show_edge=False)  # 38 columns
     for column in table.columns:
         column.justify = "right"
-    for epoch in history.selected(TABLE_ROWS):
+    for epoch in history.selected():
         table.add_row(
             f"{epoch.epoch}",
             f"{epoch.loss:.4f}",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,7 +18,7 @@ from model.cli import options as opt
 from model.cli.console import counted, print_result, print_status, show
 from model.cli.progress import training
 from model.cli.tables import history_table
-from model.data import Dataset, limited, load_dataset, sha256
+from model.data import Dataset, digests, limited, load_dataset, sha256
 from model.extras.checkpoint import Checkpoint, Config, check_same, load, save
 from model.extras.environment import environment
 from model.extras.files import check_replaceable, check_writable, locked, same_file, write_json
@@ -65,8 +66,8 @@ def train_command(
     title = f"{kernels.name} on {images.name}"
     with ExitStack() as stack:
         cluster = stack.enter_context(cluster_of(scheduler, workers, threads))
-        digests = cluster.digests if cluster else None
-        config = Config(**settings, data_sha256=sha256(whole, digests) if file else "")
+        digests_of = cluster.digests if cluster else digests
+        config = Config(**settings, data_sha256=sha256(whole, digests_of) if file else "")
         run = resumed(saved, config, resume) if saved else new_run(config, whole)
         received, on_images = stack.enter_context(training(title, *images_to_pass(run, images)))
         history = train(
@@ -109,7 +110,7 @@ def given_settings(context: typer.Context, saved: Checkpoint | None) -> dict[str
 
 def check_files(checkpoint: Path | None, resume: Path | None, json_file: Path | None, every: int | None) -> None:
     """Raise an error, before any work is lost, if an output cannot be written or would overwrite another file."""
-    if resume and not resume.is_file():
+    if resume and not os.path.isfile(resume):  # Path.is_file would raise an error for a name that is too long
         load(resume)  # raises the error that explains it
     for written in filter(None, (checkpoint or resume, json_file)):
         check_writable(written)

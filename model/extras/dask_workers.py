@@ -516,7 +516,7 @@ class LeaveSignalsToClient(WorkerPlugin):
 
 
 @contextmanager
-def connect(scheduler: str | None, workers: int | None = None, threads: int = 1) -> Iterator[Cluster]:
+def connect(scheduler: str | None, workers: int | None, threads: int) -> Iterator[Cluster]:
     """A cluster for the duration of the block.
 
     Parameters

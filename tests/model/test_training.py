@@ -269,12 +269,14 @@ def test_a_loss_that_is_not_finite_stops_training(backend, tiny, options):
         ({"learning_rate": 0.0}, "learning_rate must be positive and finite, not 0.0"),
         ({"learning_rate": float("nan")}, "not nan"),
         ({"learning_rate": 1e-44}, "learning_rate 1e-44, divided by 2600 images per step, is 0 in float32"),
+        ({"learning_rate": "0.1"}, "learning_rate must be positive and finite, not '0.1'"),
+        ({"memory_limit": "500 MB"}, "memory_limit must be a number of bytes, 0 or more, not '500 MB'"),
         ({"epochs": 1.5}, "epochs must be a whole number, not 1.5"),
         ({"batch_size": 32.0}, "batch_size must be a whole number, not 32.0"),
         ({"batch_size": 0}, "batch_size must be from 1 to 2600, .* not 0"),
         ({"batch_size": 2601}, "not 2601"),
         ({"threads": 0}, "threads must be at least 1, not 0"),
-        ({"memory_limit": -1}, "memory_limit must not be negative, but is -1"),
+        ({"memory_limit": -1}, "memory_limit must be a number of bytes, 0 or more, not -1"),
     ],
 )
 def test_wrong_options_are_refused(tiny, options, message):
@@ -303,7 +305,11 @@ def test_the_name_of_a_backend_is_not_a_backend(tiny):
         (lambda d: {"train_images": d.train_images[:9]}, "9 training images but 2600 labels"),
         (lambda d: {"train_images": d.train_images[:0], "train_labels": d.train_labels[:0]}, "no training images"),
         (lambda d: {"test_images": d.test_images[:0], "test_labels": d.test_labels[:0]}, "no test images"),
-        (lambda d: {"test_images": d.test_images[:, 1:]}, "25 pixels but test images 24"),
+        (lambda d: {"test_images": d.test_images[:, 1:]}, "test images have 24 pixels, but the network takes 25"),
+        (lambda d: {"train_images": d.train_images[:, 1:]}, "training images have 24 pixels, but the network takes 25"),
+        (lambda d: {"test_labels": d.test_labels + 1}, "test labels must be from 0 to 9, not 1 to 10"),
+        (lambda d: {"train_labels": d.train_labels.astype(np.int8) - 1}, "training labels must be from 0 to 9, not -1"),
+        (lambda d: {"test_labels": d.test_labels / 1}, "test labels must be integers, not float64"),
         (lambda d: {"train_images": d.train_images.tolist()}, r"training images must be an array .* numpy\.asarray"),
         (lambda d: {"test_labels": d.test_labels.tolist()}, r"test labels must be an array of shape \(n,\)"),
         (lambda d: {"train_images": d.train_images.reshape(-1, 5, 5)}, r"training images must be .* \(n, pixels\)"),
@@ -386,6 +392,4 @@ def test_history_repr():
     assert lines[-1].split()[0] == "250"
     assert len(lines) <= 13
     assert repr(History()) == "<History of 0 epochs>"
-    with pytest.raises(ValueError, match="rows must be at least 1, not 0"):
-        History(0.0, epochs).selected(0)
     assert repr(History(0.0, [Epoch(1, 2.5, 0.5, None, 0.125)])).splitlines()[2].split()[3] == "-"
