@@ -164,10 +164,10 @@ def disturbance(before: Times | None, after: Times | None) -> tuple[float | None
     return stolen, " and ".join(words) or None
 
 
-def busy_now(seconds: float = 1.0) -> str | None:
-    """What else uses the machine while this process sleeps; None if nothing does."""
+def busy_now() -> str | None:
+    """What else uses the machine while this process sleeps for a second; None if nothing does."""
     before = times()
-    time.sleep(seconds)
+    time.sleep(1)
     return disturbance(before, times())[1]
 
 
@@ -186,10 +186,10 @@ def under_conditions(measure: Callable[[], Value], dataset: str, quick: bool) ->
 def cpu_words(machine: Machine) -> str:
     """A one-line description of the machine."""
     sizes = ", ".join(f"{_size(cache.bytes)} L{cache.level}" for cache in machine.caches)
-    return f"{machine.name} ({machine.cpu}), {machine.cores} {platform_word(machine)}; {sizes or 'caches unknown'}"
+    return f"{machine.name} ({machine.cpu}), {machine.cores} {cpu_unit(machine)}; {sizes or 'caches unknown'}"
 
 
-def platform_word(machine: Machine) -> str:
+def cpu_unit(machine: Machine) -> str:
     """What a logical CPU is: a core only if it is known to run one thread."""
     return "threads" if (machine.threads_per_core or 2) > 1 else "cores"
 

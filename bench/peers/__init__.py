@@ -112,7 +112,7 @@ def competitor(name: str, task: Task, form: str | None = None) -> Competitor:
 
 
 def best_form(
-    name: str, task: Task, expected: list[NDArray], size: int | None = None, rounds: int = 3
+    name: str, task: Task, expected: list[NDArray], size: int | None = None
 ) -> tuple[Competitor, str, dict[str, Form]]:
     """A competitor in its fastest verified form, the form's name, and the measurements of every form.
 
@@ -120,8 +120,6 @@ def best_form(
     ----------
     name, task, expected, size
         As for `verified`. The forms are compared over such batches, too.
-    rounds
-        Number of rounds in which several forms are interleaved.
 
     Raises
     ------
@@ -141,7 +139,7 @@ def best_form(
         raise UnavailableError(next(filter(None, (form.skipped for form in forms.values()))))
     if len(ready) > 1:
         turns = {form: turn(each, task, size) for form, each in ready.items()}
-        seconds = interleave(turns, rounds, rest=REST, steps=2, warmup=0)
+        seconds = interleave(turns, 3, rest=REST, steps=2, warmup=0)
         count = steps_in_a_turn(size) if size else 1
         forms |= {form: replace(forms[form], seconds=float(np.median(seconds[form])) / count) for form in ready}
     fastest = min(ready, key=lambda form: forms[form].seconds or 0)

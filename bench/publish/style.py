@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from bench.measure.machine import platform_word
+from bench.measure.machine import cpu_unit
 from bench.measure.records import FEWEST_ROUNDS, Comparison, Machine, Section
 from kernels import backend_names
 from model.extras.figure import BOUND_COLOUR
@@ -140,7 +140,7 @@ def plain_ticks(*axis: Axis) -> None:
         each.set_minor_formatter(NullFormatter())
 
 
-def end_labels(axes: Axes, ends: list[tuple[str, float, float, str]], fontsize: float = 8) -> list[float]:
+def end_labels(axes: Axes, ends: list[tuple[str, float, float, str]]) -> list[float]:
     """Write names right of points, moved apart if they would overlap; returns their heights in typographic points.
 
     Parameters
@@ -149,9 +149,8 @@ def end_labels(axes: Axes, ends: list[tuple[str, float, float, str]], fontsize: 
         With its limits and scales set.
     ends
         Text, x, y and colour of each.
-    fontsize
-        In points.
     """
+    fontsize = 8
     heights = [-np.inf]
     anchor = 0.0  # y of the lowest in a stack of names: later layout moves data coordinates, but not offsets in points
     for text, x, y, shade in sorted(ends, key=lambda end: end[2]):
@@ -196,7 +195,7 @@ def small_print(section: Section, machine: Machine, medians: str = "", timed: bo
     """
     conditions = section.conditions
     environment = conditions.environment
-    threads = f"{environment.cores} {platform_word(machine)}"
+    threads = f"{environment.cores} {cpu_unit(machine)}"
     packages = environment.packages
     versions = ", ".join(f"{name} {packages[name]}" for name in ("numpy", "numba", "llvmlite") if name in packages)
     first = [

@@ -22,13 +22,11 @@ from bench.publish.style import colour, end_labels, label, low_to_high, plain_ti
 from bench.studies import full_batch_backends
 from bench.studies.mini_batches import PACKAGES
 from bench.studies.roofline import peak
-from kernels import backend_names, get_backend
+from kernels import backend_names
 from model.data import Dataset, limited
 from model.extras.figure import BOUND_COLOUR, figure_file, print_small, title
 from model.mlp import MLP
-from model.shards import Shards
 from model.threads import available_cores, thread_pool
-from model.training import descend
 
 LEARNING_RATE = 0.3
 HIDDEN = 128
@@ -174,22 +172,16 @@ def image_points(parallel_map: Callable, dataset: Dataset, forms: dict[str, str]
     """Full-batch steps over 1,000 images up to `most` times the data set; those over few images are repeated."""
     counts = [count for count in IMAGES if count <= most * len(dataset.train_images)]
     large = shifted(dataset, counts[-1])
+    few = task_of(parallel_map, limited(dataset, SLOW_IMAGES))
     points = {
-        (name, count): Point(full_batch(parallel_map, name, limited(large, count)), repeats=-(-15_000 // count))
-        for name in full_batch_backends()
-        for count in counts
+        (name, counts[0]): Point(competitor(name, few).step, SLOW_IMAGES / counts[0])
+        for name in filter(is_slow, backend_names())
     }
-    for name, form in forms.items():
+    for name, form in (dict.fromkeys(full_batch_backends()) | forms).items():
         for count in counts:
-            peer = competitor(name, task_of(parallel_map, limited(large, count)), form)
-            points[name, count] = Point(peer.step, repeats=-(-15_000 // count))
-    few = limited(dataset, SLOW_IMAGES)
-    slow = {
-        (name, counts[0]): Point(full_batch(parallel_map, name, few), SLOW_IMAGES / counts[0])
-        for name in backend_names()
-        if name not in full_batch_backends()
-    }
-    return slow | points
+            started = competitor(name, task_of(parallel_map, limited(large, count)), form)
+            points[name, count] = Point(started.step, repeats=-(-15_000 // count))
+    return points
 
 
 def batch_points(
@@ -208,19 +200,15 @@ def batch_points(
     started = functools.cache(lambda name, form: competitor(name, task_of(parallel_map, dataset), form))
     points: Points = {(name, whole): Point(started(name, form).step) for name, form in forms.items()}
     for size in [*in_batches, whole]:
-        count = min(steps, -(-whole // size))
-        share = min(1, count * size / whole)
-        for name, form in in_batches.get(size, {}).items():
-            learner = started(name, form)
-            assert isinstance(learner, Learner)
-            points[name, size] = Point(take_batches(learner.learn_rows, whole, size, count), share)
-        for name in backend_names():
-            slow = get_backend(name).too_slow_for_full_batches
+        for name, form in (in_batches.get(size, {}) | dict.fromkeys(backend_names())).items():
+            slow = is_slow(name)
             if slow and size > SLOW_IMAGES:
                 continue
-            few = -(-8 // size) if slow else count
-            train = mini_batches(parallel_map, name, network(dataset, HIDDEN), dataset, size, few)
-            points[name, size] = Point(train, min(1, few * size / whole))
+            count = min(-(-8 // size) if slow else steps, -(-whole // size))
+            learner = started(name, form)
+            assert isinstance(learner, Learner)
+            train = take_batches(learner.learn_rows, whole, size, count)
+            points[name, size] = Point(train, min(1, count * size / whole))
     return points
 
 
@@ -228,46 +216,27 @@ def hidden_points(parallel_map: Callable, dataset: Dataset, forms: dict[str, str
     """Full-batch steps over a tenth of the images; for pure Python, the more units there are, the fewer images."""
     whole = len(dataset.train_images)
     points: Points = {}
-    few = limited(dataset, min(whole, HIDDEN_IMAGES))
-    for name, form in forms.items():
-        for hidden in HIDDEN_UNITS:
-            peer = competitor(name, task_of(parallel_map, few, hidden), form)
-            points[name, hidden] = Point(peer.step, len(few.train_images) / whole)
-    for name in backend_names():
-        slow = get_backend(name).too_slow_for_full_batches
+    for name, form in (forms | dict.fromkeys(backend_names())).items():
+        slow = is_slow(name)
         for hidden in HIDDEN_UNITS:
             count = max(1, SLOW_IMAGES * HIDDEN // hidden // 4) if slow else min(whole, HIDDEN_IMAGES)
-            points[name, hidden] = Point(full_batch(parallel_map, name, limited(dataset, count), hidden), count / whole)
+            started = competitor(name, task_of(parallel_map, limited(dataset, count), hidden), form)
+            points[name, hidden] = Point(started.step, count / whole)
     return points
 
 
 def thread_points(maps: dict[int, Callable], dataset: Dataset) -> Points:
     """Full-batch steps by number of threads, without pure Python, which the GIL serializes."""
     return {
-        (name, threads): Point(full_batch(parallel_map, name, dataset))
+        (name, threads): Point(competitor(name, task_of(parallel_map, dataset)).step)
         for name in full_batch_backends()
         for threads, parallel_map in maps.items()
     }
 
 
-def full_batch(parallel_map: Callable, name: str, dataset: Dataset, hidden: int = HIDDEN) -> Callable[[], Any]:
-    """A function that takes one step over all images."""
-    mlp, backend = network(dataset, hidden), get_backend(name)
-    shards = Shards(parallel_map, backend, dataset.train_images, dataset.train_labels, mlp.dtype)
-    return partial(descend, mlp, backend, shards, LEARNING_RATE)
-
-
-def mini_batches(
-    parallel_map: Callable, name: str, mlp: MLP, dataset: Dataset, size: int, count: int
-) -> Callable[[], None]:
-    """A function that takes steps over the next `count` batches of `size` images, as the trainer does."""
-    backend = get_backend(name)
-
-    def step(rows: NDArray) -> None:
-        images, labels = np.take(dataset.train_images, rows, axis=0), np.take(dataset.train_labels, rows)
-        descend(mlp, backend, Shards(parallel_map, backend, images, labels, mlp.dtype), LEARNING_RATE)
-
-    return take_batches(step, len(dataset.train_images), size, count)
+def is_slow(name: str) -> bool:
+    """Whether this is a backend that takes minutes for all images."""
+    return name in backend_names() and name not in full_batch_backends()
 
 
 def take_batches(step: Callable[[NDArray], Any], images: int, size: int, count: int) -> Callable[[], None]:
@@ -277,11 +246,8 @@ def take_batches(step: Callable[[NDArray], Any], images: int, size: int, count: 
 
 def task_of(parallel_map: Callable, dataset: Dataset, hidden: int = HIDDEN) -> Task:
     images, labels = dataset.train_images, dataset.train_labels
-    return Task(network(dataset, hidden), images, labels, LEARNING_RATE, available_cores(), parallel_map)
-
-
-def network(dataset: Dataset, hidden: int) -> MLP:
-    return MLP((dataset.train_images.shape[1], hidden, 10))
+    mlp = MLP((images.shape[1], hidden, 10))
+    return Task(mlp, images, labels, LEARNING_RATE, available_cores(), parallel_map)
 
 
 def thread_counts() -> list[int]:
@@ -324,11 +290,10 @@ def check(dataset: Dataset) -> None:
 
 def stepped(name: str, dataset: Dataset, hidden: int, threads: int, images: int | None = None) -> list[NDArray]:
     """The parameters after a step over the first `images`."""
-    part, mlp, backend = limited(dataset, images), network(dataset, hidden), get_backend(name)
     with thread_pool(threads) as parallel_map:
-        shards = Shards(parallel_map, backend, part.train_images, part.train_labels, mlp.dtype)
-        descend(mlp, backend, shards, LEARNING_RATE)
-    return mlp.parameters
+        started = competitor(name, task_of(parallel_map, limited(dataset, images), hidden))
+        started.step()
+        return started.parameters()
 
 
 # The figure --------------------------------------------------------------------------------------------------------

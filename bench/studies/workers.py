@@ -5,6 +5,7 @@ all images. Larger files repeat the images, and are memory-mapped.
 """
 
 import hashlib
+import importlib.util
 import math
 import os
 import re
@@ -21,15 +22,11 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
-import psutil
-from distributed import Client
-from distributed.deploy.subprocess import SubprocessCluster
 
 from bench.measure.interleave import interleave
 from bench.studies.scaling import LEARNING_RATE
 from kernels import get_backend
 from model.data import FILES, Dataset, limited, load_idx
-from model.extras.dask_workers import FAN_IN, Cluster
 from model.mlp import MLP
 from model.shards import SHARD, Batch, Memory, Shards, shard_ranges
 from model.threads import available_cores, thread_pool
@@ -38,6 +35,8 @@ from model.training import descend
 MEMORY_LIMIT = 200_000_000
 MEMORY_IMAGES = 480_000
 EPOCHS = 4
+STEPS = 5
+"""By number of workers."""
 WORKERS = (1, 2, 4, 8, 16)
 FEW_EACH = 16 * SHARD
 """A shard for each of sixteen workers."""
@@ -110,10 +109,12 @@ def measure(dataset: Dataset, quick: bool) -> Result:
     """Measure traffic by workers, cost per image by images, and memory with and without a limit; only on Linux."""
     if not Path("/proc/self/status").exists():
         raise OSError("the workers study reads memory and traffic from /proc, which only Linux has")
+    if not importlib.util.find_spec("distributed"):
+        raise OSError("the workers study needs Dask: install it with: pip install -e '.[distributed]'")
     with TemporaryDirectory() as name:
         folder = Path(name)
         grown = growth(dataset, folder, QUICK_GROWTH if quick else GROWTH)
-        repeat(dataset, folder, QUICK_GROWTH[0] if quick else MEMORY_IMAGES)
+        write(dataset, folder, QUICK_GROWTH[0] if quick else MEMORY_IMAGES)
         hashed = hash_rate(folder / FILES[0].name)
         peaks = [memory(folder, limit) for limit in (None, MEMORY_LIMIT)]
     few = limited(dataset, min(FEW_EACH, len(dataset.train_images)))
@@ -156,21 +157,27 @@ def memory(folder: Path, limit: int | None) -> Peak:
     return Peak(limit, 1024 * int(kilobytes))
 
 
-def write(dataset: Dataset, folder: Path) -> None:
-    """Write four IDX files like MNIST's."""
-    for file, array in zip(FILES, dataset[1:]):
-        shape = (len(array), *file.shape[1:])
-        header = bytes((0, 0, 8, len(shape))) + struct.pack(f">{len(shape)}I", *shape)
+def write(dataset: Dataset, folder: Path, count: int) -> None:
+    """Write four IDX files like MNIST's, with `count` training images: those of the data set, repeated."""
+    tests = len(dataset.test_images)
+    for file, array, length in zip(FILES, dataset[1:], (count, count, tests, tests)):
+        shape = (length, *file.shape[1:])
         with (folder / file.name).open("wb") as stream:
-            stream.write(header)
-            array.tofile(stream)
+            stream.write(bytes((0, 0, 8, len(shape))) + struct.pack(f">{len(shape)}I", *shape))
+            for start in range(0, length, len(array)):
+                array[: length - start].tofile(stream)
 
 
-def traffic(images: Dataset, workers: Iterable[int], epochs: int = 5) -> list[Traffic]:
+def traffic(images: Dataset, workers: Iterable[int]) -> list[Traffic]:
     """An epoch by number of workers: bytes through the client's sockets, tasks, and the overhead over one process.
 
     There are more processes than cores, and they share them, so the overhead is an upper bound.
     """
+    from distributed import Client
+    from distributed.deploy.subprocess import SubprocessCluster
+
+    from model.extras.dask_workers import Cluster
+
     rows = []
     with (
         SubprocessCluster(
@@ -192,13 +199,13 @@ def traffic(images: Dataset, workers: Iterable[int], epochs: int = 5) -> list[Tr
                 return original(*arguments, **options)
 
             client.submit = counted  # type: ignore[method-assign]
-            for _ in range(epochs):
+            for _ in range(STEPS):
                 train()
-            seconds = (time.perf_counter() - start) / epochs
+            seconds = (time.perf_counter() - start) / STEPS
             client.submit = original  # type: ignore[method-assign]
-            sent = (_socket_bytes() - before) / epochs
+            sent = (_socket_bytes() - before) / STEPS
             overhead = max(0.0, seconds - alone(images, count))
-            rows.append(Traffic(count, sent, len(submitted) / epochs, overhead))
+            rows.append(Traffic(count, sent, len(submitted) / STEPS, overhead))
     return rows
 
 
@@ -216,7 +223,7 @@ def growth(dataset: Dataset, folder: Path, counts: Iterable[int]) -> list[Growth
     """
     rows = []
     for count in counts:
-        repeat(dataset, folder, count)
+        write(dataset, folder, count)
         images = load_idx(folder)
         with thread_pool(available_cores()) as parallel_map:
             mlp, memory = network(images), Memory(GROWTH_LIMIT)
@@ -232,17 +239,6 @@ def growth(dataset: Dataset, folder: Path, counts: Iterable[int]) -> list[Growth
     return rows
 
 
-def repeat(dataset: Dataset, folder: Path, count: int) -> None:
-    """Write IDX files with `count` training images, repeating those of the data set."""
-    write(dataset, folder)
-    for file, array in zip(FILES[:2], dataset[1:3]):
-        shape = (count, *file.shape[1:])
-        with (folder / file.name).open("wb") as stream:
-            stream.write(bytes((0, 0, 8, len(shape))) + struct.pack(f">{len(shape)}I", *shape))
-            for start in range(0, count, len(array)):
-                array[: count - start].tofile(stream)
-
-
 def calculation(result: Result, workers: int, images: float) -> dict[str, float]:
     """The cost of training on workers like this machine: calculated, not measured.
 
@@ -256,6 +252,8 @@ def calculation(result: Result, workers: int, images: float) -> dict[str, float]
     dict[str, float]
         Seconds of arithmetic, tasks and network in an epoch, and of hashing before the first epoch.
     """
+    from model.extras.dask_workers import FAN_IN
+
     few, many = result.traffic[0], result.traffic[-1]
     task = max(0.0, many.overhead - few.overhead) / (many.tasks - few.tasks)
     shards = shard_ranges(int(images), get_backend("sparse").images_at_once)
@@ -278,6 +276,8 @@ def _own_bytes() -> int:
 
 def _socket_bytes() -> int:
     """Bytes through this process's open TCP connections, both directions added up: tcp_info of linux/tcp.h."""
+    import psutil
+
     total = 0
     for connection in psutil.Process().net_connections("tcp"):
         if connection.status == psutil.CONN_ESTABLISHED:

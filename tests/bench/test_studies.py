@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from bench import commands
 from bench.benchmarks.bench_epoch import FLOP_OF_PRODUCTS
 from bench.measure.records import Comparison, Rounds
+from bench.peers import competitor
 from bench.peers.task import UnavailableError
 from bench.publish import style
 from bench.studies import break_even, kernels, ladder, products, roofline, scaling, workers
@@ -41,7 +42,7 @@ def test_shifted_copies_keep_their_labels_and_non_zeros(digits28):
 
 
 def test_flop_match_the_epoch_benchmark():
-    result = scaling.Result({}, 60_000, 784, 2, [1, 2], {1: 1.0})
+    result = scaling.Result({}, 60_000, 784, 2, {1: 1.0})
     assert scaling.flop(result, "batch size", 1) == 60_000 * FLOP_OF_PRODUCTS
     assert scaling.flop(result, "images", 120_000) == 120_000 * FLOP_OF_PRODUCTS
     assert scaling.flop(result, "hidden units", 64) == 60_000 * FLOP_OF_PRODUCTS / 2
@@ -49,11 +50,12 @@ def test_flop_match_the_epoch_benchmark():
 
 @pytest.mark.parametrize("size", [7, 50])
 def test_timed_mini_batches_match_the_trainer(digits28, size):
-    few, mlp, timed = limited(digits28, 50), MLP(), MLP()
+    few, mlp = limited(digits28, 50), MLP()
     train(mlp, get_backend("numpy"), few, epochs=1, batch_size=size, learning_rate=scaling.LEARNING_RATE)
     with thread_pool(1) as parallel_map:
-        scaling.mini_batches(parallel_map, "numpy", timed, few, size, count=-(-50 // size))()
-    for ours, theirs in zip(timed.parameters, mlp.parameters):
+        timed = competitor("numpy", scaling.task_of(parallel_map, few))
+        scaling.take_batches(timed.learn_rows, 50, size, count=-(-50 // size))()
+    for ours, theirs in zip(timed.parameters(), mlp.parameters):
         np.testing.assert_array_equal(ours, theirs)
 
 
@@ -248,9 +250,11 @@ def test_a_process_reports_its_epochs(tmp_path):
 
 def test_files_for_workers_hold_the_data_set(digits28, tmp_path):
     few = limited(digits28, 40)
-    workers.write(few, tmp_path)
-    for written, expected in zip(load_idx(tmp_path)[1:], few[1:], strict=True):
-        np.testing.assert_array_equal(written, expected)
+    workers.write(few, tmp_path, 100)
+    _, *written = load_idx(tmp_path)
+    expected = [np.concatenate([array, array, array[:20]]) for array in few[1:3]] + list(few[3:])
+    for array, each in zip(written, expected, strict=True):
+        np.testing.assert_array_equal(array, each)
 
 
 @pytest.mark.parametrize(("processes", "threads", "levels"), [(1, 2, 0), (4, 8, 1), (16, 32, 2), (4000, 2048, 4)])
