@@ -313,8 +313,6 @@ def where(claim: Claim, folders: Iterable[Folder]) -> str:
     """The quantifier: on how many machines a claim holds, and on which."""
     evidence = cells(claim, folders)
     holding = [name for name, each in evidence.items() if each.holds]
-    if not evidence:
-        return "on no machine measured so far"
     if len(evidence) == 1:
         return f"on {next(iter(evidence))}" if holding else f"not on {next(iter(evidence))}"
     if len(holding) == len(evidence):

@@ -125,8 +125,8 @@ def write_report(folder: Folder, figures: dict[str, Path], output: Path, missing
             {
                 "name": name,
                 "png": base64.b64encode(file.read_bytes()).decode(),
-                "see": CAPTIONS.get(name, (name, ""))[0],
-                "limit": CAPTIONS.get(name, ("", ""))[1],
+                "see": CAPTIONS[name][0],
+                "limit": CAPTIONS[name][1],
             }
             for name, file in figures.items()
         ],

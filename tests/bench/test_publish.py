@@ -353,6 +353,16 @@ def test_the_bound_of_sparse_counts_non_zeros_only(tmp_path):
     assert sparse == pytest.approx(numba / 5)
 
 
+def test_stored_results_need_no_optional_package():
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(['distributed', 'dask', 'psutil', 'torch', 'jax', 'sklearn']))\n"
+        "from bench.publish import folder, tables\n"
+        "print(tables.billion_table(tables.PUBLISHED_RESULTS))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+
+
 def test_every_figure_has_a_caption():
     drawn = [name for name in STUDIES if hasattr(study(name), "draw")]
     assert set(CAPTIONS) == {"claims", *drawn}
@@ -595,11 +605,17 @@ def test_a_partial_run_never_replaces_a_complete_one(tmp_path):
     assert re.search(r"A partial run: saved separately.*\n.*\nReport: .*report.html", result.stdout)
 
 
-@pytest.mark.parametrize("option", [("-p", "no:benchmark"), ()])
-def test_unusable_options_are_usage_errors(tmp_path, option):
+def test_benchmarks_need_their_plugin():
+    command = [sys.executable, "-m", "pytest", "bench/", "-p", "no:benchmark", "-p", "no:cacheprovider"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 4
+    assert "drop -p no:benchmark" in result.stderr
+
+
+def test_a_file_is_no_folder_for_results(tmp_path):
     file = tmp_path / "file"
     file.touch()
-    result = bench(file, *option)
+    result = bench(file)
     assert result.returncode == 4
     assert "INTERNALERROR" not in result.stdout + result.stderr
     assert len(result.stderr.strip().splitlines()) <= 6
