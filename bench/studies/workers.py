@@ -36,7 +36,7 @@ MEMORY_LIMIT = 200_000_000
 MEMORY_IMAGES = 480_000
 EPOCHS = 4
 STEPS = 5
-"""By number of workers."""
+"""Timed for each number of workers."""
 WORKERS = (1, 2, 4, 8, 16)
 FEW_EACH = 16 * SHARD
 """A shard for each of sixteen workers."""

@@ -117,8 +117,9 @@ def load(file: Path) -> Checkpoint:
             f"{file} is damaged or not a checkpoint ({error}); pass a file written by --checkpoint"
         ) from error
     except (ValueError, OSError) as error:
+        reason = getattr(error, "strerror", None) or error  # an OSError's text repeats the name
         raise CheckpointError(
-            f"cannot use the checkpoint {file}: {error}; pass a file written by --checkpoint"
+            f"cannot use the checkpoint {file}: {reason}; pass a file written by --checkpoint"
         ) from error
 
 

@@ -618,6 +618,7 @@ def trained(tmp_path_factory):
         (["--resume", "{file}", "--learning-rate", 0.1], "learning_rate 0.3, not 0.1"),
         (["--resume", "{file}", "--eval-every", 2], "eval_every 3, not 2"),
         (["--resume", "/no/such/file"], "there is no such file"),
+        (["--resume", "a" * 300], "File name too long; pass a file written by --checkpoint"),
         (["--resume", "README.md"], "README.md: it is damaged or not a checkpoint"),
         (["--checkpoint", "{file}"], "exists: resume it with --resume "),
         (["--checkpoint", "/no/such/folder/x"], "there is no folder /no/such/folder"),
