@@ -72,7 +72,7 @@ def peak_bytes(make: Callable[[], Competitor]) -> int:
     competing = make()
     for _ in range(2):
         competing.step()
-    return _status("VmHWM") - before
+    return status_bytes("VmHWM") - before
 
 
 def _reset_high_water_mark() -> int:
@@ -83,9 +83,10 @@ def _reset_high_water_mark() -> int:
         (PROCESS / "clear_refs").write_text("5")
     except (OSError, AttributeError, TypeError) as error:  # TypeError: CDLL(None) on Windows
         raise UnavailableError(f"this system cannot measure the peak memory of part of a run: {error}") from error
-    return _status("VmRSS")
+    return status_bytes("VmRSS")
 
 
-def _status(field: str) -> int:
+def status_bytes(field: str) -> int:
+    """A size of this process, as Linux reports it."""
     (kilobytes,) = re.findall(rf"{field}:\s+(\d+) kB", (PROCESS / "status").read_text())
     return 1024 * int(kilobytes)

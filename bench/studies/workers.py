@@ -1,7 +1,8 @@
 """Study: the cost of training on Dask workers as workers and images grow, and an estimate for a billion images.
 
 Workers and scheduler are processes on this machine and communicate over the loopback interface. An epoch is a step over
-all images. Larger files repeat the images, and are memory-mapped.
+all images. Larger files repeat the images, and are memory-mapped. Dask is imported only where it is used, as stored
+results are drawn without it.
 """
 
 import hashlib
@@ -24,6 +25,7 @@ from typing import Any, Literal
 import numpy as np
 
 from bench.measure.interleave import interleave
+from bench.studies.memory import status_bytes
 from bench.studies.scaling import LEARNING_RATE
 from kernels import get_backend
 from model.data import FILES, Dataset, limited, load_idx
@@ -232,7 +234,7 @@ def growth(dataset: Dataset, folder: Path, counts: Iterable[int]) -> list[Growth
             times, own = [], []
             for _ in range(2 if count > 10**6 else 5):
                 start = time.perf_counter()
-                descend(mlp, sparse, batch, LEARNING_RATE, lambda images: own.append(_own_bytes()))  # noqa: B023
+                descend(mlp, sparse, batch, LEARNING_RATE, lambda images: own.append(status_bytes("RssAnon")))  # noqa: B023
                 times.append(time.perf_counter() - start)
         del batch
         rows.append(Growth(count, 1e6 * float(np.median(times)) / count, max(own)))
@@ -266,12 +268,6 @@ def calculation(result: Result, workers: int, images: float) -> dict[str, float]
         "network": (2 + 2 * levels * FAN_IN) * result.parameter_bytes / BANDWIDTH,
         "hashing": 2 * images * 784 / result.hash_bytes_per_second / threads,
     }
-
-
-def _own_bytes() -> int:
-    """Anonymous memory of this process: what no file backs."""
-    (kilobytes,) = re.findall(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return 1024 * int(kilobytes)
 
 
 def _socket_bytes() -> int:

@@ -612,6 +612,8 @@ def test_benchmarks_need_their_plugin():
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 4
     assert "drop -p no:benchmark" in result.stderr
+    assert "INTERNALERROR" not in result.stdout + result.stderr
+    assert len(result.stderr.strip().splitlines()) <= 6
 
 
 def test_a_file_is_no_folder_for_results(tmp_path):
