@@ -20,8 +20,8 @@ from bench.publish.report import write_report
 from bench.studies import DATASETS, EVERY_RUN, STUDIES, study
 from model.cli.console import fail, print_any_name, print_result
 from model.data import DataError, limited, load_dataset
-from model.extras.environment import environment
-from model.extras.files import make_folder, parse_path
+from model.environment import environment
+from model.files import make_folder, parse_path
 
 app = typer.Typer(
     help="Run studies, and draw their results.",

@@ -9,8 +9,8 @@ import pytest
 from bench.studies import DATASETS, STUDIES
 from kernels import backend_names
 from model.data import DataError, limited, load_dataset
-from model.extras.environment import environment
-from model.extras.files import parse_path
+from model.environment import environment
+from model.files import parse_path
 from model.threads import available_cores, thread_pool
 
 RECORDED = ("kernels", "epochs", "ladder")

@@ -21,8 +21,8 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from model.extras.files import write_atomically
-from model.extras.mapping import map_bytes
+from model.files import write_atomically
+from model.mapping import map_bytes
 from model.shards import shard_ranges
 
 Bytes: TypeAlias = NDArray[np.uint8]

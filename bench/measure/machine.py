@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from bench.measure.records import Cache, Conditions, Machine
-from model.extras.environment import environment, git, numpy_blas
+from model.environment import environment, git, numpy_blas
 from model.threads import available_cores
 
 CPU = Path("/sys/devices/system/cpu")

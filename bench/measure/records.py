@@ -20,8 +20,8 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pydantic_core import from_json
 from scipy.stats import bootstrap
 
-from model.extras.environment import Environment
-from model.extras.files import write_atomically
+from model.environment import Environment
+from model.files import write_atomically
 
 FEWEST_ROUNDS = 6
 """Fewer rounds get no 95 % interval: even the full range of five misses the median with probability 2 · 0.5⁵, 6 %."""

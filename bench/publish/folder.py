@@ -7,7 +7,7 @@ from typing import Any
 
 from bench.measure.machine import machine
 from bench.measure.records import Machine, RecordError, Run, Section, read, write
-from model.extras.files import make_folder
+from model.files import make_folder
 
 MACHINE, RUN = "machine.json", "run.json"
 

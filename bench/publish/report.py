@@ -14,7 +14,7 @@ from bench.publish.claims import CLAIMS, cell, two_digits
 from bench.publish.folder import Folder
 from bench.publish.style import over_runs, short
 from bench.studies import mini_batches
-from model.extras.files import write_atomically
+from model.files import write_atomically
 
 REPORT = "report.html"
 

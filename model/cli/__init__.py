@@ -12,7 +12,7 @@ from model.cli.reproduce import reproduce_command
 from model.cli.train import train_command
 from model.data import DataError
 from model.extras.checkpoint import CheckpointError
-from model.extras.signals import Stopped, stoppable
+from model.signals import Stopped, stoppable
 from model.training import TrainingError
 
 app = typer.Typer(

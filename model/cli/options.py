@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from kernels import backend_names
-from model.extras.files import parse_path
+from model.files import parse_path
 
 UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 

@@ -13,7 +13,7 @@ from rich.progress import (
 )
 
 from model.cli.console import err
-from model.extras.signals import stoppable_between_steps
+from model.signals import stoppable_between_steps
 
 
 @contextmanager

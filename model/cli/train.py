@@ -19,11 +19,11 @@ from model.cli.console import counted, print_result, print_status, show
 from model.cli.progress import training
 from model.cli.tables import history_table
 from model.data import Dataset, digests, limited, load_dataset, sha256
+from model.environment import environment
 from model.extras.checkpoint import Checkpoint, Config, check_same, load, save
-from model.extras.environment import environment
-from model.extras.files import check_replaceable, check_writable, locked, same_file, write_json
-from model.extras.signals import stop
+from model.files import check_replaceable, check_writable, locked, same_file, write_json
 from model.mlp import MLP
+from model.signals import stop
 from model.threads import available_cores
 from model.training import History, State, TrainingError, train
 

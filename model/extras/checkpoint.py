@@ -18,7 +18,7 @@ import safetensors.numpy
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from model.extras.files import write_atomically
+from model.files import write_atomically
 from model.mlp import MLP
 from model.training import Epoch, History, State
 

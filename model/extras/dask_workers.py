@@ -36,11 +36,11 @@ from numpy.typing import NDArray
 from kernels import get_backend
 from kernels.backend import Backend
 from model.data import DIGEST, digests, shard_digest
-from model.extras.environment import numpy_blas
-from model.extras.mapping import map_bytes
-from model.extras.signals import SIGNALS
+from model.environment import numpy_blas
+from model.mapping import map_bytes
 from model.mlp import MLP
 from model.shards import Memory, Shard, Sums, add, add_in_tree, mean, shard_ranges
+from model.signals import SIGNALS
 from model.threads import thread_pool
 from model.training import TrainingError
 

@@ -19,7 +19,7 @@ with mock.patch.dict(os.environ):
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from model.extras.files import write_atomically
+from model.files import write_atomically
 from model.published import PUBLISHED, Reproduction, full_batch_histories
 
 # Okabe and Ito's palette, which is safe for colour-blind readers. A backend has the same colour in every figure.

@@ -36,7 +36,7 @@ from bench.publish.tables import (
     refresh,
 )
 from bench.studies import STUDIES, epochs, head_to_head, ladder, memory, mini_batches, roofline, study, time_to_accuracy
-from model.extras.environment import Environment
+from model.environment import Environment
 from tests.support.claims import CLAIMED
 from tests.support.systems import forks, needs_posix
 

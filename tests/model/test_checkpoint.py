@@ -19,10 +19,11 @@ import safetensors.numpy
 
 import model.cli.train as command_line
 from kernels.numpy_backend import NumpyBackend
+from model import files
 from model.data import limited
-from model.extras import checkpoint, files
+from model.extras import checkpoint
 from model.extras.checkpoint import Checkpoint, CheckpointError, Config, load, save
-from model.extras.files import locked
+from model.files import locked
 from model.mlp import MLP
 from model.training import Epoch, State, train
 from tests.support import kills
@@ -258,7 +259,7 @@ def test_settings_that_could_not_be_loaded_are_refused(file, changes, message):
 
 HOLD = """if True:
     import pathlib, sys
-    from model.extras.files import locked
+    from model.files import locked
     with locked(pathlib.Path(sys.argv[1])):
         print("locked", flush=True)
         sys.stdin.read()
@@ -769,7 +770,7 @@ def test_signals_are_ignored_during_exit_and_if_they_were_before():
     """An impatient second Ctrl-C must not interrupt the cleanup, and Ctrl-C must not stop a background job."""
     program = """if True:
         import os, signal
-        from model.extras.signals import Stopped, stoppable
+        from model.signals import Stopped, stoppable
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         with stoppable():
             os.kill(os.getpid(), signal.SIGINT)
@@ -787,7 +788,7 @@ def test_signals_are_ignored_during_exit_and_if_they_were_before():
 def test_a_second_signal_while_the_first_is_handled_counts_as_the_same():
     program = """if True:
         import os, signal, time
-        from model.extras import signals
+        from model import signals
         monotonic, pending = time.monotonic, [signal.SIGTERM]
         def interrupted_clock():
             if pending:

@@ -7,7 +7,7 @@ import subprocess
 import numpy as np
 import pytest
 
-from model.extras import environment
+from model import environment
 
 
 def git(folder, *arguments):
@@ -30,6 +30,10 @@ def project(tmp_path, monkeypatch):
     git(tmp_path / "outer", "commit", "-m", "another project")
     monkeypatch.setattr(environment, "ROOT", folder)
     return folder
+
+
+def test_the_folder_whose_commit_is_reported_is_the_projects():
+    assert (environment.ROOT / "model" / "environment.py").samefile(environment.__file__)
 
 
 def test_the_commit_of_an_enclosing_repository_is_not_reported(project):

@@ -5,7 +5,7 @@ import sys
 
 TWO_THREADS = """
 import os, threading, time
-from model.extras import mapping
+from model import mapping
 
 def write_slowly(*arguments):  # it releases the GIL, as os.write does
     write(*arguments)
@@ -25,7 +25,7 @@ def test_two_threads_that_read_a_truncated_file_report_it_once():
 
 INACCESSIBLE = """
 from pathlib import Path
-from model.extras import mapping
+from model import mapping
 mapping._mapped[Path("x" * 5000)] = 1
 mapping._end(7)
 """
