@@ -39,7 +39,8 @@ from bench.studies.ladder import BLAS
 from bench.studies.mini_batches import PARTS, WHOLE
 from bench.studies.workers import MEMORY_LIMIT, calculation
 from model.cli.console import counted
-from model.published import comparison_table, full_batch_histories
+from model.cli.tables import comparison_table
+from model.published import full_batch_histories
 
 ROOT = Path(__file__).parents[2]
 PUBLISHED_RESULTS = ROOT / "bench" / "results"

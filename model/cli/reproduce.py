@@ -12,10 +12,11 @@ from kernels import backend_names, get_backend
 from model.cli import options as opt
 from model.cli.console import print_result, print_status, show
 from model.cli.progress import training
+from model.cli.tables import comparison_table, mini_batch_line
 from model.data import load_dataset
 from model.environment import environment
 from model.files import check_replaceable, check_writable, locked, make_folder, write_json
-from model.published import FITTED, Reproduction, comparison_table, full_batch_histories, mini_batch_line, reproduce
+from model.published import FITTED, Reproduction, full_batch_histories, reproduce
 from model.signals import stop
 from model.training import State
 
