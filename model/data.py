@@ -117,26 +117,15 @@ class Dataset(NamedTuple):
         return f"<Dataset {self.name}: {counts} of {'×'.join(map(str, np.shape(self.train_images)[1:]))} pixels>"
 
 
-def print_notice(text: str) -> None:
-    """Print a line on stderr, separate from the results."""
-    print(text, file=sys.stderr)
-
-
-def load_dataset(
-    name: str = "auto",
-    directory: str | os.PathLike[str] | None = None,
-    notify: Callable[[str], None] = print_notice,
-) -> Dataset:
+def load_dataset(name: str = "auto", directory: str | os.PathLike[str] | None = None) -> Dataset:
     """Load a dataset by name.
 
     Parameters
     ----------
     name : str
-        ``"mnist"``, ``"digits28"``, ``"idx"``, or ``"auto"``: MNIST if available, else digits28 with a notice.
+        ``"mnist"``, ``"digits28"``, ``"idx"``, or ``"auto"``: MNIST if available, else digits28, with a line on stderr.
     directory : path, optional
         Where the files are, see `load_mnist` and `load_idx`.
-    notify : callable
-        Receives the notice, one line of text.
 
     Returns
     -------
@@ -159,7 +148,7 @@ def load_dataset(
     except DataError as error:
         if name == "mnist" or _given_directory(directory):
             raise
-        notify(f"Using digits28 instead of MNIST, so accuracies will differ. {error}")
+        print(f"Using digits28 instead of MNIST, so accuracies will differ. {error}", file=sys.stderr)
         return load_digits28()
 
 
