@@ -55,18 +55,28 @@ def reproduce_command(
         if finished:
             print_status(f"finished before that: {', '.join(finished)}; the results are in {partial}")
         raise
-    write_json(json_file, as_json(report))
-    partial.unlink(missing_ok=True)
-    if histories := full_batch_histories(report):
-        draw_curves(figure, report)
-        show(comparison_table(histories, images.name))
+    histories = full_batch_histories(report)
+    try:  # before anything is printed: stdout may be closed
+        write_json(json_file, as_json(report))
+        partial.unlink(missing_ok=True)
+        if histories:
+            draw_curves(figure, report)
+    finally:  # even if the disk is full
+        show_results(report)
+    print_result(f"wrote {json_file}" + (f" and {figure}" if histories else ""))
+
+
+def show_results(report: Reproduction) -> None:
+    """Print the accuracies of all runs beside the published ones."""
+    histories = full_batch_histories(report)
+    if histories:
+        show(comparison_table(histories, report.dataset))
     for name, run in report.runs.items():
         if name not in histories:
             print_result(mini_batch_line(name, run))
-    if images.name != "MNIST":
-        print_result(f"This run used {images.name}; the published accuracies are for MNIST.")
+    if report.dataset != "MNIST":
+        print_result(f"This run used {report.dataset}; the published accuracies are for MNIST.")
     print_result(FITTED)
-    print_result(f"wrote {json_file}" + (f" and {figure}" if histories else ""))
 
 
 def as_json(report: Reproduction) -> dict[str, Any]:

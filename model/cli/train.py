@@ -86,10 +86,13 @@ def train_command(
             on_images=on_images,
             on_step=between_steps(file, checkpoint_every, run, received),
         )
-    if json_file:  # before anything is printed: stdout may be closed
-        write_json(json_file, run_report(history, kernels, {**settings, "dataset": images.name, "threads": threads}))
     where = scheduler or (counted(workers, "worker") if workers else counted(threads, "thread"))
-    show(history_table(history, f"{title}, {where}"))
+    try:
+        if json_file:  # before anything is printed: stdout may be closed
+            report = run_report(history, kernels, {**settings, "dataset": images.name, "threads": threads})
+            write_json(json_file, report)
+    finally:  # even if the disk is full
+        show(history_table(history, f"{title}, {where}"))
     if file:
         print_result(f"checkpoint written to {file}")
     if json_file:

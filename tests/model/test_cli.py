@@ -1,11 +1,13 @@
 """The command line as a user sees it: in separate processes."""
 
+import errno
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -245,6 +247,25 @@ def test_the_files_are_written_before_anything_is_printed(few, tmp_path, monkeyp
     for name, key in (("history.json", "history"), ("reproduction.json", "runs")):
         assert json.loads((tmp_path / name).read_text())[key]
     assert (tmp_path / "reproduction.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_results_that_cannot_be_written_are_shown(main, few, tmp_path, monkeypatch):
+    """The disk fills up during the run."""
+    replace = Path.replace
+
+    def full(part, file):
+        if file.name in ("history.json", "reproduction.json"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return replace(part, file)
+
+    monkeypatch.setattr(Path, "replace", full)
+    train = ("train", *few, "--epochs", 1, "--json", tmp_path / "history.json")
+    reproduce = ("reproduce", *few, "--backend", "numpy", "--starts", 1, "--output", tmp_path)
+    for command, row in ((train, r"^ +1 +\d\.\d{4} "), (reproduce, r"^ +test, published +35\.24 ")):
+        code, shown, error = main(*command)
+        assert code == 2
+        assert re.search(row, shown, re.MULTILINE), shown
+        assert re.fullmatch(r"error: cannot write .*\.json: No space left on device; .*\n", error), error
 
 
 def test_an_error_in_a_later_run_loses_no_finished_one(main, monkeypatch, few, tmp_path):
