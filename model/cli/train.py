@@ -58,6 +58,7 @@ def train_command(
         context.with_resource(locked(written))  # before the checkpoint is read
     saved = load(resume) if resume else None
     settings = given_settings(context, saved)
+    check_cluster(scheduler, workers, settings["batch_size"])
     kernels = get_backend(settings["backend"])
     whole = load_dataset(settings["dataset"], data)
     images = limited(whole, settings["limit"])
@@ -128,6 +129,16 @@ def check_files(checkpoint: Path | None, resume: Path | None, json_file: Path | 
         raise ValueError("--checkpoint-every needs --checkpoint FILE")
 
 
+def check_cluster(scheduler: str | None, workers: int | None, batch_size: int | None) -> None:
+    """Raise a ValueError, before a cluster is started, if the options do not go together."""
+    if scheduler == "":
+        raise ValueError("--scheduler needs an address, as in tcp://HOST:8786")
+    if scheduler and workers:
+        raise ValueError("--workers starts a new cluster: use either --workers or --scheduler")
+    if (scheduler or workers) and batch_size:
+        raise ValueError("mini-batches take longer to send than to compute: leave out --batch-size, or the workers")
+
+
 def new_run(config: Config, images: Dataset) -> Checkpoint:
     """A new run, before its first step."""
     mlp = MLP((images.train_images.shape[1], config.hidden, images.classes), config.seed)
@@ -155,10 +166,6 @@ def cluster_of(scheduler: str | None, workers: int | None, threads: int) -> Iter
     if scheduler is None and workers is None:
         yield None
         return
-    if scheduler == "":
-        raise ValueError("--scheduler needs an address, as in tcp://HOST:8786")
-    if scheduler and workers:
-        raise ValueError("--workers starts a new cluster: use either --workers or --scheduler")
     try:
         from model.extras.dask_workers import connect  # nothing else needs Dask
     except ModuleNotFoundError as error:

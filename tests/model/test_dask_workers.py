@@ -589,6 +589,13 @@ def test_parse_bytes(text, size):
     assert parse_bytes(text) == size
 
 
+@pytest.mark.parametrize("place", [("--workers", 2), ("--scheduler", "tcp://127.0.0.1:1")])
+def test_mini_batches_are_refused_before_a_cluster_is_started(main, monkeypatch, place):
+    monkeypatch.setattr(dask_workers, "connect", lambda *_: pytest.fail("connected"))
+    message = "mini-batches take longer to send than to compute: leave out --batch-size, or the workers"
+    assert main("train", *DIGITS, *place, "--batch-size", 10) == (2, "", f"error: {message}\n")
+
+
 def test_without_dask():
     program = "import sys; sys.modules['distributed'] = None; from model.cli import main; main()"
     command = [sys.executable, "-c", program, "train", *map(str, DIGITS), "--workers", "2"]
