@@ -4,13 +4,14 @@ The README derives the gradients, with the same notation.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from kernels.backend import Backend
+from kernels.backend import FLOATS, Backend
 
 # The published experiment does not state its initialisation. This standard deviation was fitted to its accuracies.
 INITIAL_STD = 0.017
@@ -38,18 +39,22 @@ class MLP:
     Raises
     ------
     ValueError
-        If there are fewer than two layer sizes, or one is not positive.
+        If there are fewer than two layer sizes, one is not a positive whole number, or `dtype` is neither float32 nor
+        float64.
     """
 
     def __init__(
         self, layer_sizes: Sequence[int] = (784, 128, 10), seed: int = 0, dtype: DTypeLike = np.float32
     ) -> None:
-        if len(layer_sizes) < 2 or min(layer_sizes) < 1:
-            raise ValueError(f"layer_sizes must be two or more positive numbers, not {layer_sizes}")
+        sizes = list(layer_sizes) if isinstance(layer_sizes, Iterable) else []
+        if len(sizes) < 2 or not all(isinstance(size, Integral) and size > 0 for size in sizes):
+            raise ValueError(f"layer_sizes must be two or more positive whole numbers, not {layer_sizes!r}")
+        if dtype not in FLOATS:
+            raise ValueError(f"dtype must be float32 or float64, not {dtype!r}")
         rng = np.random.default_rng(seed)
         self.layers: list[tuple[NDArray, NDArray]] = [
             (rng.normal(0, INITIAL_STD, (inputs, outputs)).astype(dtype), np.zeros(outputs, dtype))
-            for inputs, outputs in itertools.pairwise(layer_sizes)
+            for inputs, outputs in itertools.pairwise(sizes)
         ]
 
     def __repr__(self) -> str:

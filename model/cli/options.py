@@ -10,6 +10,7 @@ from kernels import backend_names
 from model.files import parse_path
 
 UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+MAX_COUNT = 2**63 - 1  # in a checkpoint
 
 
 def parse_bytes(text: str) -> int:
@@ -24,12 +25,12 @@ BackendName = Annotated[
     str, typer.Option(help=f"The kernels: {', '.join(backend_names())}, or package.module:Class for your own.")
 ]
 BackendNames = Annotated[list[str] | None, typer.Option(help="Run this backend; may be repeated. [default: all]")]
-Epochs = Annotated[int, typer.Option(help="Passes over the training images.")]
+Epochs = Annotated[int, typer.Option(max=MAX_COUNT, help="Passes over the training images.")]
 LearningRate = Annotated[float, typer.Option(help="Each step subtracts this times the mean gradient.")]
 BatchSize = Annotated[int | None, typer.Option(help="Images per step. [default: all, one step per epoch]")]
 Limit = Annotated[int | None, typer.Option(help="Train on only the first N images.", metavar="N")]
 Hidden = Annotated[int, typer.Option(min=1, max=10**9, help="Units in the hidden layer.")]
-Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed for the initial weights and the shuffling.")]
+Seed = Annotated[int, typer.Option(min=0, max=MAX_COUNT, help="Seed for the initial weights and the shuffling.")]
 Starts = Annotated[int, typer.Option(min=1, help="Number of random seeds for the band in the plot.")]
 Threads = Annotated[
     int | None, typer.Option(help="Number of threads; the result does not depend on it. [default: one per core]")
@@ -46,7 +47,7 @@ Scheduler = Annotated[str | None, typer.Option(help="Train on the Dask cluster a
 Workers = Annotated[
     int | None, typer.Option(min=1, max=1024, help="Start this many Dask workers on this machine, and train on them.")
 ]
-EvalEvery = Annotated[int, typer.Option(help="Measure the test accuracy every N epochs.", metavar="N")]
+EvalEvery = Annotated[int, typer.Option(max=MAX_COUNT, help="Measure the test accuracy every N epochs.", metavar="N")]
 DatasetName = Annotated[
     str,
     typer.Option(

@@ -259,7 +259,7 @@ def _check_values(values: Any) -> None:
         if name in TEXTS:
             _require(isinstance(value, str), f"its {name} is not a string")
         elif name in COUNTS and not (value is None and name in OPTIONAL):
-            _require(_is_count(value), f"its {name} is not a whole number from 0 to 2⁶³")
+            _require(_is_count(value), f"its {name} is not a whole number from 0 to 2⁶³ - 1")
         elif name in AMOUNTS:
             is_number = isinstance(value, int | float)
             _require(is_number and 0 <= value <= sys.float_info.max, f"its {name} is not a finite number")

@@ -74,6 +74,8 @@ def test_a_terminal_shows_a_progress_bar():
     [
         (["--backend", "cupy"], "unknown backend 'cupy': choose one of naive, numpy"),
         (["--epochs", "0"], "epochs and eval_every must be at least 1, not 0 and 1"),
+        (["--epochs", str(2**63)], "Invalid value for '--epochs'"),
+        (["--eval-every", str(2**63)], "Invalid value for '--eval-every'"),
         (["--epochs", "many"], "Invalid value for '--epochs'"),
         (["--learning-rate", "-1"], "learning_rate must be positive"),
         (["--learning-rate", "1e30"], "try a smaller learning rate"),

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import re
 
 import numpy as np
 import pytest
@@ -97,10 +98,18 @@ def test_random_start():
     assert not np.array_equal(weights, MLP(seed=2).layers[0][0])
 
 
-@pytest.mark.parametrize("layer_sizes", [(784,), (784, 0, 10), ()])
+@pytest.mark.parametrize("layer_sizes", [(784,), (784, 0, 10), (), (784, 12.5, 10), (784, None), "784", 784, None])
 def test_wrong_layer_sizes(layer_sizes):
-    with pytest.raises(ValueError, match="layer_sizes must be"):
+    message = f"layer_sizes must be two or more positive whole numbers, not {layer_sizes!r}"
+    with pytest.raises(ValueError, match=re.escape(message)):
         MLP(layer_sizes)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float16, np.longdouble, ">f4", "number"])
+def test_wrong_dtype(dtype):
+    """Integers would start as a network of zeros."""
+    with pytest.raises(ValueError, match=re.escape(f"dtype must be float32 or float64, not {dtype!r}")):
+        MLP((3, 2), dtype=dtype)
 
 
 def test_one_layer_is_logistic_regression(backend):
