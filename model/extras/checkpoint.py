@@ -261,7 +261,7 @@ def _check_values(values: Any) -> None:
         elif name in COUNTS and not (value is None and name in OPTIONAL):
             _require(_is_count(value), f"its {name} is not a whole number from 0 to 2⁶³ - 1")
         elif name in AMOUNTS:
-            is_number = isinstance(value, int | float)
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
             _require(is_number and 0 <= value <= sys.float_info.max, f"its {name} is not a finite number")
     sizes = values["layer_sizes"]
     plausible = isinstance(sizes, list) and len(sizes) > 1 and all(_is_count(size) and size > 0 for size in sizes)
@@ -275,7 +275,7 @@ def _check_values(values: Any) -> None:
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and 0 <= value < 2**63
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 def _check_tensors(tensors: dict[str, NDArray]) -> None:
