@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from model import published
+from model.cli.options import parse_bytes
 from model.data import limited
 from model.training import TrainingError
 from tests.support.idx import write_idx
@@ -83,6 +84,9 @@ def test_a_terminal_shows_a_progress_bar():
         (["--learning-rate", "1e-44"], "is 0 in float32: raise it"),
         (["--hidden", "1000000000"], "too large for this machine"),
         (["--hidden", "9" * 40], "Input should be less than or equal to 1000000000"),
+        (["--memory-limit", "much"], "'much' is not a number of bytes: write it like '500 MB'"),
+        (["--memory-limit", "1.2.3 GB"], "'1.2.3 GB' is not a number of bytes"),
+        (["--memory-limit", "-5"], "'-5' is not a number of bytes"),
         (["--memory-limit", "9" * 400], "too large for this machine"),
         pytest.param(["--checkpoint", "/dev/fd/loop"], "cannot write", marks=needs_posix),
         (["--batch-size", "601"], "batch_size must be from 1 to 600"),
@@ -104,6 +108,13 @@ def test_errors_are_one_line_and_exit_code_2(main, arguments, message):
     assert (code, shown) == (2, "")
     assert re.fullmatch(r"error: .*\n", error), error
     assert message in error
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("7", 7), ("500 MB", 5 * 10**8), ("1.5kB", 1500), ("2 GiB", 2**31), ("0", 0)]
+)
+def test_parse_bytes(text, size):
+    assert parse_bytes(text) == size
 
 
 def test_an_error_is_all_that_a_process_prints():

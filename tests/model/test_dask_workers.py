@@ -19,7 +19,6 @@ from distributed import Client
 
 from kernels import backend_names, get_backend
 from kernels.numpy_backend import NumpyBackend
-from model.cli.options import parse_bytes
 from model.data import limited, load_idx, sha256
 from model.extras import dask_workers
 from model.extras.checkpoint import load
@@ -108,22 +107,24 @@ def assert_equal(ours, theirs):
 # The tree of sums
 
 
+def sums_of(values, first, last):
+    """The sums of some shards, made of the rows of an array."""
+    return (Sums(float(value[0]), index, [value.copy()]) for index, value in enumerate(values[first:last], first))
+
+
 @pytest.mark.parametrize("count", [1, 2, 4, 8, 16, 32])
 def test_subtrees_give_the_bits_of_the_whole_tree(count):
     """Floats of all magnitudes, whose sum depends on the order of additions, split in all ways over up to 3 workers."""
     rng = np.random.default_rng(count)
     values = rng.normal(size=(count, 50)) * 10.0 ** rng.integers(-8, 8, (count, 50))
 
-    def sums(first, last):
-        return (Sums(float(value[0]), index, [value.copy()]) for index, value in enumerate(values[first:last], first))
-
-    expected = add_in_tree(sums(0, count))
+    expected = add_in_tree(sums_of(values, 0, count))
     for bounds in itertools.combinations_with_replacement(range(count + 1), 2):
         nodes = {}
         for first, last in itertools.pairwise((0, *bounds, count)):
             held = subtrees(first, last, (0, count))
             assert [shard for node in held for shard in range(*node)] == list(range(first, last))
-            nodes |= {node: add_in_tree(sums(*node)) for node in held}
+            nodes |= {node: add_in_tree(sums_of(values, *node)) for node in held}
         found = add_subtrees(nodes, (0, count))
         assert (found.loss, found.correct) == (expected.loss, expected.correct)
         np.testing.assert_array_equal(found.gradient[0], expected.gradient[0])
@@ -142,12 +143,9 @@ def test_merged_parts_give_the_bits_of_the_whole_tree(workers):
     rng = np.random.default_rng(workers)
     values = rng.normal(size=(32, 50)) * 10.0 ** rng.integers(-8, 8, (32, 50))
 
-    def sums(first, last):
-        return (Sums(float(value[0]), index, [value.copy()]) for index, value in enumerate(values[first:last], first))
-
-    expected = add_in_tree(sums(0, 32))
+    expected = add_in_tree(sums_of(values, 0, 32))
     dealt = deal(32, dict.fromkeys(map(str, range(workers)), 2)).values()
-    parts = [{node: add_in_tree(sums(*node)) for node in subtrees(*part, (0, 32))} for part in dealt]
+    parts = [{node: add_in_tree(sums_of(values, *node)) for node in subtrees(*part, (0, 32))} for part in dealt]
     while len(parts) > 1:
         groups = [parts[first : first + 3] for first in range(0, len(parts), 3)]
         parts, again = ([merge(32, *group) for group in groups] for _ in range(2))
@@ -569,9 +567,6 @@ def test_interrupt_leaves_the_step_to_the_workers(tmp_path):
         (["--scheduler", "nonsense://x"], "no scheduler answers at nonsense://x"),
         (["--scheduler", "tcp://127.0.0.1:1", "--workers", "2"], "use either --workers or --scheduler"),
         (["--workers", "0"], "Invalid value for '--workers'"),
-        (["--memory-limit", "much"], "'much' is not a number of bytes: write it like '500 MB'"),
-        (["--memory-limit", "1.2.3 GB"], "'1.2.3 GB' is not a number of bytes"),
-        (["--memory-limit", "-5"], "'-5' is not a number of bytes"),
     ],
 )
 def test_errors_are_one_line_and_exit_code_2(main, arguments, message):
@@ -580,13 +575,6 @@ def test_errors_are_one_line_and_exit_code_2(main, arguments, message):
     assert code == 2
     assert re.fullmatch(r"error: .*\n", error), error
     assert message in error
-
-
-@pytest.mark.parametrize(
-    ("text", "size"), [("7", 7), ("500 MB", 5 * 10**8), ("1.5kB", 1500), ("2 GiB", 2**31), ("0", 0)]
-)
-def test_parse_bytes(text, size):
-    assert parse_bytes(text) == size
 
 
 @pytest.mark.parametrize("place", [("--workers", 2), ("--scheduler", "tcp://127.0.0.1:1")])
