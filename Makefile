@@ -33,7 +33,7 @@ results: .venv/peers  ## Run all studies, three runs, into bench/results/MACHINE
 	$(BIN)/python -m bench results $(ARGS)
 
 publish: $(READY)  ## Update the READMEs' tables and figures from all of bench/results/
-	$(BIN)/python -m bench.publish.tables
+	$(BIN)/python -m bench publish
 
 lint: $(READY)  ## Check style and types
 	$(BIN)/ruff check

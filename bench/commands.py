@@ -1,4 +1,4 @@
-"""``python -m bench run`` runs studies, ``results`` measures a machine to publish, ``draw`` redraws figures."""
+"""``python -m bench run`` runs studies, ``results`` measures a machine, ``publish`` and ``draw`` show the results."""
 
 import contextlib
 import dataclasses
@@ -21,7 +21,7 @@ from bench.studies import DATASETS, EVERY_RUN, STUDIES, study
 from model.cli.console import fail, print_any_name, print_result
 from model.data import DataError, limited, load_dataset
 from model.environment import environment
-from model.files import make_folder, parse_path
+from model.files import make_folder, parse_path, write_atomically
 
 app = typer.Typer(
     help="Run studies, and draw their results.",
@@ -167,6 +167,23 @@ def draw(
     """Draw every figure that the folder has data for, and write the report."""
     make_folder(output)
     if not show(folder, output, {}):
+        raise typer.Exit(1)
+
+
+@app.command()
+def publish() -> None:
+    """Update the READMEs' tables and figures from all of bench/results/."""
+    from bench.publish import tables  # imports compiled kernels, which the other commands can do without
+
+    results, failures = tables.PUBLISHED_RESULTS, list[str]()
+    documents = [tables.ROOT / document for document in tables.DOCUMENTS]
+    texts = {file: tables.refresh(file.read_text(encoding="utf-8"), results) for file in documents}
+    draw_all(tables.main_folder(results), results, failures.append, tables.folders(results))
+    for file, text in texts.items():
+        write_atomically(file, text.encode())
+    for line in failures:
+        print_result(line)
+    if failures:
         raise typer.Exit(1)
 
 

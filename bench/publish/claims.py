@@ -1,6 +1,6 @@
 """What the study claims, and on which machines each claim holds: the only place where "faster" is decided."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -336,7 +336,7 @@ def sentence(claim: Claim, folders: Iterable[Folder]) -> str:
     )
 
 
-def draw(folders: list[Folder], file: Path) -> None:
+def draw(folders: Sequence[Folder], file: Path) -> None:
     """A dot for each claim of the main table and machine at the median of its runs, with their range.
 
     A line marks 1. A faint tick is the ratio at the machine's peak FMA throughput, if that was measured. Without any

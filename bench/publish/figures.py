@@ -1,6 +1,6 @@
 """Draw every figure that a folder of results has data for. If one fails, that is reported, and the others are drawn."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -15,21 +15,44 @@ UNTIMED = ("reproduction",)
 """Figures of accuracies, which do not depend on the machine's load."""
 
 
-def draw_all(folder: Folder, output: Path, say: Callable[[str], None]) -> dict[str, Path]:
-    """Draw into `output`, and report failures through `say`. Returns the files drawn, by study."""
+def draw_all(
+    folder: Folder, output: Path, say: Callable[[str], None], claimed: Sequence[Folder] = ()
+) -> dict[str, Path]:
+    """Draw into `output`. A figure that fails stays as it was, and so does each that a Ctrl-C leaves undrawn.
+
+    Parameters
+    ----------
+    folder
+        The results.
+    output
+        Folder for the figures.
+    say
+        Is called with a line for each failure.
+    claimed
+        The machines in the figure of claims; if empty, only that of `folder`.
+
+    Returns
+    -------
+    dict[str, Path]
+        The files drawn, by study.
+    """
     drawn: dict[str, Path] = {}
 
     def attempt(name: str, draw: Callable[[Path], None]) -> None:
-        file = output / f"{name}.png"
-        file.unlink(missing_ok=True)
+        file, new = output / f"{name}.png", output / f".{name}.png"
         try:
-            draw(file)
-            if file.exists():  # older results may lack its data
+            draw(new)
+            if new.exists():
+                new.replace(file)
                 drawn[name] = file
+            else:  # the results lack its data
+                file.unlink(missing_ok=True)
         except Exception as error:
             say(f"{file.name} was not drawn: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        finally:
+            new.unlink(missing_ok=True)
 
-    attempt("claims", lambda file: claims.draw([folder], file))
+    attempt("claims", partial(claims.draw, claimed or [folder]))
     for name in STUDIES:
         sections = folder.idle_sections(name)
         if sections and hasattr(study(name), "draw"):

@@ -1,4 +1,4 @@
-"""Tables and numbers in the READMEs, from the published results: ``python -m bench.publish.tables`` updates them.
+"""Tables and numbers in the READMEs, from the published results: ``python -m bench publish`` updates them.
 
 Claims cover every machine; other tables show the machine with the most studies.
 """
@@ -7,7 +7,6 @@ import functools
 import io
 import json
 import re
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -28,10 +27,8 @@ from bench.publish.claims import (
     PRODUCTS,
     cell_text,
     cells,
-    draw,
     sentence,
 )
-from bench.publish.figures import draw_all
 from bench.publish.folder import Folder, read_all
 from bench.publish.style import low_to_high, over_runs, short, small_print
 from bench.studies.epochs import FEW_IMAGES
@@ -404,13 +401,3 @@ def _markdown(table: Table) -> str:
     console = Console(file=io.StringIO(), width=400)
     console.print(table)
     return "\n".join(line.rstrip() for line in console.file.getvalue().strip().splitlines())  # type: ignore[attr-defined]
-
-
-if __name__ == "__main__":
-    failures: list[str] = []
-    draw_all(main_folder(PUBLISHED_RESULTS), PUBLISHED_RESULTS, failures.append)
-    draw(folders(PUBLISHED_RESULTS), PUBLISHED_RESULTS / "claims.png")
-    for document in DOCUMENTS:
-        text = (ROOT / document).read_text(encoding="utf-8")
-        (ROOT / document).write_text(refresh(text, PUBLISHED_RESULTS), encoding="utf-8")
-    sys.exit("\n".join(failures) or None)

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,7 +36,18 @@ from bench.publish.tables import (
     main_folder,
     refresh,
 )
-from bench.studies import STUDIES, epochs, head_to_head, ladder, memory, mini_batches, roofline, study, time_to_accuracy
+from bench.studies import (
+    STUDIES,
+    epochs,
+    head_to_head,
+    ladder,
+    memory,
+    mini_batches,
+    products,
+    roofline,
+    study,
+    time_to_accuracy,
+)
 from model.environment import Environment
 from tests.support.claims import CLAIMED
 from tests.support.systems import forks, needs_posix
@@ -512,6 +524,84 @@ def test_a_failing_figure_is_one_line(tmp_path, monkeypatch):
     drawn = draw_all(Folder(tmp_path, machine(), [run_of(numpy=[1.0], numba=[2.0])]), tmp_path, said.append)
     assert said == ["epochs.png was not drawn: ValueError: no ink"]
     assert list(drawn) == ["claims"]
+
+
+@pytest.mark.parametrize("error", [ValueError("no ink"), KeyboardInterrupt()])
+def test_a_figure_that_is_not_finished_stays_as_it_was(tmp_path, monkeypatch, error):
+    """Though part of the new one has been written."""
+
+    def draw(runs, small_print, file):
+        file.write_bytes(b"half")
+        raise error
+
+    old = tmp_path / "epochs.png"
+    old.write_bytes(b"old")
+    monkeypatch.setattr(epochs, "draw", draw)
+    with pytest.raises(KeyboardInterrupt) if isinstance(error, KeyboardInterrupt) else nullcontext():
+        draw_all(Folder(tmp_path, machine(), [run_of(numpy=[1.0])]), tmp_path, str)
+    assert old.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [old]
+
+
+def test_a_figure_without_data_is_removed(tmp_path):
+    """The claims need two competitors, and a sweep the products' figure."""
+    for name in "claims", "products":
+        (tmp_path / f"{name}.png").touch()
+    runs = [Run({**run_of(numpy=[1.0]).sections, "products": Section(CONDITIONS, products.Result([]))})]
+    assert list(draw_all(Folder(tmp_path, machine(), runs), tmp_path, pytest.fail)) == ["epochs"]
+    assert list(tmp_path.iterdir()) == [tmp_path / "epochs.png"]
+
+
+@pytest.fixture
+def publishing(tmp_path, monkeypatch):
+    """A folder with a document and the results of two machines, and the command that publishes them."""
+    for name in "one", "two":
+        (tmp_path / "results" / name).mkdir(parents=True)
+        save(tmp_path / "results" / name, dataclasses.replace(machine(), name=name), run_of(numpy=[1.0], numba=[0.5]))
+    (tmp_path / "README.md").write_text("<!-- claims -->\nold\n<!-- /claims -->\n")
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    monkeypatch.setattr(tables, "PUBLISHED_RESULTS", tmp_path / "results")
+    monkeypatch.setattr(tables, "DOCUMENTS", ["README.md"])
+    monkeypatch.setattr("sys.argv", ["bench", "publish"])
+    return tmp_path
+
+
+def test_publishing_draws_the_claims_of_all_machines_once(publishing, monkeypatch):
+    compared, draw = [], claims.draw
+    monkeypatch.setattr(
+        claims, "draw", lambda folders, file: compared.append([each.label for each in folders]) or draw(folders, file)
+    )
+    with pytest.raises(SystemExit) as raised:
+        commands.main()
+    assert not raised.value.code
+    assert compared == [["one", "two"]]
+    assert {file.name for file in (publishing / "results").iterdir()} == {"one", "two", "claims.png", "epochs.png"}
+    header, _, row, *_ = cells((publishing / "README.md").read_text().splitlines())
+    assert header[1:3] == ["one, at abc", "two, at abc"]
+    assert row[1:] == ["✓ 0.50 × 1.0 s, 1 run, no interval"] * 2 + ["2 of 2"]
+
+
+def test_publishing_fails_if_a_figure_did(publishing, monkeypatch, capsys):
+    """After the others, and the tables."""
+    monkeypatch.setattr(epochs, "draw", lambda: None)
+    with pytest.raises(SystemExit) as raised:
+        commands.main()
+    assert raised.value.code == 1
+    assert capsys.readouterr().out.startswith("epochs.png was not drawn: TypeError: ")
+    assert (publishing / "results" / "claims.png").exists()
+    assert "0.50 × 1.0 s" in (publishing / "README.md").read_text()
+
+
+def test_nothing_is_published_from_a_damaged_run(publishing, capsys):
+    run = publishing / "results" / "two" / "run.json"
+    run.write_bytes(run.read_bytes()[:100])
+    before = {file: file.read_bytes() for file in publishing.rglob("*") if file.is_file()}
+    with pytest.raises(SystemExit) as raised:
+        commands.main()
+    assert raised.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {run} is not a valid run")
+    assert {file: file.read_bytes() for file in publishing.rglob("*") if file.is_file()} == before
 
 
 def test_published_runs_have_clean_commits():
