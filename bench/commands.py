@@ -3,10 +3,12 @@
 import contextlib
 import dataclasses
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -214,3 +216,10 @@ def main() -> None:
         fail(error.format_message())
     except (DataError, RecordError, ValueError, OSError) as error:
         fail(str(error))
+    except (MemoryError, OverflowError) as error:
+        fail(f"too large for this machine ({str(error) or 'out of memory'}): end other programs, or raise its limit")
+    except subprocess.CalledProcessError as error:
+        last = (error.stderr or "").strip().splitlines()[-1:]  # if not captured, it is already on the terminal
+        fail(": ".join([f"exit code {error.returncode} of {shlex.join(map(str, error.cmd))}", *last]))
+    except BrokenProcessPool:
+        fail("a process that measures ended early: the system may have been out of memory")

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from html.parser import HTMLParser
 from pathlib import Path
@@ -602,6 +603,34 @@ def test_nothing_is_published_from_a_damaged_run(publishing, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {run} is not a valid run")
     assert {file: file.read_bytes() for file in publishing.rglob("*") if file.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (MemoryError(), r"too large for this machine \(out of memory\): "),
+        (OverflowError("9 digits"), r"too large for this machine \(9 digits\): "),
+        (subprocess.CalledProcessError(2, ["python", "-m", "model"]), "exit code 2 of python -m model$"),
+        (
+            subprocess.CalledProcessError(2, ["python"], stderr="a warning\nerror: no space\n"),
+            "exit code 2 of python: error: no space$",
+        ),
+        (BrokenProcessPool(), "a process that measures ended early"),
+    ],
+)
+def test_what_ends_a_study_is_one_line(tmp_path, monkeypatch, capsys, error, line):
+    def measure(dataset, quick):
+        raise error
+
+    monkeypatch.setattr(epochs, "measure", measure)
+    monkeypatch.setattr(
+        "sys.argv", ["bench", "run", "epochs", "--quick", "--dataset", "digits28", "--output", str(tmp_path)]
+    )
+    with pytest.raises(SystemExit) as raised:
+        commands.main()
+    assert raised.value.code == 2
+    (shown,) = capsys.readouterr().err.splitlines()
+    assert re.match(f"error: {line}", shown)
 
 
 def test_published_runs_have_clean_commits():
