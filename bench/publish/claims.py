@@ -42,7 +42,7 @@ class Claim:
     """Lower bound of the competitor's seconds: its multiply-adds at peak throughput."""
     table: str = MAIN
     ranges: bool = False
-    """Whether the ranges of the two decide instead of their medians: if they overlap or are unknown, neither wins."""
+    """Whether the ranges of the two decide instead of their medians: if they overlap, neither wins."""
 
     def ratio(self, run: Run) -> Ratio | None:
         """The ratio that a run measured; None if it did not."""
@@ -55,11 +55,10 @@ class Claim:
         if base not in comparison:
             return None
         ratio = comparison.ratio(self.competitor, base)
-        ours, theirs = comparison.seconds[self.competitor], comparison.seconds[base]
         if not self.ranges:
             return ratio
-        known = min(len(ours), len(theirs)) > 1
-        return replace(ratio, interval=(min(ours) / max(theirs), max(ours) / min(theirs)) if known else None)
+        ours, theirs = comparison.seconds[self.competitor], comparison.seconds[base]
+        return replace(ratio, interval=(min(ours) / max(theirs), max(ours) / min(theirs)))
 
     def busy(self, run: Run) -> bool:
         """Whether the machine was busy with something else during the measurement."""
@@ -74,8 +73,6 @@ class Cell:
     ratios: list[Ratio]
     busy: int
     """The number of runs during which the machine was busy with something else."""
-    ranges: bool = False
-    """Whether ranges decide, so that a run without them cannot."""
 
     @property
     def low(self) -> float:
@@ -104,9 +101,7 @@ class Cell:
 
     @property
     def verdict(self) -> str:
-        """The verdict of all runs; "undecided" if they disagree, an interval includes 1 or a range is unknown."""
-        if self.ranges and any(row.interval is None for row in self.ratios):
-            return "undecided"
+        """The verdict of all runs; "undecided" if they disagree or an interval includes 1."""
         verdicts = {row.verdict for row in self.ratios}
         return verdicts.pop() if len(verdicts) == 1 and "equal" not in verdicts else "undecided"
 
@@ -280,7 +275,7 @@ BY_KEY = {claim.key: claim for claim in CLAIMS}
 def cell(claim: Claim, folder: Folder) -> Cell | None:
     """The evidence of a machine; None if the claim was not measured there."""
     ratios = [(row, claim.busy(run)) for run in folder.runs if (row := claim.ratio(run))]
-    return Cell([row for row, _ in ratios], sum(busy for _, busy in ratios), claim.ranges) if ratios else None
+    return Cell([row for row, _ in ratios], sum(busy for _, busy in ratios)) if ratios else None
 
 
 def cells(claim: Claim, folders: Iterable[Folder]) -> dict[str, Cell]:
@@ -297,9 +292,7 @@ def cell_text(evidence: Cell | None, what_base: str) -> str:
     runs = len(evidence.ratios)
     notes = [
         "1 run" if runs == 1 else "",
-        f"no {'ranges' if evidence.ranges else 'interval'}"
-        if all(row.interval is None for row in evidence.ratios)
-        else "",
+        "no interval" if all(row.interval is None for row in evidence.ratios) else "",
         ("busy" if runs == 1 else f"{evidence.busy} of {runs} busy") if evidence.busy else "",
     ]
     return ", ".join([f"{mark} {evidence.span} × {in_seconds(evidence.base_seconds)}{name}", *filter(None, notes)])

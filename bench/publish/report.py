@@ -168,8 +168,8 @@ def _claims(folder: Folder) -> TableOf:
     columns = ["competitor / base: task", "time ratio, all runs", "verdict", "base (s)", "intervals, all runs"]
     text = (
         "Ratios of median times over interleaved rounds, with 95 % intervals; for the time to the published accuracy, "
-        "the ranges over random starts, without which it is undecided. A verdict requires all runs to agree. Without "
-        "an interval (fewer than six rounds), the ratio alone counts."
+        "the ranges over random starts. A verdict requires all runs to agree. Without an interval (fewer than six "
+        "rounds), the ratio alone counts."
     )
     return TableOf("Claims", text, columns, rows)
 

@@ -252,9 +252,9 @@ def ablation_table(results: Path) -> str:
 def step_table(results: Path) -> str:
     """Microseconds of each part of a step over a mini-batch, on one thread."""
     folder = main_folder(results)
-    section = next((section for section in folder.sections("mini_batches") if section.result.parts), None)
+    section = folder.section("mini_batches")
     if section is None:
-        raise MissingError("parts of a step")
+        raise MissingError("mini_batches")
     parts = section.result.parts
     table = Table("part", box=MARKDOWN)
     columns = []

@@ -70,8 +70,8 @@ class Result:
     """Seconds per image on each backend, by kernel."""
     flop: dict[str, int]
     """FLOP per image, by kernel, counting multiplications by zero."""
-    peak_gflop_per_second: float | None = None
-    """Of one thread; None in older results."""
+    peak_gflop_per_second: float
+    """Of one thread."""
     kind: Literal["kernels"] = "kernels"
 
 
@@ -166,13 +166,10 @@ def draw(result: Result, small_print: str, file: Path) -> None:
         axes.set(xscale="log", xlabel="GFLOP/s, counting multiplications by zero (log scale)")
         axes.set(yticks=range(len(result.per_image)), ylim=(len(result.per_image) - 0.4, -0.6))
         axes.set_yticklabels(result.per_image)
-        if result.peak_gflop_per_second:
-            axes.axvline(result.peak_gflop_per_second, color=BOUND_COLOUR, linestyle="--", linewidth=1)
-            text = f"peak FMA throughput, {short(result.peak_gflop_per_second)}"
-            place = result.peak_gflop_per_second, 1.005
-            axes.annotate(
-                text, place, xycoords=("data", "axes fraction"), ha="center", fontsize=7.5, color=BOUND_COLOUR
-            )
+        peak = result.peak_gflop_per_second
+        axes.axvline(peak, color=BOUND_COLOUR, linestyle="--", linewidth=1)
+        text, place = f"peak FMA throughput, {short(peak)}", ("data", "axes fraction")
+        axes.annotate(text, (peak, 1.005), xycoords=place, ha="center", fontsize=7.5, color=BOUND_COLOUR)
         plain_ticks(axes.xaxis)
         right_labels(axes, [text for _, text in labels], fontsize=6.5, places=[y for y, _ in labels])
         axes.legend(loc="lower right", bbox_to_anchor=(0.8, 0), frameon=False, fontsize=8)
@@ -183,8 +180,6 @@ def draw(result: Result, small_print: str, file: Path) -> None:
 def _title(result: Result) -> str:
     """The share of the peak at which each backend multiplies, for the first of the kernels."""
     kernel, comparison = next(iter(result.per_image.items()))
-    if not result.peak_gflop_per_second:
-        return "Each kernel on one thread, counting multiplications by zero"
     at_peak = result.flop[kernel] / 1e9 / result.peak_gflop_per_second
     shares = [
         f"{short_name(name)} {short(100 * at_peak / comparison.median(name))} %" for name in ordered(comparison.seconds)

@@ -14,7 +14,7 @@ import copy
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -70,9 +70,9 @@ class Result:
     """Seconds per step by number of threads and batch size."""
     skipped: dict[str, str]
     """Why a competitor was not timed."""
-    parts: dict[int, dict[str, Comparison]] = field(default_factory=dict)
+    parts: dict[int, dict[str, Comparison]]
     """Seconds per step of each of `PARTS` and of the `WHOLE`, on one thread, by batch size and backend."""
-    tried: dict[int, dict[int, dict[str, dict[str, Form]]]] = field(default_factory=dict)
+    tried: dict[int, dict[int, dict[str, dict[str, Form]]]]
     """Measurements of each form of a competitor, by number of threads and batch size; the fastest was timed."""
     kind: Literal["mini_batches"] = "mini_batches"
 

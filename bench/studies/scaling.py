@@ -4,7 +4,7 @@ import functools
 import itertools
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -89,11 +89,11 @@ class Result:
     threads: int
     peak_gflop_per_second: dict[int, float]
     """By number of threads."""
-    forms: dict[str, str] = field(default_factory=dict)
+    forms: dict[str, str]
     """The form of each peer that was fastest over a full batch of at most 15,000 images."""
-    forms_in_batches: dict[int, dict[str, str]] = field(default_factory=dict)
+    forms_in_batches: dict[int, dict[str, str]]
     """The form of each peer that was fastest over mini-batches, by their size."""
-    skipped: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str]
     """Why a peer was not timed."""
     kind: Literal["scaling"] = "scaling"
 

@@ -257,9 +257,7 @@ def naive_curves(dataset: Dataset, recipe: Recipe, parallel_map: Callable) -> li
 
 def draw(result: Result, small_print: str, file: Path) -> None:
     """Above, accuracy against seconds: the median run and the ends of all. Below, seconds to the target."""
-    times = dict(result.times.rounds)
-    if result.naive:
-        times["naive"] = Rounds([curve[-1].seconds for curve in result.naive])
+    times = {**result.times.rounds, "naive": Rounds([curve[-1].seconds for curve in result.naive])}
     names = sorted(times, key=lambda name: -times[name].median)
     every_curve = {**result.curves, "naive": result.naive}
     target, goal = 100 * result.target, percent(result.target)
@@ -303,8 +301,6 @@ def _title(result: Result) -> str:
         *most, last = level
         names = f"{', '.join(most)} and {last}" if most else last
         return f"Seconds to {goal} test accuracy: {first}'s range overlaps with that of {names}"
-    if len(seconds[first]) == 1:  # an older result: a median without its range
-        return f"Seconds to {goal} test accuracy"
     return f"{goal} test accuracy in {in_seconds(result.times.median(first))}: {first}"
 
 

@@ -100,16 +100,14 @@ def test_a_damaged_file_is_reported_before_any_work(tmp_path, text):
 
 
 def test_the_table_of_a_step_needs_its_parts(tmp_path):
-    """An older run has none, so the table is from the other one; without both, the text stays."""
+    """Without the study, the text stays."""
     text = "<!-- steps -->\nold\n<!-- /steps -->"
     seconds = {part: [1e-6 * n] for n, part in enumerate([*mini_batches.PARTS, mini_batches.WHOLE], 1)}
     parts = {size: dict.fromkeys(mini_batches.BACKENDS, Comparison("", seconds)) for size in (32, 512)}
-    older, newer = (mini_batches.Result({}, {}, found) for found in ({}, parts))
     (tmp_path / "here").mkdir()
-    write(tmp_path / "here" / "machine.json", machine())
     texts = []
-    for number, result in enumerate((older, newer), 1):
-        write(tmp_path / "here" / f"run-{number}.json", Run({"mini_batches": Section(CONDITIONS, result)}))
+    for run in run_of(numpy=[1.0]), Run({"mini_batches": Section(CONDITIONS, mini_batches.Result({}, {}, parts, {}))}):
+        save(tmp_path / "here", machine(), run)
         folders.cache_clear()
         texts.append(refresh(text, tmp_path))
     assert texts[0] == text
@@ -160,7 +158,7 @@ def test_every_form_stands_relative_to_the_fastest_in_its_run(tmp_path):
             "JAX": {"scan": Form(), "call": Form(skipped="no memory")},
         }
         result = head_to_head.Result({}, Comparison("", {"PyTorch": [1.0]}), tried)
-        batches = mini_batches.Result({}, {}, tried={1: {128: {"PyTorch": forms}}})
+        batches = mini_batches.Result({}, {}, {}, {1: {128: {"PyTorch": forms}}})
         sections = {"head_to_head": Section(CONDITIONS, result), "mini_batches": Section(CONDITIONS, batches)}
         write(tmp_path / "here" / f"run-{number}.json", Run(sections))
     assert cells(form_table(tmp_path).splitlines())[2:] == [
@@ -211,15 +209,6 @@ def test_no_ranking_where_ranges_over_random_starts_overlap(tmp_path, ours, verd
     section = Section(CONDITIONS, time_to_accuracy.Result(0.9221, {}, {}, times, {}, [], {}))
     folder = Folder(tmp_path, machine(), [Run({"time_to_accuracy": section})])
     assert claims.cell(claims.BY_KEY["time-numba"], folder).verdict == verdict
-
-
-@pytest.mark.parametrize(("ours", "theirs"), [([0.5], [1.0]), ([0.5], [1.0] * 6), ([0.5] * 6, [1.0])])
-def test_no_ranking_without_ranges_over_random_starts(tmp_path, ours, theirs):
-    times = Comparison("", {"numba": ours, "numpy": theirs})
-    section = Section(CONDITIONS, time_to_accuracy.Result(0.9221, {}, {}, times, {}, [], {}))
-    claim = claims.BY_KEY["time-numba"]
-    cell = claims.cell(claim, Folder(tmp_path, machine(), [Run({"time_to_accuracy": section})] * 2))
-    assert (cell.verdict, claims.cell_text(cell, claim.base)) == ("undecided", "≈ 0.50 × 1.0 s, no ranges")
 
 
 def busy(run):

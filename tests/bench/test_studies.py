@@ -42,7 +42,7 @@ def test_shifted_copies_keep_their_labels_and_non_zeros(digits28):
 
 
 def test_flop_match_the_epoch_benchmark():
-    result = scaling.Result({}, 60_000, 784, 2, {1: 1.0})
+    result = scaling.Result({}, 60_000, 784, 2, {1: 1.0}, {}, {}, {})
     assert scaling.flop(result, "batch size", 1) == 60_000 * FLOP_OF_PRODUCTS
     assert scaling.flop(result, "images", 120_000) == 120_000 * FLOP_OF_PRODUCTS
     assert scaling.flop(result, "hidden units", 64) == 60_000 * FLOP_OF_PRODUCTS / 2
@@ -63,7 +63,7 @@ def test_points_of_an_axis_are_joined_from_left_to_right():
     """Peers' steps over all images are measured first."""
     row = [scaling.Measured([seconds], at=at) for at, seconds in ((60_000, 0.1), (1, 9.0), (64, 0.5))]
     axes = Figure().subplots()
-    result = scaling.Result({}, 60_000, 784, 2, {1: 1.0, 2: 2.0})
+    result = scaling.Result({}, 60_000, 784, 2, {1: 1.0, 2: 2.0}, {}, {}, {})
     scaling.draw_axis(axes, result, "batch size", {"JAX": row})
     joined = [line.get_xdata().tolist() for line in axes.lines if len(line.get_xdata()) == 3]
     assert joined == [[1, 64, 60_000]]
