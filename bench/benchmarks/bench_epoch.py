@@ -8,10 +8,6 @@ from model.shards import Shards
 from model.threads import thread_pool
 from model.training import descend
 
-# FLOP per image of a dense step: the two big products, and all five. Everything else is under one percent.
-FLOP_OF_BIG_PRODUCTS = 2 * 2 * 784 * 128
-FLOP_OF_PRODUCTS = FLOP_OF_BIG_PRODUCTS + 3 * 2 * 128 * 10
-
 
 @pytest.mark.usefixtures("epochs")
 def test_epoch(benchmark, backend, dataset, threads, quick):
@@ -21,7 +17,6 @@ def test_epoch(benchmark, backend, dataset, threads, quick):
         batch = Shards(parallel_map, backend, measured.train_images, measured.train_labels, mlp.dtype)
         benchmark.group = "one epoch, all threads"
         benchmark.name = f"{backend.name}, {batch.count} images"
-        benchmark.extra_info.update(shape=f"{batch.count} images", flop=FLOP_OF_PRODUCTS * batch.count)
         rounds = 1 if backend.too_slow_for_full_batches or quick else 10
         step = (mlp, backend, batch, LEARNING_RATE)
         benchmark.pedantic(descend, step, rounds=rounds, warmup_rounds=0 if rounds == 1 else 2)

@@ -11,6 +11,5 @@ def test_kernel(benchmark, backend, name, dataset, quick, one_thread):
     call, reset, count = checked_call(backend, name, dataset)
     benchmark.group = f"{name}, one thread"
     benchmark.name = f"{backend.name}, {count} images"
-    benchmark.extra_info.update(shape=f"{count} images", flop=KERNELS[name].flop * count)
     rounds = (3 if quick else 10) if backend.too_slow_for_full_batches else (20 if quick else 100)
     benchmark.pedantic(call, setup=reset, rounds=rounds, warmup_rounds=min(rounds, 10))

@@ -25,5 +25,4 @@ def test_step(benchmark, step, matrices, quick, one_thread):
     rows = len(arguments[0])
     benchmark.group = f"{product}, one thread"
     benchmark.name = f"{step}, {rows} rows"
-    benchmark.extra_info.update(shape=f"({rows}×{a.shape[1]})({b.shape[0]}×{b.shape[1]})", flop=2 * rows * b.size)
     benchmark.pedantic(STEPS[step], arguments, rounds=1 if quick else 3, warmup_rounds=1)

@@ -10,6 +10,7 @@ import numpy as np
 from bench.measure.records import Comparison, Ratio, Run, Section
 from bench.publish.folder import Folder
 from bench.publish.style import in_seconds, low_to_high, short
+from bench.studies import product_flop, products
 from bench.studies.epochs import BIG_PRODUCTS
 from bench.studies.mini_batches import PACKAGES
 from bench.studies.products import MKL, ONEDNN, OPENBLAS
@@ -199,8 +200,11 @@ def _climb_bound(product: str, one: bool) -> Bound:
     return seconds
 
 
-FLOP_OF_IMAGE = 2 * 784 * 128
+FLOP_OF_IMAGE = product_flop(1, 784, 128)
 """FLOP per image in one of the big products."""
+
+PRODUCT_KEYS = ("forward", "backward", "shard-forward", "shard-backward", "1024")
+"""Short names of the products in `bench.studies.products.PRODUCTS`, in order."""
 
 STEP, TO_ACCURACY = "a full-batch step", "mini-batches to the published accuracy"
 CLAIMS = (
@@ -240,16 +244,10 @@ CLAIMS = (
             base,
             f"{shape}, {'1 thread' if one else 'all threads'}",
             _product(shape, one),
-            _product_bound(flop, one),
+            _product_bound(product_flop(*left, right[1]), one),
             PRODUCTS,
         )
-        for key, shape, flop in (
-            ("forward", "(60000×784)(784×128)", 60_000 * FLOP_OF_IMAGE),
-            ("backward", "(784×60000)(60000×128)", 60_000 * FLOP_OF_IMAGE),
-            ("shard-forward", "(1024×784)(784×128)", 1024 * FLOP_OF_IMAGE),
-            ("shard-backward", "(784×1024)(1024×128)", 1024 * FLOP_OF_IMAGE),
-            ("1024", "1024³", 2 * 1024**3),
-        )
+        for key, (shape, (left, right, _)) in zip(PRODUCT_KEYS, products.PRODUCTS.items())
         for base, one in ((OPENBLAS, True), (OPENBLAS, False), (MKL, True), (ONEDNN, True))
     ),
     Claim("ladder-compiled", "compiled", "loops", "ladder, MLP product, 1 thread", _climb("MLP")),

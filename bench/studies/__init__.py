@@ -47,6 +47,11 @@ def full_batch_backends() -> list[str]:
     return [name for name in backend_names() if not get_backend(name).too_slow_for_full_batches]
 
 
+def product_flop(m: int, k: int, n: int) -> int:
+    """FLOP of an (m, k) matrix times a (k, n) one, counting multiplications by zero."""
+    return 2 * m * k * n
+
+
 def result_class(name: str) -> type:
     """The record class of a study.
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from bench.measure.interleave import interleave
 from bench.measure.records import Comparison
 from bench.publish.style import colour, ordered, plain_ticks, right_labels, short, short_name
+from bench.studies import product_flop
 from bench.studies.roofline import peak
 from kernels import backend_names, get_backend
 from kernels.backend import Backend
@@ -51,11 +52,13 @@ class Case(NamedTuple):
 
 
 KERNELS = {
-    "forward product": Case(lambda b, s: b.matmul(s.x, *s.layers[0]), 2 * 784 * 128, 784),
-    "backward product": Case(lambda b, s: b.matmul(s.x.T, s.hidden_grad), 2 * 784 * 128, SHARD),
-    "logits product": Case(lambda b, s: b.matmul(s.hidden, *s.layers[1]), 2 * 128 * 10, 128),
-    "hidden gradient product": Case(lambda b, s: b.matmul(s.logits_grad, s.layers[1][0].T), 2 * 10 * 128, 10),
-    "output gradient product": Case(lambda b, s: b.matmul(s.hidden.T, s.logits_grad), 2 * 128 * 10, SHARD),
+    "forward product": Case(lambda b, s: b.matmul(s.x, *s.layers[0]), product_flop(1, 784, 128), 784),
+    "backward product": Case(lambda b, s: b.matmul(s.x.T, s.hidden_grad), product_flop(784, 1, 128), SHARD),
+    "logits product": Case(lambda b, s: b.matmul(s.hidden, *s.layers[1]), product_flop(1, 128, 10), 128),
+    "hidden gradient product": Case(
+        lambda b, s: b.matmul(s.logits_grad, s.layers[1][0].T), product_flop(1, 10, 128), 10
+    ),
+    "output gradient product": Case(lambda b, s: b.matmul(s.hidden.T, s.logits_grad), product_flop(128, 1, 10), SHARD),
     "relu": Case(lambda b, s: b.relu(s.hidden_grad), 128, 1, overwrites=True),
     "relu_grad": Case(lambda b, s: b.relu_grad(s.hidden_grad, s.hidden), 128, 1, overwrites=True),
     "softmax_grad": Case(lambda b, s: b.softmax_grad(s.logits, s.labels)[2], 5 * 10, 10),

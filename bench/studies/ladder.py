@@ -18,6 +18,7 @@ from bench.measure.interleave import interleave
 from bench.measure.machine import blas_threads
 from bench.measure.records import Comparison
 from bench.publish.style import Span, over_runs, plain_ticks, right_labels, short
+from bench.studies import product_flop
 from bench.studies.roofline import peak
 from kernels import naive_backend, numba_backend, simd
 from kernels.ladder import steps
@@ -105,7 +106,8 @@ def verified_steps(product: str, threads: int, quick: bool) -> dict[str, Timed]:
     a, b = (aligned(rng.standard_normal(shape, np.float32)) for shape in ((m, k), (k, n)))
     a = a[: QUICK_ROWS[product]] if quick else a
     expected = a @ b
-    timed: dict[str, Timed] = {BLAS: (partial(np.matmul, a, b, np.empty_like(expected)), 2 * len(a) * b.size)}
+    blas = partial(np.matmul, a, b, np.empty_like(expected))
+    timed: dict[str, Timed] = {BLAS: (blas, product_flop(len(a), *b.shape))}
     for step in STEPS:
         if (step == "threads") if threads == 1 else (step == "loops"):
             continue  # the last step starts threads itself; the GIL serializes Python loops
@@ -116,7 +118,7 @@ def verified_steps(product: str, threads: int, quick: bool) -> dict[str, Timed]:
         run()
         tolerance = 10 * len(b) * float(np.finfo(np.float32).eps)
         np.testing.assert_allclose(arguments[2], expected[:rows], rtol=0, atol=tolerance)
-        timed[step] = run, 2 * rows * b.size
+        timed[step] = run, product_flop(rows, *b.shape)
     return timed
 
 

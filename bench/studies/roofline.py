@@ -22,7 +22,7 @@ from rich.progress import track
 from bench.measure.interleave import interleave
 from bench.measure.records import Rounds
 from bench.publish.style import colour, end_labels, note, plain_ticks, short
-from bench.studies import full_batch_backends
+from bench.studies import full_batch_backends, product_flop
 from kernels import get_backend, simd
 from kernels.backend import Backend
 from kernels.ladder.steps import in_threads
@@ -204,16 +204,16 @@ def measure(dataset: Dataset, quick: bool) -> Result:
         **{level: run for level, (run, _) in readers.items()},
         **{f"{name}, {which}": product.run for (name, which), product in measured.items()},
     }
+    count, pixels = dataset.train_images.shape
     with thread_pool(1):
         seconds = interleave(competitors, 3 if quick else 10)
-    dense_flop = 2 * dataset.train_images.size * 128
     return Result(
         # These are bounds, so the best round counts.
         peak_gflop_per_second=float(peak_flop / seconds["peak"].min() / 1e9),
         bandwidth_gb_per_second={
             level: float(size / seconds[level].min() / 1e9) for level, (_, size) in readers.items()
         },
-        dense_flop=dense_flop,
+        dense_flop=product_flop(count, pixels, 128),
         products=[
             Placed(name, which, product.flop, product.intensity, Rounds.of(seconds[f"{name}, {which}"]))
             for (name, which), product in measured.items()

@@ -19,7 +19,7 @@ from bench.measure.records import Rounds, rounded
 from bench.peers import REST, best_form, competitor, expected_parameters
 from bench.peers.task import Learner, Task, UnavailableError, shuffled_batches, take_steps
 from bench.publish.style import colour, end_labels, label, low_to_high, plain_ticks, points_up
-from bench.studies import full_batch_backends
+from bench.studies import full_batch_backends, product_flop
 from bench.studies.mini_batches import PACKAGES
 from bench.studies.roofline import peak
 from kernels import backend_names
@@ -47,10 +47,6 @@ LAWS = {
     "hidden units": (1, "equal cost per unit"),
     "threads": (-1, "perfect speed-up"),
 }
-
-# FLOP of dense gradients per image and hidden unit: the two big products, per pixel, and the three small ones with 10
-# classes.
-FLOP_OF_PIXEL, FLOP_OF_CLASSES = 2 * 2, 3 * 2 * 10
 
 
 class Point(NamedTuple):
@@ -299,11 +295,11 @@ def stepped(name: str, dataset: Dataset, hidden: int, threads: int, images: int 
 # The figure --------------------------------------------------------------------------------------------------------
 
 
-def flop(result: Result, axis: str, at: float) -> float:
-    """FLOP of a dense epoch."""
+def flop(result: Result, axis: str, at: int) -> int:
+    """FLOP of a dense epoch: the two products with the pixels, and the three with the 10 classes."""
     images = at if axis == "images" else result.images
     hidden = at if axis == "hidden units" else HIDDEN
-    return images * hidden * (FLOP_OF_PIXEL * result.pixels + FLOP_OF_CLASSES)
+    return 2 * product_flop(images, result.pixels, hidden) + 3 * product_flop(images, hidden, 10)
 
 
 def draw(result: Result, small_print: str, file: Path) -> None:

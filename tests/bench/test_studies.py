@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
 from bench import commands
-from bench.benchmarks.bench_epoch import FLOP_OF_PRODUCTS
 from bench.measure.records import Comparison, Rounds
 from bench.peers import competitor
 from bench.peers.task import UnavailableError
@@ -41,11 +40,12 @@ def test_shifted_copies_keep_their_labels_and_non_zeros(digits28):
     assert moved == {(rows, columns) for rows in range(3) for columns in range(3)}
 
 
-def test_flop_match_the_epoch_benchmark():
+def test_a_step_does_409_088_operations_per_image():
+    """In five products: two of 784 × 128 multiply-adds, three of 128 × 10."""
     result = scaling.Result({}, 60_000, 784, 2, {1: 1.0}, {}, {}, {})
-    assert scaling.flop(result, "batch size", 1) == 60_000 * FLOP_OF_PRODUCTS
-    assert scaling.flop(result, "images", 120_000) == 120_000 * FLOP_OF_PRODUCTS
-    assert scaling.flop(result, "hidden units", 64) == 60_000 * FLOP_OF_PRODUCTS / 2
+    assert scaling.flop(result, "batch size", 1) == 60_000 * 409_088
+    assert scaling.flop(result, "images", 120_000) == 120_000 * 409_088
+    assert scaling.flop(result, "hidden units", 64) == 60_000 * 409_088 / 2
 
 
 @pytest.mark.parametrize("size", [7, 50])
