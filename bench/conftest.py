@@ -11,7 +11,7 @@ from kernels import backend_names
 from model.data import DataError, limited, load_dataset
 from model.environment import environment
 from model.files import parse_path
-from model.threads import available_cores, thread_pool
+from model.threads import thread_pool
 
 RECORDED = ("kernels", "epochs", "ladder")
 SECTIONS = pytest.StashKey[dict]()
@@ -156,9 +156,3 @@ def one_thread():
     """The conditions in a training thread: BLAS is limited to one thread, and malloc keeps freed memory."""
     with thread_pool(1):
         yield
-
-
-@pytest.fixture(scope="session")
-def threads():
-    """The number of available cores."""
-    return available_cores()

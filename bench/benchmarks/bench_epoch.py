@@ -5,15 +5,15 @@ import pytest
 from bench.studies.epochs import LEARNING_RATE, few
 from model.mlp import MLP
 from model.shards import Shards
-from model.threads import thread_pool
+from model.threads import available_cores, thread_pool
 from model.training import descend
 
 
 @pytest.mark.usefixtures("epochs")
-def test_epoch(benchmark, backend, dataset, threads, quick):
+def test_epoch(benchmark, backend, dataset, quick):
     """One step over all images, or over a few in pure Python."""
     measured, mlp = few(dataset, backend), MLP()
-    with thread_pool(threads) as parallel_map:
+    with thread_pool(available_cores()) as parallel_map:
         batch = Shards(parallel_map, backend, measured.train_images, measured.train_labels, mlp.dtype)
         benchmark.group = "one epoch, all threads"
         benchmark.name = f"{backend.name}, {batch.count} images"
