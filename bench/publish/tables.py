@@ -188,14 +188,14 @@ def competitor_table(results: Path) -> str:
     runs = [run.steps for run in main_folder(results).idle_results("head_to_head")]
     columns = ("form", "seconds per step", "range over the runs", "error", "peak memory (MB)", "compilation (s)")
     table = Table("", *columns, box=MARKDOWN)
-    known = {name: form for form, names in result.forms.items() for name in names}
+    categories = {name: category for category, names in result.categories.items() for name in names}
     for name in result.steps.seconds:
         times = over_runs(runs, name)
         peak = f"{memory.peak_bytes[name] / 1e6:.0f}" if name in memory.peak_bytes else memory.skipped.get(name, "")
         seconds = result.compile_seconds.get(name)
         reach = f"{times.low:.3f} to {times.high:.3f}"
         chosen = result.chosen.get(name, "ours")
-        form = known.get(name, "reference") + (f": {chosen}" if chosen != "ours" else "")
+        form = categories.get(name, "reference") + (f": {chosen}" if chosen != "ours" else "")
         error = result.tried[name][result.chosen[name]].error if name in result.chosen else None
         off = f"{error:.1e}" if error is not None else ""
         table.add_row(name, form, f"{times.median:.3f}", reach, off, peak, short(seconds) if seconds else "")

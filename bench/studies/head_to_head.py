@@ -26,7 +26,7 @@ LEARNING_RATE = 0.3
 class Result:
     """The study's record."""
 
-    forms: dict[str, list[str]]
+    categories: dict[str, list[str]]
     """Competitors that were timed, by category: dense, sparse, bfloat16."""
     steps: Comparison
     """Seconds of a step of each, in its fastest form, and of the big products alone."""
@@ -65,7 +65,7 @@ def measure(dataset: Dataset, quick: bool) -> Result:
         seconds = interleave(competing, 2 if quick else 12, rest=REST, warmup=0, steps=2)
     ours = {name: compile_seconds(name, dataset.train_images, dataset.train_labels) for name in ("numba", "sparse")}
     return Result(
-        forms={form: [name for name in names if name in seconds] for form, names in COMPETITORS.items()},
+        categories={category: [name for name in names if name in seconds] for category, names in COMPETITORS.items()},
         steps=Comparison.of("a full-batch step", seconds),
         tried=tried,
         chosen=chosen,
@@ -89,16 +89,16 @@ def draw(runs: list[Result], small_print: str, file: Path) -> None:
     y = 0.0
     with figure_file(file, figsize=(8, 5)) as figure:
         axes = figure.subplots()
-        for form in [form for form, names in result.forms.items() if names]:
-            label(axes, words[form], 0, y)
+        for category in [category for category, names in result.categories.items() if names]:
+            label(axes, words[category], 0, y)
             first = y + 0.5
-            for name in sorted(result.forms[form], key=lambda name: every[name].median, reverse=True):
+            for name in sorted(result.categories[category], key=lambda name: every[name].median, reverse=True):
                 y += 1
                 rows[name] = y
                 times = every[name]
                 axes.barh(y, times.median, color=colour(name), height=0.75)
                 axes.plot([times.low, times.high], [y, y], color="black", linewidth=1.5)
-            if form == "dense":
+            if category == "dense":
                 axes.vlines(products, first, y + 0.5, color=BOUND_COLOUR, linestyle="--", linewidth=1)
                 text = f"dashed: the two big products alone, on OpenBLAS, {in_seconds(products)}"
                 axes.text(products, y + 0.8, text, va="center", fontsize=7.5, color=BOUND_COLOUR)
@@ -116,11 +116,12 @@ def _title(runs: list[Result]) -> str:
     """The range over the runs of the backends' times and of the fastest dense package's, relative to NumPy's."""
     steps = [run.steps for run in runs]
     ours = [name for name in backend_names() if name in steps[-1]]
-    packages = [name for name in runs[-1].forms["dense"] if name not in ours]
+    packages = [name for name in runs[-1].categories["dense"] if name not in ours]
     return f"A full-batch step, {beside_numpy(steps, ours, packages)}"
 
 
 def _inexact(result: Result) -> str:
     """The error of the updates in bfloat16 against float64, in words."""
-    errors = [form.error for name in result.forms.get("bfloat16", ()) for form in result.tried.get(name, {}).values()]
+    names = result.categories.get("bfloat16", ())
+    errors = [form.error for name in names for form in result.tried.get(name, {}).values()]
     return f"updates off by {max(filter(None, errors)):.1e} of their norm" if any(errors) else "less exact"

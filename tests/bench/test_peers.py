@@ -294,8 +294,8 @@ def test_head_to_head_reports_missing_packages(tmp_path):
     result = head_to_head.measure(noisy_patterns(784, train=600), quick=True)
     assert {"PyTorch", "PyTorch by hand", "torch.compile", "JAX", "PyTorch CSR", "MKL CSR"} <= set(result.skipped)
     assert result.skipped["JAX"] == "jax is not installed: make bench-peers installs it"
-    assert result.forms["dense"] == ["numpy", "numba", "scikit-learn"]
-    assert {"sparse", "SciPy CSR"} <= set(result.forms["sparse"])
+    assert result.categories["dense"] == ["numpy", "numba", "scikit-learn"]
+    assert {"sparse", "SciPy CSR"} <= set(result.categories["sparse"])
     assert result.steps.ratio("sparse", "SciPy CSR").ratio > 0
     assert result.compile_seconds["numba"] > 0
     assert result.compile_seconds["numpy"] is None
@@ -511,9 +511,9 @@ def test_bfloat16_is_another_category_with_its_error(tmp_path, monkeypatch):
     steps = Comparison(
         "", {"numpy": [3.0], "sparse": [1.0], "PyTorch bfloat16": [0.5], head_to_head.BIG_PRODUCTS: [2.0]}
     )
-    forms = {"dense": ["numpy"], "sparse": ["sparse"], "bfloat16": ["PyTorch bfloat16"]}
+    categories = {"dense": ["numpy"], "sparse": ["sparse"], "bfloat16": ["PyTorch bfloat16"]}
     tried = {"PyTorch bfloat16": {"autocast": Form(error=0.0017)}}
-    result = head_to_head.Result(forms, steps, tried)
+    result = head_to_head.Result(categories, steps, tried)
     head_to_head.draw([result], "", tmp_path / "figure.png")
     assert words[-1] == "dense in bfloat16: another category, updates off by 1.7e-03 of their norm"
 

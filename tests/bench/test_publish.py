@@ -129,10 +129,10 @@ def test_the_competitors_stand_with_their_errors(tmp_path):
         "numpy": {"ours": Form(error=1.2e-7)},
         "PyTorch bfloat16": {"slow": Form(error=0.1), "autocast": Form(error=0.0017)},
     }
-    forms = {"dense": ["numpy"], "bfloat16": ["PyTorch bfloat16"]}
+    categories = {"dense": ["numpy"], "bfloat16": ["PyTorch bfloat16"]}
     chosen = {"numpy": "ours", "PyTorch bfloat16": "autocast"}
     sections = {
-        "head_to_head": Section(CONDITIONS, head_to_head.Result(forms, steps, tried, chosen)),
+        "head_to_head": Section(CONDITIONS, head_to_head.Result(categories, steps, tried, chosen)),
         "memory": Section(CONDITIONS, memory.Result({"numpy": 195_000_000}, {})),
     }
     (tmp_path / "here").mkdir()
