@@ -76,7 +76,6 @@ def machine() -> Machine:
         threads_per_core=len(cpus) if (cpus := _cpus("cpu0/topology/thread_siblings_list")) else None,
         caches=caches(),
         hypervisor=_hypervisor(flags),
-        system=software.system,
         blas=", ".join(software.blas) or None,
         mkl=mkl_code_path(),
     )

@@ -217,7 +217,6 @@ class Machine:
     """Above 1 with simultaneous multithreading."""
     caches: list[Cache]
     hypervisor: str | None
-    system: str
     blas: str | None
     """NumPy's, with the CPU kernel that it selected."""
     mkl: str | None

@@ -86,9 +86,9 @@ class Result:
     peak_gflop_per_second: dict[int, float]
     """By number of threads."""
     forms: dict[str, str]
-    """The form of each peer that was fastest over a full batch of at most 15,000 images."""
+    """The form in which each peer was timed, the fastest over a full batch of at most 15,000 images. Only evidence."""
     forms_in_batches: dict[int, dict[str, str]]
-    """The form of each peer that was fastest over mini-batches, by their size."""
+    """The form of each peer that was fastest over mini-batches, by their size. Only evidence."""
     skipped: dict[str, str]
     """Why a peer was not timed."""
     kind: Literal["scaling"] = "scaling"

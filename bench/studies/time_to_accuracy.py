@@ -82,7 +82,7 @@ class Result:
     target: float
     """Test accuracy to reach."""
     trials: dict[str, list[Trial]]
-    """The recipes tried, by competitor."""
+    """The recipes tried, by competitor: the evidence for the choice."""
     recipes: dict[str, Recipe]
     """The recipe chosen, by competitor."""
     times: Comparison
