@@ -185,23 +185,23 @@ Place = tuple[str, str]
 
 def lines_of_code(step: str) -> int:
     """Lines of code in kernels/ that a step runs, not counting comments, docstrings and blank lines."""
-    code = map(ast.unparse, set(_reached((steps.__name__, step), {}).values()))
+    code = map(ast.unparse, set(reached((steps.__name__, step), {}).values()))
     return sum(bool(line.strip()) for text in code for line in text.splitlines())
 
 
-def _reached(place: Place, seen: dict[Place, ast.AST]) -> dict[Place, ast.AST]:
+def reached(place: Place, seen: dict[Place, ast.AST]) -> dict[Place, ast.AST]:
     """The definition at `place`, and those that it uses, recursively. Decorators are not followed into the compiler."""
     definition = _definitions().get(place)
     if isinstance(definition, tuple):
-        _reached(definition, seen)
+        reached(definition, seen)
     elif definition and place not in seen:
         seen[place] = definition
         for part in _undecorated(definition):
             for node in ast.walk(part):
                 if isinstance(node, ast.Name):
-                    _reached((place[0], node.id), seen)
+                    reached((place[0], node.id), seen)
                 elif isinstance(node, ast.Attribute):
-                    _reached((simd.__name__, f".{node.attr}"), seen)  # only methods of its classes are called this way
+                    reached((simd.__name__, f".{node.attr}"), seen)  # only methods of its classes are called this way
     return seen
 
 

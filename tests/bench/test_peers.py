@@ -223,14 +223,12 @@ def test_steps_in_parts_are_the_same_steps(name, task):
 
 
 def test_parts_of_steps(task):
-    """Every backend has every part. On a busy machine single turns can take many times longer than others."""
+    """Every backend has every part."""
     steps = mini_batches.steps_in_parts(task, 32, rounds=3)
     assert tuple(steps) == mini_batches.BACKENDS
     for step in steps.values():
         assert list(step.seconds) == [*mini_batches.PARTS, mini_batches.WHOLE]
         assert all(len(seconds) == 3 and min(seconds) > 0 for seconds in step.seconds.values())
-        parts = sum(min(step.seconds[part]) for part in mini_batches.PARTS)
-        assert parts < 20 * max(step.seconds[mini_batches.WHOLE])
 
 
 def test_a_part_does_not_include_others(task, monkeypatch):

@@ -238,7 +238,7 @@ def test_break_even():
         259: "crosses numpy beyond 250 epochs",
         math.inf: "stays above numpy",
     }
-    assert {epochs: break_even._crossing(epochs) for epochs in words} == words
+    assert {epochs: break_even.crossing(epochs) for epochs in words} == words
 
 
 def test_a_process_reports_its_epochs(tmp_path):
@@ -358,7 +358,7 @@ def test_lines_of_code_leave_out_the_compiler():
     """llvmlite's `ir`, which the kernels use, is not the method of that name, which compiles them."""
 
     def names(step):
-        return {name for _, name in ladder._reached(("kernels.ladder.steps", step), {})}
+        return {name for _, name in ladder.reached(("kernels.ladder.steps", step), {})}
 
     assert {"add_block", "_emit_sums", "Vectors", ".fma", "PACKS_A"} <= names("vectors")
     assert names("vectors").isdisjoint({".ir", "_require_compiler", "_Cache"})
