@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 
 from bench.measure.records import Comparison, Ratio, Run, Section
 from bench.publish.folder import Folder
@@ -343,17 +344,8 @@ def draw(folders: Sequence[Folder], file: Path) -> None:
         axes = figure.subplots()
         axes.axvline(1, color="black", linewidth=1)
         for order, folder in enumerate(folders):
-            shift, shade = (order - (len(folders) - 1) / 2) * 0.6 / max(len(folders), 3), shades[order % len(shades)]
-            commit = ", ".join(folder.commits[:1])
-            axes.plot([], [], "o", color=shade, markersize=5, label=f"{folder.label} (commit {commit})")
-            for row, claim in enumerate(rows):
-                if each := cell(claim, folder):
-                    face = "white" if each.verdict == "undecided" else shade
-                    middle = float(np.median([ratio.ratio for ratio in each.ratios]))
-                    axes.plot([each.low, each.high], [row + shift] * 2, color=shade, linewidth=2)
-                    axes.plot(middle, row + shift, "o", color=shade, markersize=4.5, markerfacecolor=face)
-                    if seconds := claim.at_peak(folder):
-                        axes.plot(seconds / each.base_seconds, row + shift, "|", color=shade, alpha=0.5, markersize=8)
+            shift = (order - (len(folders) - 1) / 2) * 0.6 / max(len(folders), 3)
+            _draw_machine(axes, rows, folder, shift, shades[order % len(shades)])
         axes.set(xscale="log", xlabel="time relative to the base (log scale)")
         ticks = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3]
         low, high = axes.get_xlim()
@@ -376,3 +368,18 @@ def draw(folders: Sequence[Folder], file: Path) -> None:
             "single products and other batch sizes, which have their own tables and figures.",
         )
         axes.spines["left"].set_color(BOUND_COLOUR)
+
+
+def _draw_machine(axes: Axes, rows: list[Claim], folder: Folder, shift: float, shade: str) -> None:
+    """A machine's dots, ranges and bounds, `shift` below the middle of each row, and its name in the legend."""
+    commit = ", ".join(folder.commits[:1])
+    axes.plot([], [], "o", color=shade, markersize=5, label=f"{folder.label} (commit {commit})")
+    for row, claim in enumerate(rows):
+        y = row + shift
+        if each := cell(claim, folder):
+            face = "white" if each.verdict == "undecided" else shade
+            middle = float(np.median([ratio.ratio for ratio in each.ratios]))
+            axes.plot([each.low, each.high], [y, y], color=shade, linewidth=2)
+            axes.plot(middle, y, "o", color=shade, markersize=4.5, markerfacecolor=face)
+            if seconds := claim.at_peak(folder):
+                axes.plot(seconds / each.base_seconds, y, "|", color=shade, alpha=0.5, markersize=8)
