@@ -139,23 +139,26 @@ def results(
         print_result(f"run {number + 1} of {runs}: {', '.join(names)}")
         options = ["--dataset", dataset, "--output", str(scratch), "--no-report", *["--quick"] * quick]
         subprocess.run(_bench("run", *names, *options))
-        measured = scratch / "quick" if quick else scratch
-        measured_run = existing_run(measured)
-        skipped = {name: "the study failed" for name in names if name not in measured_run.sections}
-        failures |= skipped
-        if not measured_run.sections:
-            continue
-        date = min(section.conditions.date for section in measured_run.sections.values())[:10]
-        earlier = [numbered(file)[1] for file in folder.glob(f"run-{date}-*.json")]
-        new = folder / f"run-{date}-{max(earlier, default=0) + 1}.json"  # some of that day may have been removed
-        write(new, dataclasses.replace(measured_run, skipped=skipped))
-        write(folder / MACHINE, read(Machine, measured / MACHINE))
+        failures |= add_run(folder, scratch / "quick" if quick else scratch, names)
     make_folder(DEFAULT)
     if not quick:
         print_result(f"to publish: run make publish, then commit the documents and {folder}")
     drawn = show(folder, DEFAULT, failures)
     if failures or not drawn:
         raise typer.Exit(1)
+
+
+def add_run(folder: Path, measured: Path, names: list[str]) -> dict[str, str]:
+    """Copy the run in `measured`, if it has any results, into `folder`; returns why some of its studies have none."""
+    run = existing_run(measured)
+    skipped = {name: "the study failed" for name in names if name not in run.sections}
+    if run.sections:
+        date = min(section.conditions.date for section in run.sections.values())[:10]
+        earlier = [numbered(file)[1] for file in folder.glob(f"run-{date}-*.json")]
+        new = folder / f"run-{date}-{max(earlier, default=0) + 1}.json"  # some of that day may have been removed
+        write(new, dataclasses.replace(run, skipped=skipped))
+        write(folder / MACHINE, read(Machine, measured / MACHINE))
+    return skipped
 
 
 @app.command()
