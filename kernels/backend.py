@@ -133,7 +133,8 @@ class Backend(ABC):
             If `z` is not a writable, two-dimensional array of native float32 or float64.
         """
         if not (_is_matrix(z) and z.flags.writeable):
-            _check_overwritten(z, "z")
+            _check_matrix(z, "z")
+            _check_writable("relu", z=z)
         return self._relu(z)
 
     def relu_grad(self, upstream: NDArray, activations: NDArray) -> NDArray:
@@ -210,7 +211,8 @@ class Backend(ABC):
         ValueError
             If shapes or dtypes differ, an argument is not an array of native float32 or float64, or one is read-only.
         """
-        if not (type(parameter) is np.ndarray and parameter.dtype in FLOATS and _is_like(gradient, parameter)):
+        is_valid = type(parameter) is np.ndarray and parameter.dtype in FLOATS and _is_like(gradient, parameter)
+        if not (is_valid and parameter.flags.writeable and gradient.flags.writeable):
             _check_update(parameter, gradient)
         self._update(parameter, gradient, float(factor))  # NumPy would compute in the type of a float64 scalar
 
@@ -289,7 +291,8 @@ def _check_product(a: Any, b: Any, bias: Any) -> None:
 
 
 def _check_pair(upstream: Any, activations: Any) -> None:
-    _check_overwritten(upstream, "upstream")
+    _check_matrix(upstream, "upstream")
+    _check_writable("relu_grad", upstream=upstream)
     _check_matrix(activations, "activations")
     _check_same_shape(upstream=upstream, activations=activations)
     _check_same_dtype(upstream=upstream, activations=activations)
@@ -300,6 +303,7 @@ def _check_update(parameter: Any, gradient: Any) -> None:
     _check_float(gradient, "gradient")
     _check_same_shape(parameter=parameter, gradient=gradient)
     _check_same_dtype(parameter=parameter, gradient=gradient)
+    _check_writable("update", parameter=parameter, gradient=gradient)
 
 
 def _check_labelled(logits: Any, labels: Any) -> None:
@@ -327,10 +331,10 @@ def _check_matrix(value: Any, name: str) -> None:
         raise ValueError(f"{name} must have two dimensions, not shape {value.shape}")
 
 
-def _check_overwritten(value: Any, name: str) -> None:
-    _check_matrix(value, name)
-    if not value.flags.writeable:
-        raise ValueError(f"{name} is read-only, and to be overwritten: pass a copy, or make matmul return new arrays")
+def _check_writable(kernel: str, **arrays: Any) -> None:
+    for name, value in arrays.items():
+        if not value.flags.writeable:
+            raise ValueError(f"{name} is read-only, but {kernel} may overwrite it: pass a writable array")
 
 
 def _check_same_shape(**arrays: Any) -> None:

@@ -29,25 +29,18 @@ from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 from kernels.backend import Backend
-from kernels.simd import (
-    CACHE_LINE,
-    CPU,
-    REGISTER_BYTES,
-    REGISTERS,
-    Vectors,
-    View,
+from kernels.compiling import (
     compile_seconds,
-    compiler_barrier,
     flat_in,
     flat_inout,
     integers_in,
     kernel,
     matrix_in,
     matrix_out,
-    opaque,
     row_major_in,
     row_major_inout,
 )
+from kernels.simd import CACHE_LINE, CPU, REGISTER_BYTES, REGISTERS, Vectors, View, compiler_barrier, emitter, opaque
 
 
 class Tuning(NamedTuple):
@@ -238,8 +231,8 @@ DOT_ON_ONE_SET = 16
 # Micro-kernels ----------------------------------------------------------------------------------------------
 
 
-@intrinsic
-def tiles(typing_context, a, i, rows, packed, is_packed, panels, bias, out, j, first):
+@emitter
+def tiles(vectors, builder, a, i, rows, packed, is_packed, panels, bias, out, j, first):
     """Add the product of A and panels of B to tiles of the result, side by side.
 
     Parameters
@@ -255,109 +248,79 @@ def tiles(typing_context, a, i, rows, packed, is_packed, panels, bias, out, j, f
     out
         (m, n) row-major array; element (i, j) is the upper left corner of panel 0's tile.
     """
-    signature = types.void(a, i, rows, packed, is_packed, panels, bias, out, j, first)
-
-    def emit(context, builder, signature, arguments):
-        packed, is_packed = View.of(context, builder, signature.args[3], arguments[3]), arguments[4]
-        signature = signature.replace(args=signature.args[:3] + signature.args[5:])
-        arguments = arguments[:3] + arguments[5:]
-        _emit_tiles(context, builder, signature, arguments, MR, TILE_VECTORS, packing=(packed, is_packed))
-
-    return signature, emit
+    _emit_tiles(vectors, builder, a, i, rows, panels, bias, out, j, first, MR, TILE_VECTORS, (packed, is_packed))
 
 
-@intrinsic
-def edge_tiles(typing_context, a, i, rows, panels, bias, out, j, first):
+@emitter
+def edge_tiles(vectors, builder, a, i, rows, panels, bias, out, j, first):
     """Like `tiles`, for panels of EDGE_VECTORS vectors whose last columns may be outside `out`."""
-    signature = types.void(a, i, rows, panels, bias, out, j, first)
-    return signature, functools.partial(_emit_tiles, most=EDGE_MR, width=EDGE_VECTORS)
+    _emit_tiles(vectors, builder, a, i, rows, panels, bias, out, j, first, EDGE_MR, EDGE_VECTORS)
 
 
-@intrinsic
-def few_tiles(typing_context, a, b, start, stop, out):
+@emitter
+def few_tiles(vectors, builder, a, b, start, stop, out):
     """Add the product of A's columns and B's rows, from `start` to `stop` - 1, to the result.
 
     A has at most FEW_MR rows. The rows of all three arrays are contiguous.
     """
-
-    def emit(context, builder, signature, arguments):
-        a, b, out = (View.of(context, builder, signature.args[n], arguments[n]) for n in (0, 1, 4))
-        _, _, start, stop, _ = arguments
-        vectors = Vectors(context, builder, signature.args[0].dtype)
-        columns, depth = out.shape[1], builder.sub(stop, start)
-        a = a.part(0, start)
-        for count in range(1, FEW_MR + 1):
-            most = 2 ** int(math.log2(FEW_TOTALS / max(count, 2)))
-            whole = builder.and_(columns, start.type(-most * vectors.lanes))
-            with builder.if_then(builder.icmp_signed("==", a.shape[0], start.type(count))):
-                for left, right, width in (start.type(0), whole, most), (whole, columns, 1):
-                    step = start.type(width * vectors.lanes)
-                    with cgutils.for_range_slice(builder, left, right, step, start.type) as (j, _):
-                        masks = [vectors.first(builder.sub(columns, j))] if width == 1 else [None] * width
-                        panel = View(builder, b.at(start, j), [depth], b.strides)
-                        target = out.part(0, j)
-                        prefetch = _later_panel(builder, vectors, panel, width)
-                        totals = _emit_sums(builder, vectors, a, panel, target, count, masks, prefetch, True)
-                        _emit_stores(builder, vectors, totals, target, masks, None)
-
-    return types.void(a, b, start, stop, out), emit
+    columns, depth = out.shape[1], builder.sub(stop, start)
+    a = a.part(0, start)
+    for count in range(1, FEW_MR + 1):
+        most = 2 ** int(math.log2(FEW_TOTALS / max(count, 2)))
+        whole = builder.and_(columns, start.type(-most * vectors.lanes))
+        with builder.if_then(builder.icmp_signed("==", a.shape[0], start.type(count))):
+            for left, right, width in (start.type(0), whole, most), (whole, columns, 1):
+                step = start.type(width * vectors.lanes)
+                with cgutils.for_range_slice(builder, left, right, step, start.type) as (j, _):
+                    masks = [vectors.first(builder.sub(columns, j))] if width == 1 else [None] * width
+                    panel = View(builder, b.at(start, j), [depth], b.strides)
+                    target = out.part(0, j)
+                    prefetch = _later_panel(builder, vectors, panel, width)
+                    totals = _emit_sums(builder, vectors, a, panel, target, count, masks, prefetch, True)
+                    _emit_stores(builder, vectors, totals, target, masks, None)
 
 
-@intrinsic
-def add_rows(typing_context, a, b, p, rows, out):
+@emitter
+def add_rows(vectors, builder, a, b, p, rows, out):
     """Add the product of a single row of A and `rows` rows of B, from row `p` on, to the result.
 
     There are ONE_ROWS rows, or one, each contiguous. ONE_VECTORS vectors of the result are in registers at a time.
     """
-
-    def emit(context, builder, signature, arguments):
-        a, b, out = (View.of(context, builder, signature.args[n], arguments[n]) for n in (0, 1, 4))
-        _, _, p, rows, _ = arguments
-        vectors = Vectors(context, builder, signature.args[0].dtype)
-        columns = out.shape[1]
-        whole = builder.and_(columns, p.type(-ONE_VECTORS * vectors.lanes))
-        for count in ONE_ROWS, 1:
-            with builder.if_then(builder.icmp_signed("==", rows, p.type(count))):
-                x = [vectors.broadcast(a.at(0, builder.add(p, p.type(r)))) for r in range(count)]
-                for start, stop, width in (p.type(0), whole, ONE_VECTORS), (whole, columns, 1):
-                    step = p.type(width * vectors.lanes)
-                    with cgutils.for_range_slice(builder, start, stop, step, p.type) as (j, _):
-                        mask = vectors.first(builder.sub(columns, j)) if width == 1 else None
-                        totals = [vectors.load(out.at(0, j), mask, column=c) for c in range(width)]
-                        for r in range(count):
-                            row = b.at(builder.add(p, p.type(r)), j)
-                            for c in range(width):
-                                totals[c] = vectors.fma(x[r], vectors.load(row, mask, column=c), totals[c])
+    columns = out.shape[1]
+    whole = builder.and_(columns, p.type(-ONE_VECTORS * vectors.lanes))
+    for count in ONE_ROWS, 1:
+        with builder.if_then(builder.icmp_signed("==", rows, p.type(count))):
+            x = [vectors.broadcast(a.at(0, builder.add(p, p.type(r)))) for r in range(count)]
+            for start, stop, width in (p.type(0), whole, ONE_VECTORS), (whole, columns, 1):
+                step = p.type(width * vectors.lanes)
+                with cgutils.for_range_slice(builder, start, stop, step, p.type) as (j, _):
+                    mask = vectors.first(builder.sub(columns, j)) if width == 1 else None
+                    totals = [vectors.load(out.at(0, j), mask, column=c) for c in range(width)]
+                    for r in range(count):
+                        row = b.at(builder.add(p, p.type(r)), j)
                         for c in range(width):
-                            vectors.store(totals[c], out.at(0, j), mask, column=c)
+                            totals[c] = vectors.fma(x[r], vectors.load(row, mask, column=c), totals[c])
+                    for c in range(width):
+                        vectors.store(totals[c], out.at(0, j), mask, column=c)
 
-    return types.void(a, b, p, rows, out), emit
 
-
-@intrinsic
-def dot_tile(typing_context, a, b, out, j, width):
-    """Add the product of A and `width` vectors of columns of B to the result: one, or DOT_VECTORS.
+@emitter
+def dot_tile(vectors, builder, a, b, out, j, chosen):
+    """Add the product of A and `chosen` vectors of columns of B to the result: one, or DOT_VECTORS.
 
     The first column is `j`. There are at most FEW_ROWS rows, and DOT_MR for more than one vector. Each is contiguous,
     and so are the columns of `b`, as long as a multiple of a vector. Square blocks are transposed in registers.
     """
-
-    def emit(context, builder, signature, arguments):
-        a, b, out = (View.of(context, builder, signature.args[n], arguments[n]) for n in range(3))
-        _, _, _, j, chosen = arguments
-        vectors = Vectors(context, builder, signature.args[0].dtype)
-        size = j.type(REGISTER_BYTES // vectors.lanes)  # strides known at compile time need no multiplication
-        a = View(builder, a.at(), a.shape, [a.strides[0], size])
-        b = View(builder, b.at(0, j), b.shape, [size, b.strides[1]])
-        out = View(builder, out.at(0, j), (), out.strides)
-        for count in range(1, FEW_ROWS + 1):
-            for width in {dot_vectors(count, vectors.lanes, stride) for stride in (1, PAGE)}:
-                is_height = builder.icmp_signed("==", a.shape[0], j.type(count))
-                is_width = builder.icmp_signed("==", chosen, chosen.type(width))
-                with builder.if_then(builder.and_(is_height, is_width)):
-                    _emit_dots(builder, vectors, a, b, out, count, width)
-
-    return types.void(a, b, out, j, width), emit
+    size = j.type(REGISTER_BYTES // vectors.lanes)  # strides known at compile time need no multiplication
+    a = View(builder, a.at(), a.shape, [a.strides[0], size])
+    b = View(builder, b.at(0, j), b.shape, [size, b.strides[1]])
+    out = View(builder, out.at(0, j), (), out.strides)
+    for count in range(1, FEW_ROWS + 1):
+        for width in {dot_vectors(count, vectors.lanes, stride) for stride in (1, PAGE)}:
+            is_height = builder.icmp_signed("==", a.shape[0], j.type(count))
+            is_width = builder.icmp_signed("==", chosen, chosen.type(width))
+            with builder.if_then(builder.and_(is_height, is_width)):
+                _emit_dots(builder, vectors, a, b, out, count, width)
 
 
 def _emit_dots(builder, vectors, a, b, out, rows, width):
@@ -381,14 +344,11 @@ def _emit_dots(builder, vectors, a, b, out, rows, width):
         vectors.store(builder.load(total), out.at(r), column=c)
 
 
-def _emit_tiles(context, builder, signature, arguments, most, width, packing=None):
+def _emit_tiles(vectors, builder, a, i, rows, panels, bias, out, j, first, most, width, packing=None):
     """Emit a loop over the panels for each number of rows from 1 to `most`, and the branch that selects one.
 
     Without `packing`, the last columns may be outside the result.
     """
-    _, i, rows, _, _, _, j, first = arguments
-    a, panels, bias, out = (View.of(context, builder, signature.args[n], arguments[n]) for n in (0, 3, 4, 5))
-    vectors = Vectors(context, builder, signature.args[0].dtype)
     size = j.type(REGISTER_BYTES // vectors.lanes)
     here = a.part(i)
     if packing and PACKS_A:
@@ -545,23 +505,20 @@ def _emit_stores(builder, vectors, totals, out, masks, has_room):
             store(totals, masks)
 
 
-@intrinsic
-def pack(typing_context, b, j, panel):
+@emitter
+def pack(vectors, builder, b, j, panel):
     """Pack a panel from column `j` of `b` on, whose rows are contiguous; missing columns become zeros."""
-    return types.void(b, j, panel), functools.partial(emit_packing, width=TILE_VECTORS, ahead=STREAMS)
+    emit_packing(vectors, builder, b, j, panel, TILE_VECTORS, STREAMS)
 
 
-@intrinsic
-def pack_edge(typing_context, b, j, panel):
+@emitter
+def pack_edge(vectors, builder, b, j, panel):
     """Like `pack`, for a panel of EDGE_VECTORS vectors."""
-    return types.void(b, j, panel), functools.partial(emit_packing, width=EDGE_VECTORS)
+    emit_packing(vectors, builder, b, j, panel, EDGE_VECTORS)
 
 
-def emit_packing(context, builder, signature, arguments, width, ahead=0):
+def emit_packing(vectors, builder, b, j, panel, width, ahead=0):
     """Emit the loop over the rows of B, each `width` vectors in the panel; prefetch the row `ahead` of each."""
-    b, panel = (View.of(context, builder, signature.args[n], arguments[n]) for n in (0, 2))
-    j = arguments[1]
-    vectors = Vectors(context, builder, signature.args[0].dtype)
     columns = builder.sub(b.shape[1], j)
     masks = [vectors.first(builder.sub(columns, j.type(c * vectors.lanes))) for c in range(width)]
     # On NEON, a masked load compiles to a branch per lane.
@@ -575,50 +532,36 @@ def emit_packing(context, builder, signature, arguments, width, ahead=0):
                     vectors.store(vectors.load(b.at(loop.index, j), mask, column=c), panel.at(loop.index), column=c)
 
 
-@intrinsic
-def pack_transposed(typing_context, b, rows, j, panel, column):
+@emitter
+def pack_transposed(vectors, builder, b, rows, j, panel, column):
     """Pack `rows` rows of one vector of columns, from column `j` of `b` on, whose columns are contiguous.
 
     The rows are a multiple of a vector's lanes: square blocks are transposed in registers.
     """
-
-    def emit(context, builder, signature, arguments):
-        b, panel = (View.of(context, builder, signature.args[n], arguments[n]) for n in (0, 3))
-        _, rows, j, _, column = arguments
-        vectors = Vectors(context, builder, signature.args[0].dtype)
-        size = j.type(REGISTER_BYTES // vectors.lanes)  # strides known at compile time need no multiplication
-        source = View(builder, b.at(0, j), (), (size, b.strides[1]))
-        with cgutils.for_range_slice(builder, j.type(0), rows, j.type(vectors.lanes), j.type) as (row, _):
-            target = panel.part(row, column)
-            for r, vector in enumerate(vectors.transposed(source.part(row))):
-                vectors.store(vector, target.at(r))
-
-    return types.void(b, rows, j, panel, column), emit
+    size = j.type(REGISTER_BYTES // vectors.lanes)  # strides known at compile time need no multiplication
+    source = View(builder, b.at(0, j), (), (size, b.strides[1]))
+    with cgutils.for_range_slice(builder, j.type(0), rows, j.type(vectors.lanes), j.type) as (row, _):
+        target = panel.part(row, column)
+        for r, vector in enumerate(vectors.transposed(source.part(row))):
+            vectors.store(vector, target.at(r))
 
 
-@intrinsic
-def pack_a(typing_context, a, i, packed):
+@emitter
+def pack_a(vectors, builder, a, i, packed):
     """Set row k of `packed`, (k, MR), to elements i to i + MR of column k of `a`, whose columns are contiguous.
 
     It stores whole vectors, so `packed` needs room for one more vector at its end.
     """
-
-    def emit(context, builder, signature, arguments):
-        a, packed = (View.of(context, builder, signature.args[n], arguments[n]) for n in (0, 2))
-        i = arguments[1]
-        vectors = Vectors(context, builder, signature.args[0].dtype)
-        starts = range(0, MR, vectors.lanes)
-        rest = builder.sub(a.shape[0], i)
-        masks = [vectors.first(builder.sub(rest, i.type(start))) for start in starts]
-        is_whole = builder.icmp_signed(">=", rest, i.type(len(starts) * vectors.lanes))
-        with builder.if_else(is_whole) as (whole, ragged):
-            for branch, chosen in (whole, [None] * len(starts)), (ragged, masks):
-                with branch, cgutils.for_range(builder, a.shape[1]) as loop:
-                    for c, mask in enumerate(chosen):
-                        vector = vectors.load(a.at(i, loop.index), mask, column=c)
-                        vectors.store(vector, packed.at(loop.index), column=c)
-
-    return types.void(a, i, packed), emit
+    starts = range(0, MR, vectors.lanes)
+    rest = builder.sub(a.shape[0], i)
+    masks = [vectors.first(builder.sub(rest, i.type(start))) for start in starts]
+    is_whole = builder.icmp_signed(">=", rest, i.type(len(starts) * vectors.lanes))
+    with builder.if_else(is_whole) as (whole, ragged):
+        for branch, chosen in (whole, [None] * len(starts)), (ragged, masks):
+            with branch, cgutils.for_range(builder, a.shape[1]) as loop:
+                for c, mask in enumerate(chosen):
+                    vector = vectors.load(a.at(i, loop.index), mask, column=c)
+                    vectors.store(vector, packed.at(loop.index), column=c)
 
 
 # Cache blocking ---------------------------------------------------------------------------------------------
@@ -820,35 +763,32 @@ def relu_grad(upstream, activations):
     zero_inactive(upstream.ravel(), activations.ravel())
 
 
-@intrinsic
-def zero_negative(typing_context, z):
+@emitter
+def zero_negative(vectors, builder, z):
     """Set elements to 0, unless they are positive or NaN."""
-    return types.void(z), functools.partial(_emit_zeroing, is_greater=ir.IRBuilder.fcmp_unordered)
+    _emit_zeroing(vectors, builder, z, z, builder.fcmp_unordered)
 
 
-@intrinsic
-def zero_inactive(typing_context, upstream, activations):
+@emitter
+def zero_inactive(vectors, builder, upstream, activations):
     """Set elements of `upstream` to 0, unless the activation is positive."""
-    return types.void(upstream, activations), functools.partial(_emit_zeroing, is_greater=ir.IRBuilder.fcmp_ordered)
+    _emit_zeroing(vectors, builder, upstream, activations, builder.fcmp_ordered)
 
 
-def _emit_zeroing(context, builder, signature, arguments, is_greater):
-    """Emit a loop that sets elements of the first array to 0, unless those of the last are greater than 0.
+def _emit_zeroing(vectors, builder, values, others, is_greater):
+    """Emit a loop that sets elements of `values` to 0, unless those of `others` are greater than 0.
 
     Without the barrier, LLVM turns load, select and store into a masked store. With AVX2, that is slow: on Zen 3,
     `relu` took 2.5 times as long.
     """
-    values, *others = (View.of(context, builder, *array) for array in zip(signature.args, arguments, strict=True))
-    vectors = Vectors(context, builder, signature.args[0].dtype)
     (size,), zeros = values.shape, vectors.constant(0)
     whole = builder.and_(size, size.type(-vectors.lanes))
     for start, stop in (size.type(0), whole), (whole, size):
         with cgutils.for_range_slice(builder, start, stop, size.type(vectors.lanes), size.type) as (i, _):
             mask = vectors.first(builder.sub(size, i)) if start is whole else None
-            value, *other = (vectors.load(view.at(i), mask) for view in (values, *others))
+            value, other = (vectors.load(view.at(i), mask) for view in (values, others))
             compiler_barrier(builder)
-            is_kept = is_greater(builder, ">", *(other or [value]), zeros)
-            vectors.store(builder.select(is_kept, value, zeros), values.at(i), mask)
+            vectors.store(builder.select(is_greater(">", other, zeros), value, zeros), values.at(i), mask)
 
 
 @kernel(flat_inout, flat_in, lambda dtype: dtype)

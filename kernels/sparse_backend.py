@@ -23,7 +23,6 @@ Both x and x.T are encoded like this, so the same code computes both products.
 A zero pixel adds nothing to a sum, whatever its factor: zero times infinity or NaN is skipped, too.
 """
 
-import functools
 import threading
 import warnings
 from collections.abc import Callable
@@ -37,6 +36,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
+from kernels.compiling import flat_in, kernel, matrix_out, row_major_in
 from kernels.numba_backend import NumbaBackend, emit_packing
 from kernels.simd import (
     CACHE_LINE,
@@ -48,11 +48,8 @@ from kernels.simd import (
     aligned_empty,
     compiler_barrier,
     compress_bytes,
-    flat_in,
-    kernel,
-    matrix_out,
+    emitter,
     opaque,
-    row_major_in,
 )
 
 # Vectors in a row of a panel, and of the narrower panels for the last columns. 8 independent accumulators hide the
@@ -406,10 +403,10 @@ class SparseMatrix:
 # The product -------------------------------------------------------------------------------------------------------
 
 
-@intrinsic
-def pack_panel(typing_context, b, j, panel):
+@emitter
+def pack_panel(vectors, builder, b, j, panel):
     """Pack B's columns from `j` on into the panel; missing columns become zeros."""
-    return types.void(b, j, panel), functools.partial(emit_packing, width=PANEL_VECTORS)
+    emit_packing(vectors, builder, b, j, panel, PANEL_VECTORS)
 
 
 @intrinsic

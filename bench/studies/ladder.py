@@ -190,27 +190,18 @@ def lines_of_code(step: str) -> int:
 
 
 def reached(place: Place, seen: dict[Place, ast.AST]) -> dict[Place, ast.AST]:
-    """The definition at `place`, and those that it uses, recursively. Decorators are not followed into the compiler."""
+    """The definition at `place`, and those that it uses, recursively, but not those of the compiler."""
     definition = _definitions().get(place)
     if isinstance(definition, tuple):
         reached(definition, seen)
     elif definition and place not in seen:
         seen[place] = definition
-        for part in _undecorated(definition):
-            for node in ast.walk(part):
-                if isinstance(node, ast.Name):
-                    reached((place[0], node.id), seen)
-                elif isinstance(node, ast.Attribute):
-                    reached((simd.__name__, f".{node.attr}"), seen)  # only methods of its classes are called this way
+        for node in ast.walk(definition):
+            if isinstance(node, ast.Name):
+                reached((place[0], node.id), seen)
+            elif isinstance(node, ast.Attribute):
+                reached((simd.__name__, f".{node.attr}"), seen)  # only methods of its classes are called this way
     return seen
-
-
-def _undecorated(definition: ast.AST) -> list[Any]:
-    """The parts of a definition without its decorator, even one that is called: ``kernel(...)(function)``."""
-    value = getattr(definition, "value", None)
-    if isinstance(value, ast.Call) and isinstance(value.func, ast.Call):
-        return value.args
-    return getattr(definition, "body", [definition])
 
 
 @functools.cache

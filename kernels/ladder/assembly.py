@@ -6,8 +6,8 @@ import numpy as np
 from numba import types
 
 from kernels import numba_backend
+from kernels.compiling import flat_in, kernel, matrix_out, row_major_in
 from kernels.ladder.steps import STEPS, three_loops
-from kernels.simd import flat_in, kernel, matrix_out, row_major_in
 
 
 def panels_in(dtype: types.Float) -> types.Array:

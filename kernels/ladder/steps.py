@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 from numba import config, njit
 
+from kernels.compiling import flat_in, kernel, matrix_out, row_major_in
 from kernels.naive_backend import matmul as naive_matmul
 from kernels.numba_backend import matmul as numba_matmul
-from kernels.simd import aligned_empty, flat_in, kernel, matrix_out, row_major_in
+from kernels.simd import aligned_empty
 
 # Shape of a tile of the result: 8 KB, a quarter of the smallest L1 caches.
 TILE_ROWS = 16

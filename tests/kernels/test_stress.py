@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from threadpoolctl import threadpool_limits
 
-from kernels import get_backend, simd
+from kernels import get_backend
+from kernels.compiling import flat_in, kernel
 from kernels.numpy_backend import NumpyBackend
 from model.data import Dataset
 from model.mlp import MLP
@@ -99,7 +100,7 @@ def test_a_fork_waits_for_a_kernel_that_is_being_compiled():
     def wait_while_compiling(dtype):
         compiling.set()
         assert finish.wait(SECONDS)
-        return simd.flat_in(dtype)
+        return flat_in(dtype)
 
     slow, array = kernel_that_does_nothing(wait_while_compiling), np.ones(1)
     compiler = threading.Thread(target=slow, args=(array,))
@@ -119,7 +120,7 @@ def kernel_that_does_nothing(parameter):
     """Without a file in the cache, as its source is not a file."""
     namespace = {}
     exec("def nothing(x): pass", namespace)
-    return simd.kernel(parameter)(namespace["nothing"])
+    return kernel(parameter)(namespace["nothing"])
 
 
 def fork_and_compile(codes, array):
@@ -129,7 +130,7 @@ def fork_and_compile(codes, array):
     faulthandler.dump_traceback_later(SECONDS / 2, exit=True)
     code = 1
     try:
-        kernel_that_does_nothing(simd.flat_in)(array)
+        kernel_that_does_nothing(flat_in)(array)
         code = 0
     finally:
         os._exit(code)
