@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from bench.measure.interleave import interleave
 from bench.peers.c_csr import CCSR
-from bench.peers.jax_jit import JAX, JAXScan
+from bench.peers.jax_jit import JAX, JAXScan, JAXSteps
 from bench.peers.mkl_sparse import MKLCSR
 from bench.peers.ours import Ours
 from bench.peers.pytorch import (
@@ -33,6 +33,7 @@ from bench.peers.pytorch import (
     PyTorchCSR,
     PyTorchMediumPrecision,
     PyTorchOneDNN,
+    PyTorchOneDNNByHand,
 )
 from bench.peers.pytorch_shards import PyTorchInShards
 from bench.peers.scikit_learn import ScikitLearn
@@ -62,9 +63,13 @@ def _in_our_shards(backend: Callable) -> Callable[[Task], Competitor]:
 
 PEERS: dict[str, dict[str, Callable[[Task], Competitor]]] = {
     "PyTorch": {"MKL": PyTorch, "oneDNN": PyTorchOneDNN},
-    "PyTorch by hand": {"all at once": PyTorchByHand, "in our shards": PyTorchInShards},
+    "PyTorch by hand": {
+        "all at once": PyTorchByHand,
+        "in our shards": PyTorchInShards,
+        "oneDNN, parts of 2,000": PyTorchOneDNNByHand,
+    },
     "torch.compile": {"loss": CompiledPyTorch, "whole step": CompiledStep, "parts of 2,000": CompiledParts},
-    "JAX": {"one call": JAX, "scan over parts of 1,000": JAXScan},
+    "JAX": {"one call": JAX, "scan over parts of 1,000": JAXScan, "scan over steps": JAXSteps},
     "scikit-learn": {"partial_fit": ScikitLearn},
     "SciPy CSR": {"in our shards": _in_our_shards(SciPyCSR)},
     "PyTorch CSR": {"parts of 2,048": PyTorchCSR},
@@ -151,7 +156,7 @@ def turn(started: Competitor, task: Task, size: int | None) -> Callable[[], Any]
     if size is None:
         return started.step
     assert isinstance(started, Learner)
-    return partial(take_steps, started.learn_rows, batches(len(task.images), size), steps_in_a_turn(size))
+    return partial(take_steps, started, batches(len(task.images), size), steps_in_a_turn(size))
 
 
 def verified(
@@ -187,10 +192,10 @@ def verified(
 def _first_steps(started: Competitor, task: Task, size: int | None) -> list[float]:
     """Take the steps to verify; returns the seconds of each."""
     if size is None:
-        steps = [started.step] * VERIFIED_STEPS
+        steps: list[Callable[[], Any]] = [started.step] * VERIFIED_STEPS
     elif isinstance(started, Learner):
         first = itertools.islice(batches(len(task.images), size), VERIFIED_STEPS)
-        steps = [partial(started.learn_rows, rows) for rows in first]
+        steps = [partial(started.learn_rows_all, [rows]) for rows in first]
     else:
         raise UnavailableError("this form takes no mini-batches")
     seconds = []

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.peers.task import Learner, Task, package
+from bench.peers.task import Learner, Task, UnavailableError, package
 
 
 class JAX(Learner):
@@ -60,7 +60,36 @@ class JAXScan(JAX):
         return self._descend("scan", *self._prepare(images, labels))
 
     def learn_rows(self, rows):
+        if len(rows) < PART:
+            raise UnavailableError(f"batches of {len(rows)} images have no parts of {PART:,}")
         return self._descend("scan rows", *self.all, rows.astype(np.int32))
+
+
+class JAXSteps(JAX):
+    """The same with `jax.lax.scan` over several steps in one call, which saves most of a small step's overhead.
+
+    A scan takes arrays of one shape, so batches of different sizes are stepped over one by one.
+    """
+
+    def step(self):
+        raise UnavailableError("a full batch is one step")
+
+    def learn_all(self, batches):
+        if len({len(labels) for _, labels in batches}) > 1:
+            super().learn_all(batches)
+        else:
+            images, labels = map(np.stack, zip(*batches))
+            self._descend_all("steps", *self._prepare(images, labels))
+
+    def learn_rows_all(self, batches):
+        if len(set(map(len, batches))) > 1:
+            super().learn_rows_all(batches)
+        else:
+            self._descend_all("steps over rows", *self.all, np.stack(batches).astype(np.int32))
+
+    def _descend_all(self, function, *steps):
+        update = _functions()[function]
+        self.arrays, _ = self.jax.block_until_ready(update(self.arrays, self.learning_rate, *steps))
 
 
 PART = 1000
@@ -96,10 +125,23 @@ def _functions() -> dict[str, Any]:
     def update_scan_rows(parameters: list, rate: float, images: Any, labels: Any, rows: Any) -> tuple[list, Any]:
         return update_scan(parameters, rate, images[rows], labels[rows])
 
+    def update_steps(parameters: list, rate: float, images: Any, labels: Any) -> tuple[list, Any]:
+        return jax.lax.scan(lambda moved, batch: update(moved, rate, *batch), parameters, (images, labels))
+
+    def update_steps_rows(parameters: list, rate: float, images: Any, labels: Any, rows: Any) -> tuple[list, Any]:
+        return jax.lax.scan(lambda moved, batch: update_rows(moved, rate, images, labels, batch), parameters, rows)
+
     def accuracy(parameters: list, images: Any, labels: Any) -> Any:
         return (_logits(jax, parameters, images).argmax(1) == labels).mean()
 
-    updates = {"all": update, "rows": update_rows, "scan": update_scan, "scan rows": update_scan_rows}
+    updates = {
+        "all": update,
+        "rows": update_rows,
+        "scan": update_scan,
+        "scan rows": update_scan_rows,
+        "steps": update_steps,
+        "steps over rows": update_steps_rows,
+    }
     return {"accuracy": jax.jit(accuracy), **{k: jax.jit(f, donate_argnums=0) for k, f in updates.items()}}
 
 

@@ -1,11 +1,12 @@
 """The task that every competitor gets, and a competitor's interface."""
 
 import importlib
+import itertools
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,6 +73,16 @@ class Learner(Competitor):
     def learn_rows(self, rows: NDArray[np.integer]) -> float:
         """Take one step over some of its images, which a peer keeps as floats; returns the loss like `learn`."""
 
+    def learn_all(self, batches: Sequence[tuple[NDArray[np.uint8], NDArray[np.integer]]]) -> None:
+        """Prepare each of these batches of images and labels, and take a step over it."""
+        for images, labels in batches:
+            self.learn(images, labels)
+
+    def learn_rows_all(self, batches: Sequence[NDArray[np.integer]]) -> None:
+        """Take a step over each of these batches of its images."""
+        for rows in batches:
+            self.learn_rows(rows)
+
     @abstractmethod
     def accuracy(self) -> float:
         """Share of its images that are classified correctly."""
@@ -99,10 +110,9 @@ def steps_in_a_turn(size: int) -> int:
     return min(MOST_STEPS_IN_A_TURN, max(2, IMAGES_IN_A_TURN // size))
 
 
-def take_steps(step: Callable[[NDArray], Any], batches: Iterator[NDArray[np.integer]], count: int) -> None:
+def take_steps(learner: Learner, batches: Iterator[NDArray[np.integer]], count: int) -> None:
     """Take `count` steps, over the next batches."""
-    for _ in range(count):
-        step(next(batches))
+    learner.learn_rows_all(list(itertools.islice(batches, count)))
 
 
 def package(name: str, how: str = "make bench-peers installs it") -> ModuleType:

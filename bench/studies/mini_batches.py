@@ -157,7 +157,7 @@ class InParts(Ours):
         self.overhead = self.seconds_of_stopwatch()
         self.seconds.clear()
         with mock.patch.multiple(contract, **self.checks):
-            take_steps(self.learn_rows, batches, count)
+            take_steps(self, batches, count)
         self.turns.append({part: self.seconds[part] / count for part in PARTS})
 
     def seconds_of_stopwatch(self) -> float:
@@ -194,7 +194,7 @@ def steps_in_parts(task: Task, size: int, rounds: int) -> dict[str, Comparison]:
     count = steps_in_a_turn(size)
     for name, learner in learners.items():
         following = batches(len(task.images), size)
-        turns[name] = partial(take_steps, Ours(get_backend(name), task).learn_rows, following, count)
+        turns[name] = partial(take_steps, Ours(get_backend(name), task), following, count)
         turns[f"{name}, in parts"] = partial(learner.turn, following, count)
     whole = interleave(turns, rounds, warmup=0, steps=2)
     steps = {}

@@ -203,7 +203,7 @@ def batch_points(
             count = min(-(-8 // size) if slow else steps, -(-whole // size))
             learner = started(name, form)
             assert isinstance(learner, Learner)
-            train = take_batches(learner.learn_rows, whole, size, count)
+            train = take_batches(learner, whole, size, count)
             points[name, size] = Point(train, min(1, count * size / whole))
     return points
 
@@ -235,9 +235,9 @@ def is_slow(name: str) -> bool:
     return name in backend_names() and name not in full_batch_backends()
 
 
-def take_batches(step: Callable[[NDArray], Any], images: int, size: int, count: int) -> Callable[[], None]:
-    """A function that calls `step` with the row indices of the next `count` batches, in random order."""
-    return partial(take_steps, step, shuffled_batches(images, size), count)
+def take_batches(learner: Learner, images: int, size: int, count: int) -> Callable[[], None]:
+    """A function that takes steps over the next `count` batches, in random order."""
+    return partial(take_steps, learner, shuffled_batches(images, size), count)
 
 
 def task_of(parallel_map: Callable, dataset: Dataset, hidden: int = HIDDEN) -> Task:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.progress import track
 
 from bench.measure.interleave import interleave
@@ -141,11 +142,14 @@ def reach(name: str, dataset: Dataset, recipe: Recipe, seed: int, parallel_map: 
     learner = competitor(name, task, recipe.form)
     assert isinstance(learner, Learner)
     curve: Curve = []
+    batches: list[tuple[NDArray, NDArray]] = []
     images = 0
     for batch in shuffled_batches(len(dataset.train_images), recipe.batch_size, seed):
-        learner.learn(dataset.train_images[batch], dataset.train_labels[batch])
+        batches.append((dataset.train_images[batch], dataset.train_labels[batch]))
         images += len(batch)
         if images // EVALUATE_EVERY > (images - len(batch)) // EVALUATE_EVERY:
+            learner.learn_all(batches)
+            batches = []
             accuracy = learner.accuracy()
             curve.append(Evaluation(time.perf_counter() - start, images, accuracy))
             if accuracy >= TARGET or images >= GIVE_UP_AFTER:

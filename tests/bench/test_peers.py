@@ -10,6 +10,7 @@ import pytest
 from bench.measure import interleave
 from bench.measure.records import Comparison
 from bench.peers import PEERS, Form, best_form, competitor, expected_parameters, update_error, verified
+from bench.peers.jax_jit import JAX, JAXSteps
 from bench.peers.ours import Ours
 from bench.peers.pytorch import PyTorch, PyTorchByHand, PyTorchCSR
 from bench.peers.task import Competitor, Learner, Task, UnavailableError, batches, take_steps, tolerance
@@ -202,6 +203,21 @@ def test_the_fastest_form_over_mini_batches_is_chosen(task, monkeypatch):
     assert tried["slow"].seconds > 0.02 > tried["fast"].seconds  # of one step
 
 
+def test_several_steps_in_one_call_are_the_same_steps(task):
+    """Of batches of one size, of different sizes, and of images that are prepared first; to float32's rounding."""
+    pytest.importorskip("jax")
+    one_by_one, at_once = JAX(task), JAXSteps(task)
+    for sizes in (8, 8, 8), (8, 5):
+        rows = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
+        batches = [(task.images[batch], task.labels[batch]) for batch in rows]
+        for learner in one_by_one, at_once:
+            learner.learn_rows_all(rows)
+            learner.learn_all(batches)
+    for ours, theirs in zip(at_once.parameters(), one_by_one.parameters(), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert not np.array_equal(at_once.parameters()[0], task.mlp.parameters[0])
+
+
 def test_batches_change():
     rows = batches(10, 3)
     epoch, following = (np.concatenate([next(rows) for _ in range(3)]) for _ in range(2))
@@ -214,7 +230,7 @@ def test_steps_in_parts_are_the_same_steps(name, task):
     """To the bit. Afterwards, the backend and the checks are as before."""
     backend, before = get_backend(name), dict(vars(contract))
     plain, parts = Ours(backend, task), mini_batches.InParts(backend, task)
-    take_steps(plain.learn_rows, batches(len(task.images), 32), 3)
+    take_steps(plain, batches(len(task.images), 32), 3)
     parts.turn(batches(len(task.images), 32), 3)
     for ours, theirs in zip(parts.parameters(), plain.parameters(), strict=True):
         np.testing.assert_array_equal(ours, theirs)
@@ -266,6 +282,8 @@ def test_mini_batches(name, form, task):
     whole, parts = available(name, task, form), available(name, few, form)
     if not isinstance(parts, Learner):
         pytest.skip("this form takes no mini-batches")
+    if isinstance(parts, JAXSteps):
+        pytest.skip("it takes no full batches, and learns like JAX in one call")
     assert parts.learn(task.images, task.labels) == pytest.approx(whole.step(), rel=1e-6)
     for ours, theirs in zip(whole.parameters(), parts.parameters()):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)

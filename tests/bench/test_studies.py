@@ -54,7 +54,7 @@ def test_timed_mini_batches_match_the_trainer(digits28, size):
     train(mlp, get_backend("numpy"), few, epochs=1, batch_size=size, learning_rate=scaling.LEARNING_RATE)
     with thread_pool(1) as parallel_map:
         timed = competitor("numpy", scaling.task_of(parallel_map, few))
-        scaling.take_batches(timed.learn_rows, 50, size, count=-(-50 // size))()
+        scaling.take_batches(timed, 50, size, count=-(-50 // size))()
     for ours, theirs in zip(timed.parameters(), mlp.parameters):
         np.testing.assert_array_equal(ours, theirs)
 
@@ -104,7 +104,8 @@ def test_a_result_of_a_wrong_shape_is_not_timed(digits28):
 
 def test_batches_of_the_scaling_study_change():
     seen = []
-    take = scaling.take_batches(lambda rows: seen.append(rows.tolist()), images=10, size=4, count=2)
+    learner = SimpleNamespace(learn_rows_all=lambda batches: seen.extend(rows.tolist() for rows in batches))
+    take = scaling.take_batches(learner, images=10, size=4, count=2)
     for _ in range(3):
         take()
     assert [len(rows) for rows in seen] == [4, 4, 2, 4, 4, 2]
