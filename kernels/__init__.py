@@ -9,6 +9,7 @@ import importlib
 import inspect
 import operator
 import re
+from numbers import Integral
 from pathlib import Path
 from types import ModuleType
 
@@ -93,8 +94,7 @@ def _created(name: str, backend_class: type[Backend]) -> Backend:
         backend = backend_class()
     except Exception as error:
         raise ValueError(f"cannot create backend {name!r}: {type(error).__name__}: {error}") from error
-    if not (isinstance(backend.images_at_once, int) and backend.images_at_once > 0):
-        raise ValueError(
-            f"cannot use backend {name!r}: images_at_once must be a positive integer, not {backend.images_at_once!r}"
-        )
+    count = backend.images_at_once
+    if not isinstance(count, Integral) or isinstance(count, bool) or count < 1:
+        raise ValueError(f"cannot use backend {name!r}: images_at_once must be a positive integer, not {count!r}")
     return backend

@@ -192,7 +192,8 @@ class Backend(ABC):
         """
         if not _is_labelled(logits, labels):
             _check_labelled(logits, labels)
-        return self._softmax_grad(logits, labels)
+        loss, correct, gradient = self._softmax_grad(logits, labels)
+        return float(loss), int(correct), gradient
 
     def update(self, parameter: NDArray, gradient: NDArray, factor: float) -> None:
         """Subtract `factor` times the gradient from the parameter, in place.

@@ -66,8 +66,8 @@ GROUP = {16: 1, 32: 2}[REGISTERS]
 # Columns of a block: the bits of a mask. With AVX-512, 64 rows of a panel fill an L1 cache of 32 KB.
 BLOCK = 64
 
-# Prefetch distance: a row of the result is prefetched into L1 this many groups ahead. The results of 1,024 images fill
-# an L2 cache of 512 KB, in an order that the hardware prefetcher cannot predict.
+# Prefetch distance: a row of the result is prefetched into L1 this many groups ahead. They come from L2, or from
+# L3 where 2,048 images' results fill L2, in an order that the hardware prefetcher cannot predict.
 AHEAD = 2
 
 # Above a share of DENSE non-zero pixels, dense products are faster. With fewer than MANY_PIXELS, a warning is not worth

@@ -52,6 +52,7 @@ def compiled(a, b, out):
 
     Limited by latency. With a single accumulator, each addition waits 3 or 4 cycles for the one before, and LLVM must
     not reorder them. Many columns make it worse: `b` is read down a column, a new cache line for each element.
+    If its rows are a power of two apart, these lines share a few sets of the cache, and evict each other.
     """
     three_loops(a, b, np.zeros(b.shape[1], b.dtype), out)
 
