@@ -72,7 +72,7 @@ def beside_numpy(runs: Sequence[Comparison], names: Sequence[str], packages: Seq
         ratio = ratio_over_runs(runs, name, base)
         low, high = (f"{end:.2f}" if end < 100 else short(end) for end in (ratio.low, ratio.high))
         words.append(f"{short_name(name)} {low_to_high(low, high, '–')}")
-    return f"× the time of {short_name(base)}: {', '.join(words)}"
+    return f"time relative to {short_name(base)}: {', '.join(words)}"
 
 
 def low_to_high(low: str, high: str, between: str = " to ") -> str:

@@ -349,9 +349,7 @@ def _step_gain(product: str, step: str, base: str, base_product: str = "") -> Ca
     """The speed of a step of the ladder relative to another's, on one thread: its range over the runs."""
 
     def number(results: Path) -> str:
-        runs = main_folder(results).every("ladder")
-        if not runs:
-            raise MissingError("ladder")
+        runs = _ladders(results)
         theirs = [run.climb(base_product or product, 1).rate(base) for run in runs]
         return _range([run.climb(product, 1).rate(step) / rate for run, rate in zip(runs, theirs)])
 
@@ -359,7 +357,14 @@ def _step_gain(product: str, step: str, base: str, base_product: str = "") -> Ca
 
 
 def _nanoseconds(results: Path) -> str:
-    return short(2 / result_of(results, "ladder").climb("MLP", 1).rate("loops"))
+    return _range([2 / run.climb("MLP", 1).rate("loops") for run in _ladders(results)])
+
+
+def _ladders(results: Path) -> list[Any]:
+    runs = main_folder(results).every("ladder")
+    if not runs:
+        raise MissingError("ladder")
+    return runs
 
 
 def _lines(results: Path, step: str) -> int:

@@ -116,7 +116,7 @@ def draw(result: Result, small_print: str, file: Path) -> None:
             if 0 < epochs < MOST:
                 total = line.fixed + epochs * line.epoch
                 axes.plot(epochs, total, "o", color="black", markersize=5, markerfacecolor="white", zorder=6)
-            ends.append((start if start == "numpy" else f"{start}: {crossing(epochs)}", MOST, end, shade))
+            ends.append((start if start == "numpy" else f"{start} {crossing(epochs)}", MOST, end, shade))
         end_labels(axes, ends)
         title(figure, _title(points, result.command.ratio("sparse", "numpy")))
         marks = "Circles: where a line crosses numpy's, from medians. Dashed: no compiled kernels are cached yet."
@@ -125,11 +125,12 @@ def draw(result: Result, small_print: str, file: Path) -> None:
 
 def _title(points: dict[str, float], command: Ratio) -> str:
     warm, first = (crossing(points[start]) for start in ("sparse", f"sparse{FIRST_RUN}"))
-    return f"sparse: {warm}, on a first run {first}; {MOST} epochs took {command.ratio:.2f} × numpy's time"
+    took = f"{MOST} epochs took {command.ratio:.2f} × numpy's time"
+    return f"sparse {warm}; if it must compile first, it {first}; {took} once compiled"
 
 
 def crossing(epochs: float) -> str:
     """Where a line crosses NumPy's, in words: near there, medians do not tell which takes less time."""
     if epochs in (0, math.inf):
-        return "stays above numpy" if epochs else "stays below numpy"
-    return f"crosses numpy {f'at {math.ceil(epochs)}' if epochs <= MOST else f'beyond {MOST}'} epochs"
+        return "never overtakes numpy" if epochs else "is always ahead of numpy"
+    return f"overtakes numpy after {'' if epochs <= MOST else 'more than '}{min(math.ceil(epochs), MOST)} epochs"

@@ -321,7 +321,8 @@ def draw_axis(axes: Axes, result: Result, axis: str, backends: Axis) -> None:
     floor = dense / [peaks[int(at) if axis == "threads" else result.threads] for at in x]
     exponent, law = LAWS[axis]
     longest = max(point.high for point in points) * (width if axis == "images" else 1)
-    axes.set(xscale="log", yscale="log", xlabel=axis, ylabel="seconds per epoch")
+    units = " (images)" if axis == "batch size" else ""
+    axes.set(xscale="log", yscale="log", xlabel=f"{axis}{units}", ylabel="seconds per epoch")
     right = last * width**0.06  # names are outside
     axes.set(xlim=(first / width**0.06, right), ylim=(floor.min() / 3, 2 * longest))
     rates = 10.0 ** np.arange(-3, 4)

@@ -445,10 +445,10 @@ def test_figures_show_the_range_over_idle_runs(tmp_path, monkeypatch):
     runs = [run_of(numpy=[1.0] * 6, numba=[seconds] * 6) for seconds in (0.88, 0.77, 0.82)]
     disturbed = busy(run_of(numpy=[1.0], numba=[3.0]))
     draw_all(Folder(tmp_path, machine(), [disturbed, *runs]), tmp_path, pytest.fail)
-    assert titles[-1].endswith("× the time of numpy: numba 0.77–0.88")
+    assert titles[-1].endswith("time relative to numpy: numba 0.77–0.88")
     assert "medians of 3 runs with their range" in notes[-1]
     draw_all(Folder(tmp_path, machine(), runs[:1]), tmp_path, pytest.fail)
-    assert titles[-1].endswith("× the time of numpy: numba 0.88")
+    assert titles[-1].endswith("time relative to numpy: numba 0.88")
     assert "95 % intervals" in notes[-1]
 
 
@@ -478,9 +478,8 @@ def test_a_span_is_of_medians_over_runs():
 def test_titles_compare_the_backends_and_the_fastest_package_with_numpy():
     seconds = [{"numpy": 2.0, "numba": 1.0, "JAX": 3.0, "PyTorch": 9.0}, {"numpy": 2.0, "numba": 1.5, "JAX": 3.0}]
     runs = [Comparison("", {name: [median] * 6 for name, median in each.items()}) for each in seconds]
-    assert (
-        beside_numpy(runs, ["numba", "numpy"], ["PyTorch", "JAX"]) == "× the time of numpy: numba 0.50–0.75, JAX 1.50"
-    )
+    words = beside_numpy(runs, ["numba", "numpy"], ["PyTorch", "JAX"])
+    assert words == "time relative to numpy: numba 0.50–0.75, JAX 1.50"
 
 
 def test_names_of_any_length_and_script_are_drawn(tmp_path):

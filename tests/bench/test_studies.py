@@ -234,10 +234,10 @@ def test_break_even():
     assert break_even.break_even(start(0.5, 0.3), numpy) == 0
     assert break_even.break_even(start(2.0, 0.2), numpy) == math.inf
     words = {
-        0: "stays below numpy",
-        16.2: "crosses numpy at 17 epochs",
-        259: "crosses numpy beyond 250 epochs",
-        math.inf: "stays above numpy",
+        0: "is always ahead of numpy",
+        16.2: "overtakes numpy after 17 epochs",
+        259: "overtakes numpy after more than 250 epochs",
+        math.inf: "never overtakes numpy",
     }
     assert {epochs: break_even.crossing(epochs) for epochs in words} == words
 

@@ -4,6 +4,7 @@ import functools
 import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 
@@ -13,11 +14,32 @@ from model.data import load_dataset
 from model.extras.checkpoint import Checkpoint
 from model.published import MINI_BATCH, run
 
+# A run on few images, in six steps per epoch.
+TRAIN = ("train", "--dataset", "digits28", "--limit", 300, "--hidden", 8, "--batch-size", 50, "--eval-every", 3)
+
 
 def run_model(*arguments, **options):
     command = [sys.executable, "-m", "model", *map(str, arguments)]
     environment = {**os.environ, "COLUMNS": "100"}
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, **options)
+
+
+def start(*arguments):
+    """A process of the command line, with pipes for what it prints."""
+    command = [sys.executable, "-m", "model", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(file, process):
+    """Wait until a running process has written a file."""
+    while not file.exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+
+
+def progress(state):
+    """Epochs and steps that are done."""
+    return len(state.history.epochs), state.steps
 
 
 @functools.cache
