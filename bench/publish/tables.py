@@ -137,7 +137,7 @@ def claim_table(results: Path, table_name: str = MAIN) -> str:
             f"`naive`: scaled up from {FEW_IMAGES} images.",
             f"The fastest framework: of {', '.join(FRAMEWORKS[:-1])} and {FRAMEWORKS[-1]}, as far as measured.",
             "Big products, OpenBLAS: only the two products with the images.",
-            "To the published accuracy: undecided where the ranges over random starts overlap or are unknown.",
+            "To the published accuracy: undecided where the ranges over random starts overlap.",
             "Ladder: seconds per 10⁹ operations.",
         ]
     return f"{_markdown(table)}\n\n{' '.join(filter(None, notes))}"
