@@ -237,7 +237,7 @@ CLAIMS = (
     ),
     Claim("time-numba", "numba", "numpy", TO_ACCURACY, _time_to, ranges=True),
     Claim("time-sparse", "sparse", "numpy", TO_ACCURACY, _time_to, ranges=True),
-    Claim("command", "sparse", "numpy", "250 epochs with start-up and evaluations, kernels in the cache", _command),
+    Claim("command", "sparse", "numpy", "250 epochs with start-up, kernels cached", _command),
     *(
         Claim(
             f"product-{key}-{base.lower()}-{'1' if one else 'all'}",

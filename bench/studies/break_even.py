@@ -116,7 +116,7 @@ def draw(result: Result, small_print: str, file: Path) -> None:
             if 0 < epochs < MOST:
                 total = line.fixed + epochs * line.epoch
                 axes.plot(epochs, total, "o", color="black", markersize=5, markerfacecolor="white", zorder=6)
-            ends.append((start if start == "numpy" else f"{start} {crossing(epochs)}", MOST, end, shade))
+            ends.append((start if start == "numpy" else f"{start}: {crossing(epochs)}", MOST, end, shade))
         end_labels(axes, ends)
         title(figure, _title(points, result.command.ratio("sparse", "numpy")))
         marks = "Circles: where a line crosses numpy's, from medians. Dashed: no compiled kernels are cached yet."
