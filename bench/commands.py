@@ -211,10 +211,10 @@ def main() -> None:
     print_any_name()
     usage_error: Any = typer.BadParameter.__base__  # base class of all usage errors; its module was renamed
     try:
-        sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
-    except (KeyboardInterrupt, typer.Abort):
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        if code == 128 + signal.SIGINT:  # typer turns a KeyboardInterrupt into this code
+            print("interrupted", file=sys.stderr)
+        sys.exit(code)
     except usage_error as error:
         fail(error.format_message())
     except (DataError, RecordError, ValueError, OSError) as error:
