@@ -210,17 +210,14 @@ class PyTorchByHand(_OnTensors):
         with torch.inference_mode():
             weights, bias, last_weights, last_bias = self.tensors
             hidden = torch.addmm(bias, images, weights).relu_()
-            log_probabilities = torch.addmm(last_bias, hidden, last_weights).log_softmax(1)
-            loss = torch.nn.functional.nll_loss(log_probabilities, labels)
-            upstream = log_probabilities.exp_()
-            upstream[torch.arange(len(labels)), labels] -= 1
+            loss, upstream = softmax_grad(torch, torch.addmm(last_bias, hidden, last_weights), labels)
             hidden_upstream = relu_backward_(torch, upstream @ last_weights.T, hidden)
             rate = -self.learning_rate / len(labels)
             self._move(last_weights, hidden.T, upstream, rate)
             last_bias.add_(upstream.sum(0), alpha=rate)
             self._move(weights, images.T, hidden_upstream, rate)
             bias.add_(hidden_upstream.sum(0), alpha=rate)
-            return loss.item()
+            return loss.item() / len(labels)
 
     def _move(self, weights, left, right, rate):
         if len(right) <= self.WITHIN_PRODUCT:
@@ -230,9 +227,10 @@ class PyTorchByHand(_OnTensors):
 
 
 class PyTorchOneDNNByHand(_OnTensors):
-    """A hand-written step on oneDNN's linear layer, which torch.compile calls, too.
+    """A hand-written step on oneDNN's linear layer, an operator without a public name.
 
-    In parts of 2,000 images, activations stay in the cache: a full-batch step takes two thirds of the time.
+    In parts of 2,000 images, activations stay in the cache. On Zen 5, a full-batch step takes half the time of one over
+    all images at once.
     """
 
     PART = 2000
@@ -263,31 +261,41 @@ class PyTorchOneDNNByHand(_OnTensors):
     def _descend(self, images, labels):
         with self.torch.inference_mode():
             parts = zip(images.split(self.PART), labels.split(self.PART))
-            loss, total = self._gradients(*next(parts))
-            for part in parts:
-                part_loss, gradients = self._gradients(*part)
-                loss += part_loss
-                for gradient, more in zip(total, gradients):
-                    gradient += more
+            loss, *total = _added(self._gradients(*part) for part in parts)
             for tensor, gradient in zip(self.tensors, total):
                 tensor.add_(gradient, alpha=-self.learning_rate / len(labels))
             return loss.item() / len(labels)
 
     def _gradients(self, images, labels):
-        """Sums over the images; the weights' are transposed, as PyTorch's layers are."""
+        """Loss and gradients, summed over the images; those of weights are transposed, as PyTorch's layers are."""
         hidden, logits = self._forward(images)
-        log_probabilities = logits.log_softmax(1)
-        loss = self.torch.nn.functional.nll_loss(log_probabilities, labels, reduction="sum")
-        upstream = log_probabilities.exp_()
-        upstream[self.torch.arange(len(labels)), labels] -= 1
+        loss, upstream = softmax_grad(self.torch, logits, labels)
         hidden_upstream = relu_backward_(self.torch, self.linear(upstream, self.tensors[2].T), hidden)
         first, last = self.linear(hidden_upstream.T, images.T), self.linear(upstream.T, hidden.T)
-        return loss, [first, hidden_upstream.sum(0), last, upstream.sum(0)]
+        return loss, first, hidden_upstream.sum(0), last, upstream.sum(0)
 
 
 def _linear(torch: ModuleType, x: Any, weights: Any, bias: Any = None, activation: str = "none") -> Any:
     """x times the transpose of the weights, plus the bias, by oneDNN."""
     return torch.ops.mkldnn._linear_pointwise(x, weights, bias, activation, [], "")
+
+
+def _added(parts: Iterator[tuple]) -> tuple:
+    """Sums of tensors over the parts, in the buffers of the first part."""
+    total = next(parts)
+    for part in parts:
+        for tensor, more in zip(total, part):
+            tensor += more
+    return total
+
+
+def softmax_grad(torch: ModuleType, logits: Any, labels: Any) -> tuple[Any, Any]:
+    """The summed loss, and its gradient with respect to the logits."""
+    log_probabilities = logits.log_softmax(1)
+    loss = torch.nn.functional.nll_loss(log_probabilities, labels, reduction="sum")
+    upstream = log_probabilities.exp_()
+    upstream[torch.arange(len(labels)), labels] -= 1
+    return loss, upstream
 
 
 def relu_backward_(torch: ModuleType, upstream: Any, activations: Any) -> Any:
@@ -377,12 +385,7 @@ class CompiledParts(Competitor):
     def step(self):
         gradients = _compiled(_torch_gradients)
         with _compiler_errors(self.torch), self.torch.no_grad():
-            loss, *total = gradients(self.torch, *self.tensors, *self.parts[0])
-            for images, onehot in self.parts[1:]:
-                part_loss, *part = gradients(self.torch, *self.tensors, images, onehot)
-                loss += part_loss
-                for gradient, more in zip(total, part):
-                    gradient += more
+            loss, *total = _added(gradients(self.torch, *self.tensors, *part) for part in self.parts)
             for tensor, gradient in zip(self.tensors, total):
                 tensor.sub_(gradient, alpha=self.rate)
         return loss.item() / self.count

@@ -248,7 +248,7 @@ CLAIMS = (
             _product_bound(product_flop(*left, right[1]), one),
             PRODUCTS,
         )
-        for key, (shape, (left, right, _)) in zip(PRODUCT_KEYS, products.PRODUCTS.items())
+        for key, (shape, (left, right, _)) in zip(PRODUCT_KEYS, products.PRODUCTS.items(), strict=True)
         for base, one in ((OPENBLAS, True), (OPENBLAS, False), (MKL, True), (ONEDNN, True))
     ),
     Claim("ladder-compiled", "compiled", "loops", "ladder, MLP product, 1 thread", _climb("MLP")),
